@@ -1,0 +1,223 @@
+"""The `godwit` command: options, help and exit codes. What a verb does lies in its own module."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import godwit
+from godwit.cli.options import (
+    AsJson,
+    Dtype,
+    Model,
+    SamplingOptions,
+    System,
+    Threads,
+    Tools,
+    takes_sampling,
+)
+from godwit.errors import GodwitError, UsageError
+
+INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C: 128 + SIGINT
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+app = typer.Typer(
+    name="godwit",
+    no_args_is_help=True,
+    add_completion=False,
+    # Rich help and rich tracebacks would cost more start-up time than the rest of the command.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+@contextmanager
+def one_sentence(ctx: typer.Context) -> Iterator[None]:
+    """Turn what a verb raises into one sentence on stderr and an exit code; --debug adds the traceback."""
+    try:
+        yield
+        sys.stdout.flush()
+    except (typer.Exit, typer.Abort):
+        raise
+    except KeyboardInterrupt:
+        _explain(ctx, "")
+        raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        # The reader left. Python would flush stdout once more at exit and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(BROKEN_PIPE) from None
+    except GodwitError as error:
+        _explain(ctx, f"godwit: {error}")
+        raise typer.Exit(error.exit_code) from None
+    except Exception as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
+        _explain(
+            ctx,
+            f"godwit: unexpected {what} (run with --debug to see where: godwit --debug {ctx.info_name} ...)",
+        )
+        raise typer.Exit(1) from None
+
+
+def _explain(ctx: typer.Context, sentence: str) -> None:
+    if ctx.obj:
+        traceback.print_exc()
+    print(sentence, file=sys.stderr)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"godwit {godwit.__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Answers go to stdout, everything else to stderr.")
+def _shared(
+    ctx: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Run, chat with and train small language models on the machine you have."""
+    ctx.obj = debug
+
+
+@app.command()
+@takes_sampling
+def chat(
+    ctx: typer.Context,
+    *,
+    model: Model = None,
+    system: System = None,
+    tools: Tools = None,
+    sampling: SamplingOptions,
+    threads: Threads = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Talk with a model in the terminal."""
+    with one_sentence(ctx):
+        from godwit.cli.chat import run
+
+        run(model, system=system, tools=tools, sampling=sampling, threads=threads, dtype=dtype)
+
+
+@app.command()
+@takes_sampling
+def generate(
+    ctx: typer.Context,
+    *,
+    model: Model = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="What to answer; without it, stdin.", metavar="TEXT")
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text, without the chat template.")] = False,
+    system: System = None,
+    tools: Tools = None,
+    as_json: AsJson = False,
+    no_stream: Annotated[bool, typer.Option("--no-stream", help="Write the answer once complete.")] = False,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(help="Add VALUE to the score of token ID; may be repeated.", metavar="ID=VALUE"),
+    ] = None,
+    sampling: SamplingOptions,
+    threads: Threads = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Answer one prompt and exit."""
+    with one_sentence(ctx):
+        from godwit.cli.generate import run
+
+        run(
+            model,
+            prompt=prompt,
+            raw=raw,
+            system=system,
+            tools=tools,
+            as_json=as_json,
+            stream=not no_stream,
+            logit_bias=parse_logit_bias(logit_bias or []),
+            sampling=sampling,
+            threads=threads,
+            dtype=dtype,
+        )
+
+
+def parse_logit_bias(pairs: list[str]) -> dict[int, float]:
+    """Read ["42=-3.5", ...] as {token id: what is added to its logit}; -inf bans a token.
+
+    Raises UsageError where a pair is not that.
+    """
+    bias: dict[int, float] = {}
+    for pair in pairs:
+        token, _, value = pair.partition("=")
+        if not (token.isdecimal() and _is_bias(value)):
+            raise UsageError(f"--logit-bias takes ID=VALUE, such as 42=-3.5, and not {pair!r}.")
+        bias[int(token)] = float(value)
+    return bias
+
+
+def _is_bias(text: str) -> bool:
+    try:
+        return float(text) < math.inf
+    except ValueError:
+        return False
+
+
+@app.command()
+def inspect(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(help="A directory or a Hugging Face repository.")],
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of context to reckon the memory for.", metavar="N")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a model is and the memory it takes, without running it."""
+    with one_sentence(ctx):
+        from godwit.cli.inspect import run
+
+        run(model, context=context, as_json=as_json)
+
+
+@app.command()
+def doctor(ctx: typer.Context, as_json: AsJson = False) -> None:
+    """Show what this machine offers and what is missing."""
+    with one_sentence(ctx):
+        from godwit.cli.doctor import run
+
+        raise typer.Exit(run(as_json=as_json))
+
+
+@app.command()
+def train(
+    ctx: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="What to train, on what and how.", metavar="RECIPE.toml")],
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the last state in the output directory, if there is one.")
+    ] = True,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="End after this many steps in place of the recipe's.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write in place of the recipe's directory.", metavar="DIR")
+    ] = None,
+) -> None:
+    """Train a model from a recipe."""
+    with one_sentence(ctx):
+        from godwit.cli.train import run
+
+        run(recipe, resume=resume, steps=steps, out=out)
+
+
+def main() -> None:
+    """The console script `godwit`; ends the process with the verb's exit code."""
+    app(prog_name="godwit")

@@ -1,0 +1,97 @@
+"""Options that several verbs share: each is defined once, with its type, its range and its help."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import typer
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+Model = Annotated[
+    str | None,
+    typer.Argument(help="A directory or a Hugging Face repository; without it, the built-in model."),
+]
+System = Annotated[str | None, typer.Option(help="The system message.", metavar="TEXT")]
+Tools = Annotated[
+    Path | None, typer.Option(help="A JSON file with the tools that the model may call.", metavar="FILE")
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Cores to use; without it, all that this process may use.")
+]
+Dtype = Annotated[DtypeName, typer.Option(help="Arithmetic of the model; auto picks what is fast here.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How to choose the next token, as asked for on the command line.
+
+    None: not asked for, so what the model recommends holds.
+    """
+
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Spread of the choice; 0 always takes the likeliest token.")
+    ] = None
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="Choose among the K likeliest tokens; 0 is no limit.")
+    ] = None
+    top_p: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Choose among the fewest tokens that reach this probability."),
+    ] = None
+    min_p: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Drop tokens less likely than this share of the likeliest one."),
+    ] = None
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Weaken tokens that are already in the text by this factor; 1 is off."),
+    ] = None
+    presence_penalty: Annotated[
+        float | None, typer.Option(help="Take this from the score of each token already in the answer.")
+    ] = None
+    frequency_penalty: Annotated[
+        float | None, typer.Option(help="Take this from a token's score for each time it is in the answer.")
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="End an answer after this many tokens.")] = (
+        None
+    )
+    stop: Annotated[
+        list[str], typer.Option(help="End the answer before this text; may be repeated.", metavar="TEXT")
+    ] = field(default_factory=list)
+
+
+def takes_sampling(command: Callable[..., None]) -> Callable[..., None]:
+    """Show typer one option for each field of SamplingOptions in place of the argument `sampling`."""
+    signature = inspect.signature(command, eval_str=True)
+    hints = get_type_hints(SamplingOptions, include_extras=True)
+    blank = SamplingOptions()
+
+    @wraps(command)
+    def spread(**given: Any) -> None:
+        sampling = SamplingOptions(**{f.name: given.pop(f.name) for f in fields(SamplingOptions)})
+        command(sampling=sampling, **given)
+
+    parameters: list[inspect.Parameter] = []
+    for p in signature.parameters.values():
+        if p.name != "sampling":
+            parameters.append(p.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        parameters += [
+            inspect.Parameter(
+                f.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=getattr(blank, f.name),
+                annotation=hints[f.name],
+            )
+            for f in fields(SamplingOptions)
+        ]
+    spread.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return spread
