@@ -1,0 +1,1 @@
+"""Arithmetic: :mod:`~godwit.kernels.ops` is the surface, :mod:`~godwit.kernels.reference` the specification."""

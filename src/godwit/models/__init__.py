@@ -1,0 +1,1 @@
+"""The decoder: one definition for training and serving, its caches, and the mapping from checkpoints."""

@@ -1,0 +1,146 @@
+"""What a model remembers between steps: the specs it declares and the tensors that hold it.
+
+Attention layers keep keys and values in blocks of :data:`~godwit.models.batch.BLOCK_SIZE` tokens. Delta layers keep a
+window of convolution inputs and a float32 state per sequence. A state cannot be cropped, so the tokens of a step that
+may be undone are written to a journal (decay, key and written row of each) and only enter the state when the next
+step begins: :meth:`Caches.rollback` then just forgets journal entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from godwit.errors import UsageError
+from godwit.models.batch import BLOCK_SIZE
+
+
+@dataclass(frozen=True)
+class PagedKVSpec:
+    """Keys and values of one attention layer."""
+
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class RecurrentSpec:
+    """Convolution window and state of one delta layer; the state is float32 whatever ``conv_dtype`` is."""
+
+    conv_dim: int
+    conv_history: int
+    num_heads: int
+    head_k_dim: int
+    head_v_dim: int
+    conv_dtype: torch.dtype
+
+    @property
+    def state_bytes(self) -> int:
+        return self.num_heads * self.head_k_dim * self.head_v_dim * 4
+
+    @property
+    def conv_bytes(self) -> int:
+        return self.conv_dim * self.conv_history * self.conv_dtype.itemsize
+
+    @property
+    def bytes_per_sequence(self) -> int:
+        return self.state_bytes + self.conv_bytes
+
+
+CacheSpec = PagedKVSpec | RecurrentSpec
+
+
+class PagedKV:
+    """Blocks of one attention layer: ``k`` and ``v`` are ``[blocks, 16, kv_heads, D]``."""
+
+    def __init__(self, spec: PagedKVSpec, num_blocks: int, device: torch.device | str) -> None:
+        shape = (num_blocks, BLOCK_SIZE, spec.num_kv_heads, spec.head_dim)
+        self.k = torch.zeros(shape, dtype=spec.dtype, device=device)
+        self.v = torch.zeros(shape, dtype=spec.dtype, device=device)
+
+
+class RecurrentState:
+    """Rows of one delta layer.
+
+    Attributes:
+        conv: ``[rows, history + max_rollback, C]`` raw inputs, the newest last.
+        state: ``[rows, V, Dk, Dv]`` float32, without the journal's tokens.
+        journal_g, journal_k, journal_delta: ``[rows, max_rollback, V, ...]`` float32.
+    """
+
+    def __init__(self, spec: RecurrentSpec, num_rows: int, max_rollback: int, device: torch.device | str) -> None:
+        heads, dk, dv = spec.num_heads, spec.head_k_dim, spec.head_v_dim
+        self.history = spec.conv_history
+        self.conv = torch.zeros(
+            num_rows, spec.conv_history + max_rollback, spec.conv_dim, dtype=spec.conv_dtype, device=device
+        )
+        self.state = torch.zeros(num_rows, heads, dk, dv, device=device)
+        self.journal_g = torch.zeros(num_rows, max_rollback, heads, device=device)
+        self.journal_k = torch.zeros(num_rows, max_rollback, heads, dk, device=device)
+        self.journal_delta = torch.zeros(num_rows, max_rollback, heads, dv, device=device)
+
+
+@dataclass
+class Caches:
+    """The caches of all layers, the MTP layer's last; ``pending`` counts journaled tokens of each row."""
+
+    layers: list[PagedKV | RecurrentState]
+    mtp: list[PagedKV]
+    max_rollback: int
+    pending: list[int] = field(default_factory=list)
+
+    @staticmethod
+    def allocate(
+        specs: Sequence[CacheSpec],
+        num_blocks: int,
+        num_rows: int,
+        *,
+        num_mtp: int = 0,
+        max_rollback: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> Caches:
+        """Zeroed caches for ``specs`` (of which the last ``num_mtp`` belong to the MTP module)."""
+        made: list[PagedKV | RecurrentState] = [
+            PagedKV(spec, num_blocks, device)
+            if isinstance(spec, PagedKVSpec)
+            else RecurrentState(spec, num_rows, max_rollback, device)
+            for spec in specs
+        ]
+        split = len(made) - num_mtp
+        mtp = [cache for cache in made[split:] if isinstance(cache, PagedKV)]
+        return Caches(made[:split], mtp, max_rollback, [0] * num_rows)
+
+    def recurrent(self) -> list[RecurrentState]:
+        """The caches of the delta layers."""
+        return [cache for cache in self.layers if isinstance(cache, RecurrentState)]
+
+    def reset_row(self, row: int) -> None:
+        """Make ``row`` the state of an empty sequence."""
+        self.pending[row] = 0
+        for cache in self.recurrent():
+            cache.conv[row].zero_()
+            cache.state[row].zero_()
+
+    def rollback(self, row: int, num_tokens: int) -> None:
+        """Forget the last ``num_tokens`` tokens of the sequence in ``row``.
+
+        Paged keys and values need no work: a shorter sequence never reads them.
+
+        Raises:
+            UsageError: more tokens than the last step declared tentative.
+        """
+        if not 0 <= num_tokens <= self.pending[row]:
+            raise UsageError(f"cannot undo {num_tokens} tokens: the last step kept {self.pending[row]} undoable")
+        if num_tokens == 0:
+            return
+        self.pending[row] -= num_tokens
+        for cache in self.recurrent():
+            cache.conv[row] = cache.conv[row].roll(num_tokens, 0)

@@ -1,0 +1,190 @@
+"""CausalLM: embedding, decoder layers, final norm, head, and the multi-token-prediction module."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from godwit.config import LayerSpec, ModelConfig
+from godwit.errors import UsageError
+from godwit.kernels import ops
+from godwit.models.batch import ForwardBatch
+from godwit.models.caches import Caches, CacheSpec
+from godwit.models.layers import Experts, Linear, build_ffn, build_norm
+from godwit.models.mixers import GatedDeltaNet, build_mixer
+
+
+class DecoderLayer(nn.Module):
+    """``x + mixer(norm(x))``, then ``x + ffn(norm(x))``."""
+
+    def __init__(self, spec: LayerSpec, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_norm = build_norm(config.hidden_size, config)
+        self.mixer = build_mixer(spec.mixer, config)
+        self.ffn_norm = build_norm(config.hidden_size, config)
+        self.ffn = build_ffn(spec.ffn, config)
+
+    def forward(
+        self,
+        x: Tensor,
+        batch: ForwardBatch,
+        caches: Caches | None = None,
+        cache: object | None = None,
+        router_logits: list[Tensor] | None = None,
+    ) -> Tensor:
+        x = x + self.mixer(self.input_norm(x), batch, caches, cache)
+        out: Tensor = x + self.ffn(self.ffn_norm(x), router_logits)
+        return out
+
+
+class MTPHead(nn.Module):
+    """Predicts one token further: the trunk's normed state joined with the next token's embedding, one layer, a norm.
+
+    Embedding and head are the trunk's. DeepSeek-V3 (2024) describes the module; sizes follow Qwen3-Next.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embedding_norm = build_norm(config.hidden_size, config)
+        self.hidden_norm = build_norm(config.hidden_size, config)
+        self.fc = Linear(2 * config.hidden_size, config.hidden_size)
+        self.layers = nn.ModuleList([DecoderLayer(config.mtp_layer, config)])
+        self.norm = build_norm(config.hidden_size, config)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        next_embeddings: Tensor,
+        batch: ForwardBatch,
+        caches: Caches | None = None,
+        router_logits: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Slot p joins ``hidden [T, H]`` of token p with the embedding of token p + 1; result ``[T, H]``."""
+        joined = torch.cat((self.embedding_norm(next_embeddings), self.hidden_norm(hidden)), -1)
+        x = self.fc(joined)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, batch, caches, caches.mtp[index] if caches else None, router_logits)
+        out: Tensor = self.norm(x)
+        return out
+
+
+class CausalLM(nn.Module):
+    """A decoder of any supported family.
+
+    Args:
+        config: what to build.
+        num_mtp: MTP layers; None takes the config's count (0 where it states none).
+    """
+
+    def __init__(self, config: ModelConfig, num_mtp: int | None = None) -> None:
+        super().__init__()
+        self.config = config
+        num_mtp = config.num_mtp_layers or 0 if num_mtp is None else num_mtp
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([DecoderLayer(spec, config) for spec in config.layers])
+        self.norm = build_norm(config.hidden_size, config)
+        self.mtp = MTPHead(config) if num_mtp else None
+        self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    @property
+    def head_weight(self) -> Tensor:
+        """``[V, H]``, the embedding's where they are tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def forward(
+        self, batch: ForwardBatch, caches: Caches | None = None, *, router_logits: list[Tensor] | None = None
+    ) -> Tensor:
+        """Normed hidden states ``[T, H]`` of the packed tokens; ``caches=None`` is training or scoring.
+
+        Args:
+            batch: the tokens; see :class:`ForwardBatch`.
+            caches: advanced in place.
+            router_logits: collects one ``[T, E]`` tensor per sparse layer when given.
+        """
+        if caches is not None:
+            self._check_tentative(batch, caches)
+        x = self.embedding(batch.input_ids)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, batch, caches, caches.layers[index] if caches else None, router_logits)
+        if caches is not None:
+            for row, count in zip(batch.state_indices, batch.num_tentative, strict=True):
+                caches.pending[row] = count
+        out: Tensor = self.norm(x)
+        return out
+
+    def forward_mtp(
+        self,
+        hidden: Tensor,
+        next_ids: Tensor,
+        batch: ForwardBatch,
+        caches: Caches | None = None,
+        *,
+        router_logits: list[Tensor] | None = None,
+    ) -> Tensor:
+        """States ``[T, H]`` whose logits predict the token after ``next_ids [T]``; ``batch`` counts slots."""
+        if self.mtp is None:
+            raise UsageError("this model has no MTP module")
+        out: Tensor = self.mtp(hidden, self.embedding(next_ids), batch, caches, router_logits)
+        return out
+
+    def compute_logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Logits ``[T or len(rows), V]`` in the activation dtype."""
+        return ops.linear(hidden if rows is None else hidden[rows], self.head_weight)
+
+    def cache_specs(self) -> list[CacheSpec]:
+        """One spec a layer, the MTP layers' last."""
+        return [layer.mixer.cache_spec(self.dtype) for layer in self._all_layers()]
+
+    def allocate_caches(self, num_blocks: int, num_rows: int = 1, max_rollback: int = 0) -> Caches:
+        """Zeroed caches for this model on its device."""
+        num_mtp = len(self.mtp.layers) if self.mtp is not None else 0
+        return Caches.allocate(
+            self.cache_specs(),
+            num_blocks,
+            num_rows,
+            num_mtp=num_mtp,
+            max_rollback=max_rollback,
+            device=self.device,
+        )
+
+    def _all_layers(self) -> list[DecoderLayer]:
+        layers = [*self.layers, *(self.mtp.layers if self.mtp is not None else ())]
+        return [layer for layer in layers if isinstance(layer, DecoderLayer)]
+
+    def _check_tentative(self, batch: ForwardBatch, caches: Caches) -> None:
+        for count, length in zip(batch.num_tentative, batch.lengths, strict=True):
+            if not 0 <= count <= min(length, caches.max_rollback):
+                raise UsageError(f"{count} tentative tokens: a step of {length} may undo {caches.max_rollback}")
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Fresh weights: normal with the config's deviation; norms neutral; decays from U(0.01, 16) (Qwen3-Next)."""
+        std = self.config.initializer_range
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.weight.normal_(0.0, std, generator=generator)
+            elif isinstance(module, nn.Embedding):
+                module.weight.normal_(0.0, std, generator=generator)
+            elif isinstance(module, Experts):
+                module.w13.normal_(0.0, std, generator=generator)
+                module.w2.normal_(0.0, std, generator=generator)
+            elif isinstance(module, GatedDeltaNet):
+                bound = 1.0 / math.sqrt(module.spec.conv_kernel)
+                module.conv_weight.uniform_(-bound, bound, generator=generator)
+                module.A_log.uniform_(0.01, 16.0, generator=generator).log_()
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean next-token loss in float32; targets of -100 are ignored."""
+    return F.cross_entropy(logits.float(), targets, ignore_index=-100)

@@ -1,0 +1,201 @@
+"""From a checkpoint to a model and back, one tensor at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from godwit.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
+from godwit.config import ModelConfig
+from godwit.errors import CheckpointError
+from godwit.models.causal_lm import CausalLM
+from godwit.models.names import Alternatives, Entry, Piece, canonical_name, name_map
+
+_MTP_LAYER = re.compile(r"mtp\.layers\.(\d+)\.")
+_LISTED = 20  # names shown of each kind of complaint
+
+#: Files that travel with a checkpoint besides its tensors and config.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+)
+
+
+@dataclass
+class _Complaints:
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misshapen: list[str] = field(default_factory=list)
+
+    def raise_if_any(self, path: Path) -> None:
+        """Raises: CheckpointError: one sentence a kind, every name up to a limit."""
+        parts = [
+            f"{len(names)} tensors {what}: {', '.join(names[:_LISTED])}{', ...' if len(names) > _LISTED else ''}"
+            for what, names in (
+                ("missing", self.missing),
+                ("unexpected", self.unexpected),
+                ("of the wrong shape", self.misshapen),
+            )
+            if names
+        ]
+        if parts:
+            raise CheckpointError(f"{path} does not fit its config.json; {'; '.join(parts)}")
+
+
+def load_model(
+    source: str | Path | Checkpoint,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> CausalLM:
+    """Load a checkpoint directory or Hub id.
+
+    Args:
+        source: what :func:`godwit.checkpoint.open_checkpoint` accepts, or an open checkpoint.
+        dtype: of the parameters; None keeps the dtype of the embedding on disk.
+        device: where the parameters go.
+        progress: called with (tensors done, tensors in all).
+
+    Peak memory is the model and one tensor.
+
+    Raises:
+        CheckpointError: tensors missing, unexpected or of the wrong shape, all listed at once.
+        UnsupportedModelError: a model type or quantisation that is not supported.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    pieces, actual, num_mtp = plan(checkpoint)
+    if dtype is None:
+        dtype = checkpoint.info(actual["model.embed_tokens.weight"]).dtype
+    with torch.device("meta"):
+        model = CausalLM(checkpoint.config, num_mtp).to(dtype)
+    model.to_empty(device=device).requires_grad_(False)
+    targets: dict[str, nn.Parameter] = dict(model.named_parameters())
+    for done, piece in enumerate(pieces, 1):
+        name = actual[piece.source]
+        _part(targets[piece.target], piece).copy_from(checkpoint.tensor(name))
+        if progress is not None:
+            progress(done, len(pieces))
+    return model.eval()
+
+
+def plan(checkpoint: Checkpoint) -> tuple[list[Piece], dict[str, str], int]:
+    """The pieces to read, canonical to actual names, and the number of MTP layers found.
+
+    Raises:
+        CheckpointError: the names or shapes do not fit the config.
+    """
+    complaints = _Complaints()
+    actual: dict[str, str] = {}
+    for name in checkpoint.names():
+        canonical = canonical_name(name)
+        if canonical is None:
+            continue
+        if canonical in actual:
+            complaints.unexpected.append(f"{name} (a second spelling of {actual[canonical]})")
+        actual[canonical] = name
+    num_mtp = max((int(m.group(1)) + 1 for m in map(_MTP_LAYER.match, actual) if m), default=0)
+    pieces = [
+        piece for entry in name_map(checkpoint.config, num_mtp) for piece in _choose(entry, actual)
+    ]
+    wanted = {piece.source for piece in pieces}
+    ignored = {"lm_head.weight"} if checkpoint.config.tie_embeddings else set()
+    complaints.unexpected += [actual[name] for name in actual if name not in wanted | ignored]
+    for piece in pieces:
+        if piece.source not in actual:
+            complaints.missing.append(piece.source)
+            continue
+        shape = checkpoint.info(actual[piece.source]).shape
+        if tuple(shape) != piece.shape:
+            complaints.misshapen.append(f"{actual[piece.source]} is {list(shape)}, expected {list(piece.shape)}")
+    complaints.raise_if_any(checkpoint.path)
+    return pieces, actual, num_mtp
+
+
+def _choose(entry: Entry, present: Mapping[str, str]) -> tuple[Piece, ...]:
+    if isinstance(entry, Piece):
+        return (entry,)
+    for option in entry.options:
+        if any(piece.source in present for piece in option):
+            return option
+    return entry.options[0]
+
+
+@dataclass(frozen=True)
+class _Part:
+    parameter: Tensor
+    piece: Piece
+
+    def copy_from(self, tensor: Tensor) -> None:
+        with torch.no_grad():
+            index = self.piece.index
+            if not index:
+                self.parameter.copy_(tensor.view(self.parameter.shape))
+                return
+            if isinstance(index[0], Tensor):
+                moved = tensor.to(self.parameter.device, self.parameter.dtype)
+                self.parameter.index_copy_(0, index[0].to(self.parameter.device), moved)
+                return
+            self.parameter[index].copy_(tensor)
+
+    def read(self) -> Tensor:
+        part = self.parameter[self.piece.index] if self.piece.index else self.parameter
+        return part.detach().reshape(self.piece.shape)
+
+
+def _part(parameter: Tensor, piece: Piece) -> _Part:
+    return _Part(parameter, piece)
+
+
+def export_tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under its Hugging Face name, packed as published, experts apart."""
+    parameters = dict(model.named_parameters())
+    num_mtp = len(model.mtp.layers) if model.mtp is not None else 0
+    for entry in name_map(model.config, num_mtp):
+        options = entry.options[_saved_layout(model.config)] if isinstance(entry, Alternatives) else (entry,)
+        for piece in options:
+            yield piece.source, _part(parameters[piece.target], piece).read()
+
+
+def _saved_layout(config: ModelConfig) -> int:
+    """Qwen3.5 keeps its experts fused on disk, every other family apart."""
+    return 1 if config.model_type.startswith("qwen3_5") else 0
+
+
+def save_model(
+    model: CausalLM,
+    path: str | Path,
+    *,
+    companions: str | Path | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a directory that ``transformers`` loads, under a temporary name and then renamed.
+
+    Args:
+        model: any supported family.
+        path: the new directory.
+        companions: directory whose tokenizer, template and generation files are copied along.
+        extra_files: more files by name.
+        overwrite: replace an existing directory.
+    """
+    files: dict[str, bytes] = {}
+    if companions is not None:
+        for name in COMPANIONS:
+            file = Path(companions) / name
+            if file.is_file():
+                files[name] = file.read_bytes()
+    files.update(extra_files or {})
+    raw = {key: value for key, value in model.config.raw.items() if key not in ("quantization_config", "torch_dtype")}
+    raw["dtype"] = str(model.dtype).removeprefix("torch.")
+    save_checkpoint(path, export_tensors(model), raw, extra_files=files, overwrite=overwrite)

@@ -1,0 +1,1 @@
+"""Training on one machine: data, losses, optimiser, a resumable loop."""

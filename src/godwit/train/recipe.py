@@ -1,0 +1,157 @@
+"""A training recipe: one TOML file, checked field by field before anything is loaded."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from godwit.errors import UsageError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A span of the run with its own data mix and loss weights.
+
+    Attributes:
+        until: fraction of the run, 0 to 1, at which the stage ends.
+        mix: share of tokens of each source; need not sum to one.
+        role_weights: loss weight of assistant and running text, user turns, everything else.
+        mtp_weight: weight of the multi-token-prediction loss; 0 skips the module.
+    """
+
+    until: float
+    mix: dict[str, float]
+    role_weights: list[float] = field(default_factory=lambda: [1.0, 0.25, 0.0])
+    mtp_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to train, on what, how long.
+
+    Attributes:
+        model: a ``config.json`` as a table.
+        data: directory of pre-tokenised sources (``<name>.tokens.npy``, ``.roles.npy``, ``.offsets.npy``).
+        tokenizer: directory whose tokenizer files are exported with the model.
+        steps: optimiser steps.
+        row_length: tokens of a packed row, a multiple of 64.
+        rows: rows of a micro-batch.
+        accumulate: micro-batches of a step.
+        schedule: warm-up, then constant, then linear decay to zero over the last ``decay`` share of the run.
+    """
+
+    model: dict[str, Any]
+    data: str
+    tokenizer: str
+    steps: int
+    stage: list[Stage]
+    num_mtp: int = 1
+    row_length: int = 2048
+    rows: int = 8
+    accumulate: int = 1
+    learning_rate: float = 2e-3
+    optimizer: str = "adamw"
+    warmup_steps: int = 100
+    decay: float = 0.3
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+    aux_weight: float = 1e-3
+    seed: int = 0
+    autocast: bool = True
+    save_every: int = 100
+    evaluate_every: int = 250
+    evaluate_on: list[str] = field(default_factory=list)
+    evaluate_batches: int = 4
+
+    @staticmethod
+    def from_file(path: str | Path) -> Recipe:
+        """Read a recipe; relative paths in it are relative to its own directory.
+
+        Raises:
+            UsageError: no such file, not TOML, unknown or missing fields, impossible values.
+        """
+        file = Path(path)
+        if not file.is_file():
+            raise UsageError(f"{file}: no such recipe; give the path of a TOML file")
+        try:
+            raw = tomllib.loads(file.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UsageError(f"{file}: not valid TOML: {error}") from error
+        stages = raw.get("stage")
+        if not isinstance(stages, list) or not stages:
+            raise UsageError(f"{file}: a recipe needs at least one [[stage]] table")
+        raw["stage"] = [_build(Stage, stage, f"{file}: [[stage]]") for stage in stages]
+        for name in ("data", "tokenizer"):
+            if isinstance(raw.get(name), str):
+                raw[name] = str((file.parent / raw[name]).resolve())
+        recipe = _build(Recipe, raw, str(file))
+        recipe.check(str(file))
+        return recipe
+
+    def check(self, where: str) -> None:
+        """Raises: UsageError: values that cannot work together."""
+        problems = [
+            (self.steps < 1, "steps must be at least 1"),
+            (self.row_length < 64 or self.row_length % 64 != 0, "row_length must be a multiple of 64"),
+            (self.rows < 1 or self.accumulate < 1, "rows and accumulate must be at least 1"),
+            (self.optimizer not in ("adamw", "muon"), 'optimizer must be "adamw" or "muon"'),
+            (not 0 < self.learning_rate < 1, "learning_rate must lie between 0 and 1"),
+            (not 0 <= self.decay <= 1, "decay must lie between 0 and 1"),
+            (self.num_mtp not in (0, 1), "num_mtp must be 0 or 1"),
+            (abs(self.stage[-1].until - 1.0) > 1e-9, "the last stage must end at until = 1.0"),
+            (any(len(s.role_weights) != 3 for s in self.stage), "role_weights needs three numbers"),
+            (any(not s.mix or min(s.mix.values()) < 0 for s in self.stage), "mix needs weights of zero or more"),
+            (any(s.mtp_weight and not self.num_mtp for s in self.stage), "mtp_weight needs num_mtp = 1"),
+        ]
+        for wrong, sentence in problems:
+            if wrong:
+                raise UsageError(f"{where}: {sentence}")
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage of a step counted from zero."""
+        for stage in self.stage:
+            if step < stage.until * self.steps:
+                return stage
+        return self.stage[-1]
+
+    def learning_rate_at(self, step: int) -> float:
+        """Warm-up, constant, linear decay to zero."""
+        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        left = (self.steps - step) / max(1.0, self.decay * self.steps)
+        return self.learning_rate * min(warm, 1.0, left)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.rows * self.row_length * self.accumulate
+
+
+def _build(kind: type[T], raw: Mapping[str, Any], where: str) -> T:
+    hints = get_type_hints(kind)
+    known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
+    for name in raw:
+        if name not in known:
+            raise UsageError(f"{where}: unknown field {name!r}; known are {', '.join(known)}")
+    values: dict[str, Any] = {}
+    for name, item in known.items():
+        if name not in raw:
+            if item.default is MISSING and item.default_factory is MISSING:
+                raise UsageError(f"{where}: field {name!r} is missing")
+            continue
+        values[name] = _checked(raw[name], hints[name], f"{where}: {name}")
+    return kind(**values)
+
+
+def _checked(value: Any, hint: Any, where: str) -> Any:
+    wanted = getattr(hint, "__origin__", hint)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        raise UsageError(f"{where} must be {wanted.__name__}, found {value!r}")
+    return value
