@@ -1,0 +1,360 @@
+"""Chat templates: a conversation as text, by the Jinja program that a checkpoint ships.
+
+Nobody is trusted. The template runs in `template_worker`, a process with limits. `Shield` breaks up every
+literal of a control token in the messages before rendering, so that whatever a user types stays text.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import secrets
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import TemplateError
+from .template_worker import read_frame, write_frame
+
+MAX_SOURCE_CHARS = 1 << 20
+MAX_DEPTH = 64
+_CALL_KEYS = ("name", "arguments")
+_ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_OWN_WORDS = frozenset(("content", "reasoning_content", "reasoning", "thinking"))
+_PRIVATE_USE = range(0xF0000, 0xFFFFE)
+ROLE_ASSISTANT, ROLE_USER, ROLE_OTHER = 0, 1, 2
+TOOL_RESULT = "<tool_response>"
+
+
+class ChatTemplate:
+    """A Jinja chat template, rendered in its own process with limits of time, memory and output.
+
+    `source` is the template; `tool_source`, where a checkpoint has two, is used when tools are given.
+    `special` holds the strings that templates know by name (`bos_token`, `eos_token`, ...). The process
+    starts with the first rendering and stays. Safe to use from several threads and after a fork.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        special: Mapping[str, str] | None = None,
+        *,
+        tool_source: str | None = None,
+        seconds: float = 5.0,
+        memory_bytes: int = 1 << 30,
+        output_chars: int = 1 << 24,
+    ) -> None:
+        if max(len(source), len(tool_source or "")) > MAX_SOURCE_CHARS:
+            raise TemplateError(
+                f"the chat template is longer than {MAX_SOURCE_CHARS} characters; use another one"
+            )
+        self.source, self.tool_source, self.special = source, tool_source, dict(special or {})
+        self._worker = _Worker(
+            {
+                "sources": {"default": source} | ({} if tool_source is None else {"tools": tool_source}),
+                "seconds": seconds,
+                "memory_bytes": memory_bytes,
+                "output_chars": output_chars,
+            }
+        )
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """The conversation as one text; `kwargs` become template variables (`enable_thinking=False`, ...).
+
+        Raises TemplateError when a message is malformed, and when the template fails or exceeds a limit.
+        """
+        variables = {
+            **self.special,
+            "documents": None,
+            **kwargs,
+            "messages": normalise_messages(messages),
+            "tools": list(tools) if tools else None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        name = "tools" if tools and self.tool_source is not None else "default"
+        answer = self._worker.ask({"source": name, "variables": variables})
+        if "error" in answer:
+            raise TemplateError(f"the chat template cannot be rendered: {answer['error']}")
+        return str(answer["text"])
+
+
+class _Worker:
+    """Starts `template_worker` when it is needed, and again after a limit has ended it."""
+
+    def __init__(self, setup: Mapping[str, Any]) -> None:
+        self._setup = dict(setup)
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner = 0
+        self._stop: Callable[[], object] = lambda: None
+
+    def __reduce__(self) -> tuple[type[_Worker], tuple[dict[str, Any]]]:
+        return _Worker, (self._setup,)
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        with self._lock:
+            # After a fork the pipe belongs to the parent: two processes must not talk over it.
+            if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
+                self._start()
+            answer = self._exchange(request)
+            if answer is None:
+                raise TemplateError(
+                    f"the chat template was stopped: it takes more than {self._setup['seconds']} seconds "
+                    f"or {self._setup['memory_bytes'] >> 20} MiB; use another template"
+                )
+            return answer
+
+    def _start(self) -> None:
+        self._drop()
+        script = Path(__file__).with_name("template_worker.py")
+        pipe, silence = subprocess.PIPE, subprocess.DEVNULL
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-I", str(script)], stdin=pipe, stdout=pipe, stderr=silence
+            )
+        except OSError as error:
+            raise TemplateError(
+                f"the process that renders chat templates cannot be started: {error}"
+            ) from None
+        self._process, self._owner = process, os.getpid()
+        self._stop = weakref.finalize(self, _end, process, self._owner)
+        if self._exchange(self._setup | {"sys_path": sys.path}) is None:
+            raise TemplateError(
+                "the process that renders chat templates ended at its start; "
+                f"check that `{sys.executable}` can import jinja2"
+            )
+
+    def _drop(self) -> None:
+        self._stop()
+        self._process = None
+
+    def _exchange(self, value: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The answer, or None when the process has ended."""
+        process = self._process
+        if process is None or process.stdin is None or process.stdout is None:
+            return None
+        answer = None
+        try:
+            write_frame(process.stdin, value)
+            answer = read_frame(process.stdout)
+        except (EOFError, OSError):
+            return None
+        except (TypeError, ValueError, RecursionError) as error:
+            raise TemplateError(
+                f"messages, tools and template arguments have to be plain JSON: {error}"
+            ) from None
+        finally:
+            # Interrupted half-way (also by Ctrl-C), the pipe would hand this answer to the next request.
+            if answer is None:
+                self._drop()
+        return dict(answer)
+
+
+def _end(process: subprocess.Popen[bytes], owner: int) -> None:
+    if os.getpid() != owner:
+        process.returncode = 0  # a fork has no say over its parent's processes
+        return
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            try:
+                stream.close()
+            except OSError:  # what was still buffered has no reader any more
+                continue
+
+
+def normalise_messages(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as templates expect them.
+
+    Text parts are joined by newlines; tool calls get the OpenAI shape, with arguments as objects. Raises
+    TemplateError for a message without a plain role name.
+    """
+    return [_normalise_message(index, message) for index, message in enumerate(messages)]
+
+
+def _normalise_message(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    role = message.get("role") if isinstance(message, Mapping) else None
+    if not isinstance(role, str) or not _ROLE.fullmatch(role):
+        raise TemplateError(f"message {index} needs a `role` such as system, user, assistant or tool")
+    result = dict(message)
+    if isinstance(content := result.get("content"), list) and all(map(_is_text_part, content)):
+        result["content"] = "\n".join(part["text"] for part in content)
+    if calls := result.get("tool_calls"):
+        if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+            raise TemplateError(f"`tool_calls` of message {index} has to be a list of objects")
+        result["tool_calls"] = [_normalise_call(call) for call in calls]
+    return result
+
+
+def _is_text_part(part: object) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _normalise_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Both `{"name", "arguments"}` and `{"id", "type", "function": {...}}` become the second shape."""
+    inner = call.get("function")
+    own = {key: value for key, value in call.items() if key in _CALL_KEYS}
+    function = dict(inner) if isinstance(inner, Mapping) else own
+    rest = {key: value for key, value in call.items() if key not in _CALL_KEYS and key != "function"}
+    if isinstance(text := function.get("arguments"), str):
+        function["arguments"] = _parse_object(text)
+    return {"type": "function", **rest, "function": function}
+
+
+def _parse_object(text: str) -> Any:
+    """The object in a JSON text, or the text itself where a model wrote something else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, dict) else text
+
+
+class Shield:
+    """Keeps literals of control tokens in messages from becoming control tokens.
+
+    A private-use character, the mark, is put inside every such literal before rendering. The rendered text is
+    then split at the literals that are still whole, which only the template can have written, and the mark is
+    removed. `literals` are the control tokens; the text of an assistant is shielded only against `reserved`,
+    since the others (`<think>`, `<tool_call>`, ...) are the model's own words.
+    """
+
+    def __init__(self, literals: Iterable[str], reserved: Iterable[str]) -> None:
+        self._all = _Breaker(literals)
+        self._reserved = _Breaker(reserved)
+
+    def apply(
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+    ) -> tuple[str, list[dict[str, Any]], list[Any] | None, dict[str, Any]]:
+        """(mark, messages, tools, variables), marked; raises TemplateError for what is nested too deeply."""
+        plain = normalise_messages(messages)
+        mark = _unused_character(_strings([plain, tools, dict(variables)]))
+        shielded = [
+            {
+                key: value if key == "role" else self._breaker(message["role"], key).walk(value, mark)
+                for key, value in message.items()
+            }
+            for message in plain
+        ]
+        walk = self._all.walk
+        return mark, shielded, walk(tools, mark), walk(dict(variables), mark)
+
+    def _breaker(self, role: str, key: str) -> _Breaker:
+        return self._reserved if role == "assistant" and key in _OWN_WORDS else self._all
+
+
+class _Breaker:
+    """Inserts the mark into whole literals, and into the parts of one at either end of a string.
+
+    The parts matter where a template joins two strings: neither may complete what the other begins.
+    """
+
+    def __init__(self, literals: Iterable[str]) -> None:
+        words = sorted({word for word in literals if len(word) > 1})
+        # A look-ahead finds overlapping literals as well.
+        self._whole = re.compile(f"(?={'|'.join(map(re.escape, words))})" if words else r"(?!)")
+        beginnings = {word[:size] for word in words for size in range(1, len(word))}
+        endings = {word[size:] for word in words for size in range(1, len(word))}
+        # Parts that look like ordinary words are left alone: templates compare words.
+        self._beginnings = {part for part in beginnings if not part[0].isalnum()}
+        self._endings = {part for part in endings if not part[-1].isalnum()}
+        self._longest = max(map(len, words), default=0)
+
+    def walk(self, value: Any, mark: str) -> Any:
+        if isinstance(value, str):
+            return self._break(value, mark)
+        if isinstance(value, Mapping):
+            return {self.walk(key, mark): self.walk(item, mark) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.walk(item, mark) for item in value]
+        return value
+
+    def _break(self, text: str, mark: str) -> str:
+        places = sorted({*self._ends(text), *(match.start() + 1 for match in self._whole.finditer(text))})
+        if not places:
+            return text
+        cuts = itertools.pairwise([0, *places, len(text)])
+        return mark.join(text[start:stop] for start, stop in cuts)
+
+    def _ends(self, text: str) -> Iterator[int]:
+        core = text.strip()  # templates often strip
+        start = len(text) - len(text.lstrip())
+        for size in range(1, min(self._longest, len(core) + 1)):
+            if core[-size:] in self._beginnings:
+                yield start + len(core) - size + 1
+            if core[:size] in self._endings:
+                yield start + size - 1
+
+
+class RoleTracker:
+    """Follows the turns of a rendered ChatML text, piece by piece, and says whose words they are.
+
+    ROLE_ASSISTANT: what an assistant wrote, with the `<|im_end|>` that closes it. ROLE_USER: what a user
+    wrote, likewise. ROLE_OTHER: system text, tools, tool results, headers, everything between the turns.
+    """
+
+    def __init__(self) -> None:
+        self._code = ROLE_OTHER
+        self._in_header = False
+
+    def control(self, token: str) -> int:
+        """The code of a control token."""
+        if token == "<|im_start|>":
+            self._code, self._in_header = ROLE_OTHER, True
+        code = self._code
+        if token == "<|im_end|>":
+            self._code, self._in_header = ROLE_OTHER, False
+        return code
+
+    def text(self, text: str, following: str) -> tuple[int, int]:
+        """(characters of the header in `text`, code of the others); `following` is the next control token."""
+        if not self._in_header:
+            return 0, self._code
+        self._in_header = False
+        role, _, body = text.partition("\n")
+        # A user who types the tag has it broken up by the shield, so a whole one is the template's.
+        if role == "user" and not (body.lstrip() or following).startswith(TOOL_RESULT):
+            self._code = ROLE_USER
+        elif role == "assistant":
+            self._code = ROLE_ASSISTANT
+        return len(text) - len(body), self._code
+
+
+def _strings(value: Any, depth: int = 0) -> Iterator[str]:
+    if depth > MAX_DEPTH:
+        raise TemplateError(f"messages and tools may be nested {MAX_DEPTH} levels deep at most")
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _strings(key, depth + 1)
+            yield from _strings(item, depth + 1)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _strings(item, depth + 1)
+
+
+def _unused_character(texts: Iterable[str]) -> str:
+    used = set(itertools.chain.from_iterable(text for text in texts if not text.isascii()))
+    first = secrets.randbelow(len(_PRIVATE_USE))
+    for code in itertools.chain(_PRIVATE_USE[first:], _PRIVATE_USE[:first]):
+        if chr(code) not in used:
+            return chr(code)
+    raise TemplateError("the messages use every private-use character of plane 15; remove some")

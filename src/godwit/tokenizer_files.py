@@ -1,0 +1,71 @@
+"""Reading the small files around a tokenizer: JSON with limits, the chat template, the special tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .chat_template import ChatTemplate
+from .errors import CheckpointError
+
+MAX_SIDE_FILE_BYTES = 16 << 20
+
+
+def read_json(path: Path, limit: int = MAX_SIDE_FILE_BYTES) -> dict[str, Any] | None:
+    """The object in a file, or None where there is no file; raises CheckpointError."""
+    text = read_text(path, limit)
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object; download it again")
+    return value
+
+
+def read_text(path: Path, limit: int = MAX_SIDE_FILE_BYTES) -> str | None:
+    """The text of a file, or None where there is no file; raises CheckpointError."""
+    try:
+        if path.stat().st_size > limit:
+            raise CheckpointError(
+                f"{path} is refused: it is larger than {limit >> 20} MiB, more than any needs"
+            )
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def read_template(
+    folder: Path, settings: Mapping[str, Any], special: Mapping[str, str]
+) -> ChatTemplate | None:
+    """The template of a checkpoint: `chat_template.jinja`, else the one or two in `tokenizer_config.json`."""
+    text = read_text(folder / "chat_template.jinja")
+    if text is not None:
+        return ChatTemplate(text, special)
+    found = settings.get("chat_template")
+    named = {"default": found} if isinstance(found, str) else {}
+    for entry in found if isinstance(found, list) else []:
+        if isinstance(entry, dict) and isinstance(entry.get("template"), str):
+            named[str(entry.get("name"))] = entry["template"]
+    if not named:
+        return None
+    default = named.get("default", next(iter(named.values())))
+    return ChatTemplate(default, special, tool_source=named.get("tool_use"))
+
+
+def token_text(value: Any) -> str | None:
+    """The text of a special token, which files give as a string or as an object with `content`."""
+    text = value.get("content") if isinstance(value, Mapping) else value
+    return text if isinstance(text, str) else None
+
+
+def eos_ids(value: Any) -> list[int]:
+    """The ids in an `eos_token_id`, which files give as a number, a list or null."""
+    values = value if isinstance(value, list) else [value]
+    return [id for id in values if isinstance(id, int) and not isinstance(id, bool)]
