@@ -1,0 +1,169 @@
+"""Block-wise FP8 weights, as the official Qwen FP8 checkpoints store them.
+
+A weight ``[..., out, in]`` in E4M3 (the "fn" flavour: largest value 448, no infinities) comes with a tensor
+of the same name plus ``_scale_inv``, ``[..., ceil(out / 128), ceil(in / 128)]``. Despite that name the scale
+multiplies: ``W[i, j] = float(q[i, j]) * scale[i // 128, j // 128]``. Source: ``FineGrainedFP8Config`` in
+transformers and the model cards of the Qwen FP8 releases.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from godwit.errors import CheckpointError, UnsupportedModelError
+
+SCALE_SUFFIX = "_scale_inv"
+E4M3_MAX = 448.0
+DEFAULT_BLOCK = (128, 128)
+READABLE = "Godwit reads unquantised weights and block-wise FP8 (quant_method 'fp8' with dynamic activations)"
+
+# Rows are converted in pieces of about this many elements, so that the float32 in between stays small.
+_PIECE = 1 << 18
+
+
+def fp8_block_size(raw_config: Mapping[str, Any]) -> tuple[int, int]:
+    """The block [out, in] one scale covers, from a ``config.json``; 128 x 128 where it says nothing.
+
+    Raises:
+        UnsupportedModelError: the config announces another quantisation.
+        CheckpointError: the quantisation section makes no sense.
+    """
+    config = _quantization_section(raw_config)
+    if config is None:
+        return DEFAULT_BLOCK
+    if not isinstance(config, Mapping):
+        raise CheckpointError(
+            "the quantization_config of config.json is not a JSON object; correct or remove it"
+        )
+    method = config.get("quant_method")
+    if method != "fp8":
+        raise UnsupportedModelError(
+            f"the checkpoint is quantised with quant_method {method!r:.60}; {READABLE}"
+        )
+    for field, known in (("activation_scheme", "dynamic"), ("fmt", "e4m3")):
+        if config.get(field, known) != known:
+            raise UnsupportedModelError(
+                f"the checkpoint's FP8 weights have {field} {config[field]!r:.60}; {READABLE}"
+            )
+    return _block(config.get("weight_block_size", list(DEFAULT_BLOCK)))
+
+
+def _quantization_section(raw_config: Mapping[str, Any]) -> object:
+    text = raw_config.get("text_config")
+    for part in (raw_config, text if isinstance(text, Mapping) else {}):
+        # "compression_config" and "quantization" are the names older compressed-tensors and MLX files use.
+        for key in ("quantization_config", "compression_config", "quantization"):
+            if part.get(key) is not None:
+                return part[key]
+    return None
+
+
+def _block(value: object) -> tuple[int, int]:
+    if value is None:
+        raise UnsupportedModelError(f"the checkpoint's FP8 weights have one scale a tensor; {READABLE}")
+    if not isinstance(value, list) or len(value) != 2 or not all(type(side) is int for side in value):
+        raise CheckpointError(
+            f"weight_block_size in config.json is {value!r:.60}, not two whole numbers; correct it"
+        )
+    rows, columns = value
+    if not (1 <= rows <= 2**20 and 1 <= columns <= 2**20):
+        raise CheckpointError(
+            f"weight_block_size in config.json is {value!r:.60}, which is out of range; correct it"
+        )
+    return rows, columns
+
+
+def fp8_scale_shape(shape: tuple[int, ...], block: tuple[int, int] = DEFAULT_BLOCK) -> tuple[int, ...]:
+    """Shape of the scales of a weight ``[..., out, in]``."""
+    return (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
+
+
+def dequantize_fp8(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    block: tuple[int, int] = DEFAULT_BLOCK,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The weight ``[..., out, in]`` in bfloat16, multiplied in float32 and rounded once.
+
+    With ``out`` given (same shape, any floating dtype and device) the rounded values are written there
+    instead; the memory in between is a few MiB either way.
+
+    Raises:
+        CheckpointError: the scales have the wrong shape, or some of them are not finite.
+    """
+    shape = tuple(q.shape)
+    if len(shape) < 2 or tuple(scale.shape) != fp8_scale_shape(shape, block):
+        raise CheckpointError(
+            f"FP8 weight of shape {list(shape)} has scales of shape {list(scale.shape)}, "
+            f"which do not fit blocks of {block[0]} x {block[1]}; fetch the checkpoint again"
+        )
+    scale = scale.to(torch.float32)
+    if not bool(torch.isfinite(scale).all()):
+        raise CheckpointError("an FP8 weight has scales that are not finite; fetch the checkpoint again")
+    weight = torch.empty(shape, dtype=torch.bfloat16, device=q.device) if out is None else out
+    for matrix, first, last in _pieces(shape):
+        values = q[matrix][first:last].to(torch.float32)
+        values.mul_(_spread(scale[matrix], block, first, last, shape[-1]))
+        weight[matrix][first:last].copy_(values.to(torch.bfloat16))
+    return weight
+
+
+def quantize_fp8(
+    weight: torch.Tensor, block: tuple[int, int] = DEFAULT_BLOCK
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise ``[..., out, in]`` to (E4M3 codes of the same shape, float32 scales).
+
+    The scale of a block is its largest magnitude / 448, or 1 for a block of zeros; codes are rounded to the
+    nearest, ties to even.
+
+    Raises:
+        CheckpointError: fewer than two dimensions, or a value that is not finite.
+    """
+    shape = tuple(weight.shape)
+    if len(shape) < 2:
+        raise CheckpointError(
+            f"only matrices are stored as block-wise FP8, this tensor has shape {list(shape)}"
+        )
+    if not bool(torch.isfinite(weight).all()):
+        raise CheckpointError("a weight with values that are not finite cannot be stored as FP8")
+    scale = _block_amax(weight, block) / E4M3_MAX
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    q = torch.empty(shape, dtype=torch.float8_e4m3fn, device=weight.device)
+    for matrix, first, last in _pieces(shape):
+        values = weight[matrix][first:last].to(torch.float32)
+        values = values / _spread(scale[matrix], block, first, last, shape[-1])
+        q[matrix][first:last] = values.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return q, scale
+
+
+def _block_amax(weight: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    rows, columns = weight.shape[-2:]
+    height, width = block[0], min(block[1], max(columns, 1))
+    amax = torch.zeros(fp8_scale_shape(tuple(weight.shape), block), dtype=torch.float32, device=weight.device)
+    for row in range(amax.shape[-2]):
+        band = weight[..., row * height : min(rows, (row + 1) * height), :].abs().amax(dim=-2)
+        padded = functional.pad(band, (0, -columns % width))
+        amax[..., row, :] = padded.reshape(*padded.shape[:-1], amax.shape[-1], width).amax(dim=-1)
+    return amax
+
+
+def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], int, int]]:
+    """(index of the leading dimensions, first row, last row) of pieces that cover ``shape``."""
+    *leading, rows, columns = shape
+    step = max(1, _PIECE // max(columns, 1))
+    for matrix in itertools.product(*map(range, leading)):
+        for first in range(0, rows, step):
+            yield matrix, first, min(rows, first + step)
+
+
+def _spread(scale: torch.Tensor, block: tuple[int, int], first: int, last: int, columns: int) -> torch.Tensor:
+    """The scale of every element of rows [first, last) of a matrix with ``columns`` columns."""
+    rows = torch.arange(first, last, device=scale.device) // block[0]
+    return scale[rows].repeat_interleave(min(block[1], columns), dim=1)[:, :columns]

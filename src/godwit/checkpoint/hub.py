@@ -1,0 +1,137 @@
+"""From what the user typed to a directory: a local path, or a Hugging Face Hub repository in the cache."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import errors as hub_errors
+
+from godwit.checkpoint.layout import PICKLES
+from godwit.errors import CheckpointError, GodwitError, OfflineError, UsageError
+
+#: What is fetched: weights, configuration, tokenizer and chat template, at the top level only; never code.
+ALLOWED = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model", "*.tiktoken")
+IGNORED = ("*/*", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.py")
+
+_SCHEME = "hf://"
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_LOCAL_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def repository_id(source: str | Path) -> str | None:
+    """The Hub repository that ``source`` means, or None where it means a local path.
+
+    ``hf://org/name`` always is a repository; ``org/name`` is one where no such local path exists.
+    """
+    if isinstance(source, Path):
+        return None
+    name = source.removeprefix(_SCHEME)
+    if not _REPOSITORY.fullmatch(name) or {".", ".."} & set(name.split("/")):
+        if name != source:
+            raise UsageError(f"{source!r:.100} names no Hub repository; write it as hf://organisation/name")
+        return None
+    return name if name != source or not os.path.lexists(source) else None
+
+
+def locate(source: str | Path, revision: str | None = None) -> Path:
+    """The directory of a checkpoint, downloaded first if ``source`` is a Hub repository that is not cached.
+
+    Raises:
+        CheckpointError: no such directory or repository, or a file where a directory belongs.
+        OfflineError: the Hub cannot be reached and its cache lacks the repository.
+        UsageError: a revision for a local directory.
+    """
+    repository = repository_id(source)
+    if repository is not None:
+        return _from_hub(repository, lambda: _download(repository, revision))
+    _refuse_revision(source, revision)
+    if os.path.isdir(source) and str(source):
+        return Path(source)
+    raise CheckpointError(_not_a_directory(source))
+
+
+def locate_config(source: str | Path, revision: str | None = None) -> Path:
+    """The ``config.json`` of ``source``: a directory, the file itself or a Hub repository; no weights.
+
+    Raises: as :func:`locate`.
+    """
+    repository = repository_id(source)
+    if repository is not None:
+        return _from_hub(
+            repository, lambda: huggingface_hub.hf_hub_download(repository, "config.json", revision=revision)
+        )
+    if os.path.isfile(source) and str(source).endswith(".json"):
+        _refuse_revision(source, revision)
+        return Path(source)
+    return locate(source, revision) / "config.json"
+
+
+def _refuse_revision(source: str | Path, revision: str | None) -> None:
+    if revision is not None:
+        raise UsageError(
+            f"{source}: a revision applies to a Hub repository, not to a local path; leave it out"
+        )
+
+
+def _not_a_directory(source: str | Path) -> str:
+    text = str(source)
+    if not os.path.isfile(source):
+        return (
+            f"{text or repr(text)}: no such directory; give a model directory, or a Hub repository as "
+            "organisation/name"
+        )
+    if text.endswith(PICKLES):
+        return f"{text}: a pickle, which can run code and is never opened; convert it to safetensors"
+    if text.endswith(".json"):
+        return (
+            f"{text}: a bare config without weights; give the directory with it and the *.safetensors files"
+        )
+    return f"{text}: a file; give the directory that holds config.json and the *.safetensors files"
+
+
+def _download(repository: str, revision: str | None) -> str:
+    return huggingface_hub.snapshot_download(
+        repository, revision=revision, allow_patterns=list(ALLOWED), ignore_patterns=list(IGNORED)
+    )
+
+
+def _from_hub(repository: str, fetch: Callable[[], str]) -> Path:
+    try:
+        return Path(fetch())
+    except Exception as error:
+        # The Hub client passes on whatever its HTTP library raises, which has changed between its versions.
+        raise _explain(repository, error) from error
+
+
+def _explain(repository: str, error: Exception) -> GodwitError:
+    if isinstance(error, hub_errors.GatedRepoError):
+        return CheckpointError(
+            f"{repository}: its licence has to be accepted first; do so at "
+            f"https://huggingface.co/{repository}, then log in with 'hf auth login'"
+        )
+    if isinstance(error, hub_errors.RepositoryNotFoundError | hub_errors.HFValidationError):
+        return CheckpointError(
+            f"{repository}: no such local directory, and no such repository on the Hub for this user; "
+            "check the name, or log in with 'hf auth login' if it is private"
+        )
+    if isinstance(error, hub_errors.RevisionNotFoundError):
+        return CheckpointError(f"{repository}: the Hub has no such revision; check its name")
+    if isinstance(error, hub_errors.EntryNotFoundError) and not isinstance(
+        error, hub_errors.LocalEntryNotFoundError
+    ):
+        return CheckpointError(f"{repository}: has no config.json, so it is not a model Godwit can read")
+    if isinstance(error, OSError) and error.errno in _LOCAL_TROUBLE:
+        return CheckpointError(
+            f"{repository}: the download could not be stored ({error.strerror}); "
+            "free some space or set HF_HOME to another place"
+        )
+    return OfflineError(
+        f"{repository}: not complete in the local cache, and the Hub cannot be reached "
+        f"({type(error).__name__}); download it where there is a network "
+        f"('hf download {repository} --local-dir DIR') and give that directory instead"
+    )

@@ -1,0 +1,118 @@
+"""Which files of a model directory hold the weights, and that they agree with the index."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path, PureWindowsPath
+
+from godwit.checkpoint.safetensors import SafetensorsFile, shown, strict_json
+from godwit.errors import CheckpointError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 100_000_000
+#: Files that run code when loaded, and the indexes that point to them.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+
+_NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors", re.ASCII)
+
+
+def open_shards(directory: Path) -> dict[str, SafetensorsFile]:
+    """Tensor name -> the open file that holds it, for all weights of the directory, in file and byte order.
+
+    With an index, the files are those it names (and a tensor such a file holds beyond the index is kept);
+    without one, ``model.safetensors``, or every ``*.safetensors``. Pickles are never opened.
+
+    Raises:
+        CheckpointError: no weights, a missing shard, a damaged file, or files that contradict each other.
+    """
+    index = _read_index(directory)
+    files = sorted(set(index.values())) if index is not None else _find_weights(directory)
+    shards: dict[str, SafetensorsFile] = {}
+    for name in files:
+        shard = SafetensorsFile(directory / name)
+        for tensor in shard.entries:
+            if tensor in shards:
+                raise CheckpointError(
+                    f"{directory}: tensor {shown(tensor)} is in both {shards[tensor].path.name} and {name}; "
+                    "keep the files of one checkpoint only"
+                )
+            shards[tensor] = shard
+    for tensor, name in (index or {}).items():
+        if tensor not in shards or shards[tensor].path.name != name:
+            raise CheckpointError(
+                f"{directory / INDEX}: places tensor {shown(tensor)} in {name}, which lacks it; "
+                "fetch the index and that file again"
+            )
+    return shards
+
+
+def _read_index(directory: Path) -> dict[str, str] | None:
+    path = directory / INDEX
+    if not os.path.lexists(path):
+        return None
+    if not path.is_file() or path.stat().st_size > MAX_INDEX_BYTES:
+        raise CheckpointError(f"{path}: not a file of at most {MAX_INDEX_BYTES} bytes; fetch it again")
+    weight_map = strict_json(path.read_bytes(), path, "index").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: has no weight_map of tensor names to files; fetch it again")
+    for name in weight_map.values():
+        _check_shard_name(path, name)
+    index: dict[str, str] = weight_map
+    files = set(index.values())
+    for name in sorted(files):
+        if not (directory / name).exists():
+            raise CheckpointError(
+                f"{directory}: the index names {name}, which is missing; fetch the checkpoint again"
+            )
+    if WEIGHTS not in files and (directory / WEIGHTS).exists():
+        raise CheckpointError(
+            f"{directory}: holds {WEIGHTS} and an index that does not name it, so there are two sets of "
+            "weights; remove one"
+        )
+    return index
+
+
+def _check_shard_name(path: Path, name: object) -> None:
+    # A file name and nothing else, on any system: an index must not reach outside its directory.
+    plain = isinstance(name, str) and name == PureWindowsPath(name).name and name.isprintable()
+    if not plain or not str(name).endswith(".safetensors"):
+        raise CheckpointError(
+            f"{path}: names the file {shown(name)}; only plain names of .safetensors files in the same "
+            "directory are followed"
+        )
+
+
+def _find_weights(directory: Path) -> list[str]:
+    names = sorted(os.listdir(directory))
+    if WEIGHTS in names:
+        return [WEIGHTS]
+    found = [name for name in names if name.endswith(".safetensors") and not name.startswith(".")]
+    if not found:
+        raise CheckpointError(f"{directory}: {_without_weights(names)}")
+    _check_numbers(directory, found)
+    return found
+
+
+def _without_weights(names: list[str]) -> str:
+    if any(name.endswith(PICKLES) or name == PICKLE_INDEX for name in names):
+        return (
+            "its weights are pickles (.bin, .pt, .pth), which can run code and are never opened; "
+            "convert them to safetensors"
+        )
+    if "config.json" in names:
+        return "has a config.json but no weights (*.safetensors); fetch the weights too"
+    return "holds no checkpoint; give a directory with config.json and *.safetensors files"
+
+
+def _check_numbers(directory: Path, names: list[str]) -> None:
+    for name in names:
+        match = _NUMBERED.fullmatch(name)
+        for number in range(1, int(match[3]) + 1) if match else ():
+            wanted = f"{match[1]}-{number:05d}-of-{match[3]}.safetensors" if match else name
+            if wanted not in names:
+                raise CheckpointError(
+                    f"{directory}: {name} has a missing companion {wanted}; fetch the checkpoint again"
+                )

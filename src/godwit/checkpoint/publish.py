@@ -1,0 +1,182 @@
+"""A directory that appears whole or not at all, whenever the process that writes it is killed.
+
+The new content grows in a sibling ``.<name>.saving`` and takes its place in one rename, or in one exchange
+with the directory it replaces. Whatever a killed save left in the sibling is removed by the next one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from godwit.errors import CheckpointError
+
+_MARKER = "config.json"
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+@contextmanager
+def published_directory(path: str | Path, *, overwrite: bool) -> Iterator[Path]:
+    """A staging directory to fill; on leaving without an error it becomes ``path``.
+
+    ``path`` may be missing or empty; with ``overwrite`` it may also be a checkpoint, which is then replaced
+    as a whole.
+
+    Raises:
+        CheckpointError: ``path`` holds something else, another save is under way, or the disk refuses.
+    """
+    destination = Path(os.path.realpath(path))
+    if not destination.name:
+        raise CheckpointError(f"{destination}: not a place for a checkpoint; name a directory to create")
+    staging = destination.with_name(f".{destination.name}.saving")
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with _claimed(staging, destination):
+            _recover(destination)
+            _check_destination(destination, overwrite)
+            yield staging
+            _publish(staging, destination)
+    except OSError as error:
+        raise CheckpointError(
+            f"{destination}: could not be written ({error.strerror or error}); nothing was changed there"
+        ) from error
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file and wait until it is on the disk."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _check_destination(destination: Path, overwrite: bool) -> None:
+    if not os.path.lexists(destination):
+        return
+    if not destination.is_dir():
+        raise CheckpointError(
+            f"{destination}: not a directory a checkpoint can be saved to; choose another name"
+        )
+    names = os.listdir(destination)
+    if names and not overwrite:
+        raise CheckpointError(f"{destination}: not empty; choose another name, or ask to overwrite it")
+    if names and _MARKER not in names:
+        raise CheckpointError(
+            f"{destination}: holds files but no {_MARKER}, so it is no checkpoint and is not overwritten; "
+            "choose another name"
+        )
+
+
+@contextmanager
+def _claimed(staging: Path, destination: Path) -> Iterator[None]:
+    """Holds the staging directory, emptied, for this process alone; removes it if the save fails."""
+    staging.mkdir(exist_ok=True)
+    descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        # The save that held the lock before may have published the directory behind this descriptor.
+        if not _lock(descriptor) or not _is_still(staging, descriptor):
+            raise CheckpointError(
+                f"{destination}: another process is saving there; wait, or choose another name"
+            )
+        try:
+            _empty(staging)
+            yield
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _empty(directory: Path) -> None:
+    for entry in list(os.scandir(directory)):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            os.unlink(entry.path)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        # Some network file systems lock no directories; there the user keeps saves apart.
+        return True
+    return True
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(descriptor))
+    return False
+
+
+def _previous(destination: Path) -> Path:
+    return destination.with_name(f".{destination.name}.previous")
+
+
+def _recover(destination: Path) -> None:
+    """Finish a replacement in two renames that was cut off: see :func:`_replace`."""
+    previous = _previous(destination)
+    if not previous.is_dir():
+        return
+    if os.path.lexists(destination):
+        shutil.rmtree(previous)
+    else:
+        os.rename(previous, destination)
+
+
+def _publish(staging: Path, destination: Path) -> None:
+    _sync_directory(staging)
+    if destination.is_dir() and os.listdir(destination):
+        _replace(staging, destination)
+    else:
+        os.rename(staging, destination)
+    _sync_directory(destination.parent)
+
+
+def _replace(staging: Path, destination: Path) -> None:
+    # The lock keeps another save from taking the old directory for its staging while we remove it.
+    old = os.open(destination, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _lock(old)
+        if _exchange(staging, destination):
+            shutil.rmtree(staging, ignore_errors=True)
+            return
+        previous = _previous(destination)
+        os.rename(destination, previous)
+        os.rename(staging, destination)
+        shutil.rmtree(previous, ignore_errors=True)
+    finally:
+        os.close(old)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two directories in one step; False where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    names = os.fsencode(first), os.fsencode(second)
+    if rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], ctypes.c_uint(_RENAME_EXCHANGE)) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL):
+        return False
+    raise OSError(code, os.strerror(code))
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

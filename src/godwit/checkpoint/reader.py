@@ -1,0 +1,214 @@
+"""Checkpoint: the tensors of a model directory under their logical names."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from godwit.checkpoint import fp8
+from godwit.checkpoint.hub import locate, locate_config
+from godwit.checkpoint.layout import open_shards
+from godwit.checkpoint.safetensors import DTYPES, SafetensorsFile, TensorEntry, shown
+from godwit.config import ModelConfig, read_config_json
+from godwit.errors import CheckpointError, UnsupportedModelError
+
+# Tensors that only a quantised weight brings along: the packings of GPTQ, AWQ, compressed-tensors and
+# bitsandbytes, and scales other than ours. The weight beside them, read as if it were plain, would be noise.
+_COMPANION = re.compile(
+    r"(?:.*[._])?(?:qweight|qzeros|scales?|scale_inv|scale_2|g_idx|weight_packed|zero_point|weight_shape"
+    r"|absmax|quant_map)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What :meth:`Checkpoint.tensor` would return, and how it is stored.
+
+    ``stored`` is the dtype string in the file; ``nbytes`` counts the file's bytes, with FP8 scales.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stored: str
+    nbytes: int
+
+
+class Checkpoint:
+    """An open checkpoint directory: headers checked, data mapped and not yet read.
+
+    Opening it does not need a supported model type; :attr:`config` does. Code that a checkpoint brings along
+    (``auto_map``) is never run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open the directory ``path``; see :func:`open_checkpoint`."""
+        self.path = path
+        try:
+            self._shards = open_shards(path)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: cannot be read ({error.strerror or error}); check the directory"
+            ) from error
+        self.raw_config: dict[str, Any] = read_config_json(path)
+        self._block = fp8.fp8_block_size(self.raw_config)
+        self._scales = self._pair_scales()
+        self._hidden = frozenset(self._scales.values())
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        """The model's configuration.
+
+        Raises:
+            UnsupportedModelError: the model type or a feature of it is not supported.
+        """
+        return ModelConfig.from_dict(self.raw_config)
+
+    def names(self) -> list[str]:
+        """Logical tensor names in the order of the files' bytes; the scales of FP8 weights are left out."""
+        return [name for name in self._shards if name not in self._hidden]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shards and name not in self._hidden
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype of one tensor, without reading it.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        entry = self._entry(name)
+        scale = self._scales.get(name)
+        if scale is None:
+            return TensorInfo(entry.shape, DTYPES[entry.dtype], entry.dtype, entry.nbytes)
+        return TensorInfo(entry.shape, torch.bfloat16, entry.dtype, entry.nbytes + self._entry(scale).nbytes)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor on the CPU.
+
+        A plain tensor is a view of the memory map (writing to it changes a private copy, never the file); an
+        FP8 weight comes dequantised, as a new bfloat16 tensor.
+
+        Raises:
+            CheckpointError: there is no such tensor, or its scales are damaged.
+        """
+        self._entry(name)
+        if name not in self._scales:
+            return self._shards[name].tensor(name)
+        return self._dequantize(name, None)
+
+    def read_into(self, name: str, target: torch.Tensor) -> None:
+        """Copy one tensor into ``target`` (same shape, any dtype and device); drop the file's pages.
+
+        This is how a model is loaded within its own size: one tensor of the file is resident at a time.
+
+        Raises:
+            CheckpointError: there is no such tensor, its shape differs, or its scales are damaged.
+        """
+        entry = self._entry(name)
+        if entry.shape != tuple(target.shape):
+            raise CheckpointError(
+                f"{self.path}: tensor {shown(name)} has shape {list(entry.shape)}, but the model expects "
+                f"{list(target.shape)}; config.json and the weights do not belong together"
+            )
+        with torch.no_grad():
+            if name in self._scales:
+                self._dequantize(name, target)
+            else:
+                target.copy_(self._shards[name].tensor(name))
+        self.release(name)
+
+    def release(self, name: str) -> None:
+        """Drop the resident pages of one tensor; a view of it stays valid and reads the file again.
+
+        Changes made through such a view are lost.
+        """
+        for stored in filter(None, (name, self._scales.get(name))):
+            self._entry(stored)
+            self._shards[stored].release(stored)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors in the files, with FP8 scales."""
+        return sum(shard.entries[name].nbytes for name, shard in self._shards.items())
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all logical tensors; FP8 scales do not count."""
+        return sum(math.prod(self._entry(name).shape) for name in self.names())
+
+    def _entry(self, name: str) -> TensorEntry:
+        shard: SafetensorsFile | None = self._shards.get(name)
+        if shard is None:
+            raise CheckpointError(
+                f"{self.path}: has no tensor {shown(name)}; config.json and the weights disagree"
+            )
+        return shard.entries[name]
+
+    def _dequantize(self, name: str, out: torch.Tensor | None) -> torch.Tensor:
+        q, scale = (self._shards[stored].tensor(stored) for stored in (name, self._scales[name]))
+        try:
+            return fp8.dequantize_fp8(q, scale, self._block, out=out)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: tensor {shown(name)}: {error}") from None
+
+    def _pair_scales(self) -> dict[str, str]:
+        """FP8 weight -> its scale tensor, each pair checked; every other quantisation is refused."""
+        pairs: dict[str, str] = {}
+        for name in self._shards:
+            if self._entry(name).dtype.startswith("F8"):
+                pairs[name] = self._scale_of(name)
+        known = set(pairs.values())
+        for name in self._shards:
+            if name not in known and _COMPANION.fullmatch(name):
+                raise UnsupportedModelError(
+                    f"{self.path}: tensor {shown(name)} belongs to a quantisation Godwit does not read; "
+                    f"{fp8.READABLE}"
+                )
+        return pairs
+
+    def _scale_of(self, name: str) -> str:
+        weight, scale = self._entry(name), name + fp8.SCALE_SUFFIX
+        if scale not in self._shards:
+            raise CheckpointError(
+                f"{self.path}: FP8 tensor {shown(name)} has no {shown(scale)}; fetch the checkpoint again"
+            )
+        stored = self._entry(scale)
+        wanted = fp8.fp8_scale_shape(weight.shape, self._block) if len(weight.shape) >= 2 else None
+        if stored.shape != wanted or stored.dtype not in ("F32", "BF16"):
+            raise CheckpointError(
+                f"{self.path}: FP8 tensor {shown(name)} of shape {list(weight.shape)} has scales of shape "
+                f"{list(stored.shape)} and dtype {stored.dtype}, which do not fit blocks of "
+                f"{self._block[0]} x {self._block[1]} in F32 or BF16; fetch the checkpoint again"
+            )
+        return scale
+
+
+def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:
+    """Open a checkpoint: a local directory, or a Hub repository, which is downloaded unless it is cached.
+
+    Text of the form ``organisation/name`` is taken for a repository if no such local path exists; ``hf://``
+    in front makes sure, and a :class:`~pathlib.Path` is always local. ``revision`` is a branch, tag or commit
+    of the repository.
+
+    Raises:
+        CheckpointError: missing, damaged, hostile or incomplete; also a config without weights.
+        UnsupportedModelError: quantised in a way that is not read.
+        OfflineError: the Hub cannot be reached and its cache lacks the repository.
+    """
+    return Checkpoint(locate(source, revision))
+
+
+def read_raw_config(source: str | Path, *, revision: str | None = None) -> dict[str, Any]:
+    """The parsed ``config.json`` of a directory, the file itself or a Hub repository; no weights needed.
+
+    Raises:
+        CheckpointError: missing, too large or not a JSON object.
+        OfflineError: the Hub cannot be reached and its cache lacks the file.
+    """
+    return read_config_json(locate_config(source, revision))
