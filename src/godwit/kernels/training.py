@@ -259,6 +259,10 @@ class LinearCrossEntropy:
 
     def __call__(self, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Sum over rows of ``weights [T]`` times the loss of ``targets [T]`` for ``hidden [T, H]``."""
+        kept = -(-int(weights.count_nonzero()) // self.tile) * self.tile
+        if kept < hidden.shape[0]:  # rows that weigh nothing are left out, in whole tiles
+            rows = (weights == 0).to(torch.uint8).argsort(stable=True)[:kept]
+            hidden, targets, weights = hidden.index_select(0, rows), targets[rows], weights[rows]
         out: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, weights, self)
         return out
 
