@@ -1,13 +1,14 @@
 """Training forms of the heavy ops: same results as the reference, shaped for throughput.
 
-Shapes are static (rows of a fixed length, documents packed inside), so that ``torch.compile`` fuses the element-wise
-work; matrix products run in bfloat16 where autocast asks for it; backward passes that the tape would do wastefully
-are written out. Document borders are positions that return to zero.
+Shapes are static (rows of a fixed length, documents packed inside), so that ``torch.compile`` fuses the
+element-wise work; matrix products run in bfloat16 where autocast asks for it; backward passes that the tape
+would do wastefully are written out. Document borders are positions that return to zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,11 +17,17 @@ from torch import Tensor
 
 from godwit.kernels.reference import CHUNK, in_full_precision, l2_normalize
 
-# Log decays below this are treated as it: exp(-25) is far below float32's resolution of what it multiplies, and the
-# subnormal numbers that products of smaller values breed cost a hundred times a normal one.
+# Log decays below this are treated as it: exp(-25) is far below float32's resolution of what it multiplies,
+# and the subnormal numbers that products of smaller values breed cost a hundred times a normal one.
 MIN_LOG_DECAY = -25.0
-# Rows of one expert are padded to a multiple of this: every new matrix shape costs the CPU library a compilation.
+# An expert's rows are padded to a multiple of this: each new matrix shape costs the library a compilation.
 ROW_TILE = 256
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of matrix products with x: bfloat16 where autocast asks for it, else that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,26 +36,32 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _UnitLowerInverse(torch.autograd.Function):
-    """``(I + A)^-1`` for strictly lower A ``[..., C, C]``; the backward pass is two products instead of a solve."""
+    """``(I + A)^-1`` for strictly lower A ``[..., C, C]``; its backward pass is two products, not a solve."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor) -> Tensor:
         identity = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand_as(a)
-        inverse = torch.linalg.solve_triangular(a, identity, upper=False, unitriangular=True)
+        inverse: Tensor = torch.linalg.solve_triangular(a, identity, upper=False, unitriangular=True)
         ctx.save_for_backward(inverse)
         return inverse
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (inverse,) = ctx.saved_tensors
-        flipped = inverse.mT
+        flipped: Tensor = inverse.mT
         return -(flipped @ grad @ flipped).tril(-1)
+
+
+@in_full_precision
+def _unit_lower_inverse(a: Tensor) -> Tensor:
+    inverse: Tensor = _UnitLowerInverse.apply(a)  # type: ignore[no-untyped-call]
+    return inverse
 
 
 def _delta_prepare(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, positions: Tensor, row_length: int
 ) -> tuple[Tensor, ...]:
-    """Everything of the chunked rule that needs no inverse and no state; chunks ``N = rows * row_length / C``.
+    """All of the chunked rule that needs no inverse and no state; chunks ``N = rows * row_length / C``.
 
     Documents inside a row are kept apart by masks: decay between two documents is zero.
     """
@@ -85,17 +98,19 @@ def _delta_scan(
     inverse: Tensor, right: Tensor, from_delta: Tensor, queries: Tensor, survive: Tensor, rows: int, dv: int
 ) -> Tensor:
     """State from chunk to chunk, all rows at once, two products a step; outputs ``[T, V, Dv]``."""
-    written, reads = (inverse @ right).split((dv, queries.shape[-1]), -1)
+    written, reads = torch.split(inverse @ right, [dv, queries.shape[-1]], -1)
     from_state = torch.cat((reads, queries), -2)  # [N, V, 2 C, Dk]
 
     def steps(x: Tensor) -> tuple[Tensor, ...]:
-        return x.unflatten(0, (rows, -1)).unbind(1)
+        return torch.unflatten(x, 0, (rows, -1)).unbind(1)
 
     outputs = []
     state = written.new_zeros(rows, written.shape[1], queries.shape[-1], dv)
-    for u, f, d, keep in zip(steps(written), steps(from_state), steps(from_delta), steps(survive), strict=True):
+    for u, f, d, keep in zip(
+        steps(written), steps(from_state), steps(from_delta), steps(survive), strict=True
+    ):
         read, asked = (f @ state).chunk(2, -2)
-        new, added = (d @ (u - read)).split((CHUNK, state.shape[-2]), -2)
+        new, added = torch.split(d @ (u - read), [CHUNK, state.shape[-2]], -2)
         outputs.append(asked + new)
         state = keep * state + added
     stacked = torch.stack(outputs, 1).flatten(0, 1)  # [N, V, C, Dv]
@@ -103,21 +118,20 @@ def _delta_scan(
 
 
 class DeltaRule:
-    """:func:`reference.chunk_gated_delta_rule` for rows of ``row_length`` tokens (a multiple of the chunk)."""
+    """:func:`reference.chunk_gated_delta_rule` for rows of ``row_length`` tokens, a multiple of the chunk."""
 
     def __init__(self, compile_parts: bool = True) -> None:
         wrap = compiled if compile_parts else in_full_precision
-        self.prepare = wrap(_delta_prepare)
-        self.scan = wrap(_delta_scan)
+        self.prepare: Callable[..., tuple[Tensor, ...]] = wrap(_delta_prepare)
+        self.scan: Callable[..., Tensor] = wrap(_delta_scan)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, positions: Tensor, row_length: int
     ) -> Tensor:
-        """Arguments of the reference, positions ``[T]`` and the row length; outputs ``[T, V, Dv]`` float32."""
+        """Arguments of the reference, positions ``[T]``, the row length; outputs ``[T, V, Dv]`` float32."""
         triangle, *rest = self.prepare(q, k, v, g, beta, positions, row_length)
-        inverse: Tensor = in_full_precision(_UnitLowerInverse.apply)(triangle)
-        out: Tensor = self.scan(inverse, *rest, q.shape[0] // row_length, v.shape[-1])
-        return out
+        inverse = _unit_lower_inverse(triangle)
+        return self.scan(inverse, *rest, q.shape[0] // row_length, v.shape[-1])
 
 
 def _combine(y: Tensor, places: Tensor, weights: Tensor) -> Tensor:
@@ -129,8 +143,8 @@ def _activate(h: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def _spread(grad: Tensor, tokens: Tensor, row_weights: Tensor) -> Tensor:
-    return (grad[tokens].float() * row_weights[:, None]).to(torch.bfloat16)
+def _spread(grad: Tensor, tokens: Tensor, row_weights: Tensor, dtype: torch.dtype) -> Tensor:
+    return (grad[tokens].float() * row_weights[:, None]).to(dtype)
 
 
 def _weight_grad(grad: Tensor, y: Tensor, places: Tensor) -> Tensor:
@@ -149,7 +163,7 @@ def _sum_places(rows: Tensor, places: Tensor) -> Tensor:
 
 
 class MoeExperts:
-    """:func:`reference.moe_experts` in bfloat16: rows sorted by expert and padded, forward and backward written out."""
+    """:func:`reference.moe_experts` with rows sorted by expert and padded, and its backward written out."""
 
     def __init__(self, compile_parts: bool = True) -> None:
         wrap = compiled if compile_parts else in_full_precision
@@ -162,7 +176,7 @@ class MoeExperts:
 
     def __call__(self, x: Tensor, weights: Tensor, ids: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
         """Arguments and result of the reference; the result is float32."""
-        out: Tensor = _Experts.apply(x, weights, ids, w13, w2, self)
+        out: Tensor = _Experts.apply(x, weights, ids, w13, w2, self)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -181,10 +195,12 @@ class _Segments:
         rows = torch.arange(num_tokens * k, device=ids.device) + shift
         self.size = -(-num_tokens * k // ROW_TILE) * ROW_TILE + num_experts * ROW_TILE
         self.places = torch.empty_like(flat).index_copy_(0, order, rows).view(num_tokens, k)
-        self.tokens = torch.zeros(self.size, dtype=torch.long, device=ids.device).index_copy_(0, rows, order // k)
+        self.tokens = torch.zeros(self.size, dtype=torch.long, device=ids.device).index_copy_(
+            0, rows, order // k
+        )
         self.slots = rows, order
         bounds = [0, *ends.tolist()]
-        self.spans = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+        self.spans = [slice(a, b) for a, b in pairwise(bounds)]
 
     def buffer(self, like: Tensor, width: int) -> Tensor:
         """Uninitialised ``[size, width]`` whose rows beyond the last span are zero."""
@@ -206,8 +222,9 @@ class _Experts(torch.autograd.Function):
         ctx: Any, x: Tensor, weights: Tensor, ids: Tensor, w13: Tensor, w2: Tensor, parts: MoeExperts
     ) -> Tensor:
         segments = _Segments(ids, w13.shape[0])
-        low13, low2 = w13.to(torch.bfloat16), w2.to(torch.bfloat16)
-        rows = x.to(torch.bfloat16).index_select(0, segments.tokens)
+        dtype = product_dtype(x)
+        low13, low2 = w13.to(dtype), w2.to(dtype)
+        rows = x.to(dtype).index_select(0, segments.tokens)
         h = segments.buffer(rows, w13.shape[1])
         for span, w in zip(segments.spans, low13.unbind(0), strict=True):
             torch.mm(rows[span], w.t(), out=h[span])
@@ -225,7 +242,7 @@ class _Experts(torch.autograd.Function):
         rows, h, act, y, low13, low2, weights = ctx.saved_tensors
         segments, parts = ctx.segments, ctx.parts
         d_weights = parts.weight_grad(grad, y, segments.places).to(weights.dtype)
-        d_y = parts.spread(grad, segments.tokens, segments.row_weights(weights))
+        d_y = parts.spread(grad, segments.tokens, segments.row_weights(weights), y.dtype)
         d_act, d_w2 = segments.buffer(act, act.shape[1]), torch.empty_like(low2)
         for index, span in enumerate(segments.spans):
             torch.mm(d_y[span], low2[index], out=d_act[span])
@@ -251,7 +268,7 @@ def _entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, 
 
 
 class LinearCrossEntropy:
-    """Weighted cross entropy of ``hidden @ weight.T`` without ever holding the logits of more than ``tile`` rows."""
+    """Weighted cross entropy of ``hidden @ weight.T``, never holding logits of more than ``tile`` rows."""
 
     def __init__(self, tile: int = 1024, compile_parts: bool = True) -> None:
         self.tile = tile
@@ -263,7 +280,7 @@ class LinearCrossEntropy:
         if kept < hidden.shape[0]:  # rows that weigh nothing are left out, in whole tiles
             rows = (weights == 0).to(torch.uint8).argsort(stable=True)[:kept]
             hidden, targets, weights = hidden.index_select(0, rows), targets[rows], weights[rows]
-        out: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, weights, self)
+        out: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, weights, self)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -272,7 +289,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, parts: LinearCrossEntropy
     ) -> Tensor:
-        low_h, low_w = hidden.to(torch.bfloat16), weight.to(torch.bfloat16)
+        low_h, low_w = hidden.to(product_dtype(hidden)), weight.to(product_dtype(hidden))
         total = hidden.new_zeros((), dtype=torch.float32)
         d_hidden, d_weight = torch.empty_like(low_h), torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, hidden.shape[0], parts.tile):

@@ -32,12 +32,24 @@ class Source:
         for part in ("tokens", "roles", "offsets"):
             file = Path(directory) / f"{name}.{part}.npy"
             if not file.is_file():
-                raise UsageError(f"{file}: no such file; prepare the data first or fix the recipe's data directory")
-            arrays.append(np.load(file, mmap_mode="r", allow_pickle=False))
-        tokens, roles, offsets = arrays
-        if len(tokens) != len(roles) or len(offsets) < 2 or int(offsets[-1]) != len(tokens):
-            raise UsageError(f"{directory}: the files of source {name!r} do not belong together; prepare them again")
-        return Source(name, tokens, roles, offsets)
+                raise UsageError(
+                    f"{file}: no such file; prepare the data first or fix the recipe's data directory"
+                )
+            try:
+                arrays.append(np.load(file, mmap_mode="r", allow_pickle=False))
+            except (ValueError, EOFError, OSError) as error:
+                raise UsageError(f"{file}: not a whole array of NumPy; prepare the data again") from error
+        source = Source(name, *arrays)
+        if not source._is_sound():
+            raise UsageError(
+                f"{directory}: the files of source {name!r} do not belong together; prepare them again"
+            )
+        return source
+
+    def _is_sound(self) -> bool:
+        ends = self.offsets
+        whole = len(ends) >= 2 and len(self.tokens) == len(self.roles) == int(ends[-1]) and int(ends[0]) == 0
+        return whole and bool((np.diff(ends) > 0).all()) and int(self.roles.max()) <= 2
 
     @property
     def num_docs(self) -> int:
@@ -87,9 +99,9 @@ class Sampler:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue where :meth:`state` was taken."""
-        self.drawn.update(state["drawn"])
-        self.tokens.update(state["tokens"])
-        self.pool = [(str(name), int(index)) for name, index in state["pool"]]
+        self.drawn.update({name: state["drawn"][name] for name in self.sources if name in state["drawn"]})
+        self.tokens.update({name: state["tokens"][name] for name in self.sources if name in state["tokens"]})
+        self.pool = [(str(name), int(index)) for name, index in state["pool"] if name in self.sources]
 
     def start_stage(self) -> None:
         """Forget waiting documents and shares, so that a new mix takes effect at once."""
@@ -154,7 +166,8 @@ def finish_batch(ids: np.ndarray[Any, Any], roles: np.ndarray[Any, Any], lengths
     tokens = torch.from_numpy(ids.astype(np.int64))
     codes = torch.from_numpy(roles.astype(np.int64))
     ends = torch.tensor(lengths).cumsum(0)
-    left = torch.repeat_interleave(ends, torch.tensor(lengths)) - torch.arange(len(ids))  # tokens to the piece's end
+    # tokens from each one to the end of its piece
+    left = torch.repeat_interleave(ends, torch.tensor(lengths)) - torch.arange(len(ids))
 
     def shifted(step: int) -> tuple[Tensor, Tensor]:
         inside = left > step

@@ -24,20 +24,26 @@ class HeldOut:
     """A held-out source packed once into rows of the training shape.
 
     Args:
-        directory, name: the source, with ``<name>.bytes.npy``: UTF-8 bytes of the learned tokens of each document.
+        directory, name: the source, with ``<name>.bytes.npy``: UTF-8 bytes of each document's learned tokens.
         row_length, rows: shape of a batch; documents are cut at a row's length.
         max_batches: how much of the source is used.
 
     Raises:
-        UsageError: files missing.
+        UsageError: files missing or not belonging together.
     """
 
-    def __init__(self, directory: str | Path, name: str, row_length: int, rows: int, max_batches: int) -> None:
+    def __init__(
+        self, directory: str | Path, name: str, row_length: int, rows: int, max_batches: int
+    ) -> None:
         source = Source.open(directory, name)
         file = Path(directory) / f"{name}.bytes.npy"
         if not file.is_file():
             raise UsageError(f"{file}: no such file; a held-out source needs the byte count of each document")
         sizes = np.load(file, allow_pickle=False)
+        if len(sizes) != source.num_docs:
+            raise UsageError(
+                f"{file}: counts {len(sizes)} documents of {source.num_docs}; prepare the data again"
+            )
         self.batches: list[PackedBatch] = []
         self.num_bytes = 0.0
         documents = _cut(source, sizes, row_length)
@@ -74,7 +80,7 @@ class HeldOut:
 def _cut(
     source: Source, sizes: np.ndarray[Any, Any], limit: int
 ) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], float]]:
-    """Documents cut at ``limit`` tokens, with the bytes of the learned tokens that are left (in proportion)."""
+    """Documents cut at ``limit`` tokens, with the bytes, in proportion, of the learned tokens left."""
     for index in range(source.num_docs):
         tokens, roles = source.document(index)
         learned, kept = int((roles[1:] == 0).sum()), int((roles[1:limit] == 0).sum())

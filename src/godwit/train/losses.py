@@ -8,32 +8,48 @@ import torch
 from torch import Tensor
 
 
-def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, *, pooled: bool = True) -> Tensor:
+class ExpertLoad:
+    """How often each expert was chosen so far in a step, layer by layer (or once, for all layers pooled)."""
+
+    def __init__(self) -> None:
+        self.counts: list[Tensor] = []  # of each layer: [E]
+        self.num_tokens: list[int] = []
+
+    def add(self, layer: int, ids: Tensor, num_experts: int) -> Tensor:
+        """Count ``ids [T, k]`` and return the share of tokens so far that chose each expert ``[E]``."""
+        if layer == len(self.counts):
+            self.counts.append(ids.new_zeros(num_experts))
+            self.num_tokens.append(0)
+        self.counts[layer] += ids.flatten().bincount(minlength=num_experts)
+        self.num_tokens[layer] += ids.shape[0]
+        return self.counts[layer].float() / self.num_tokens[layer]
+
+
+def load_balancing_loss(
+    router_logits: Sequence[Tensor], top_k: int, *, pooled: bool = True, load: ExpertLoad | None = None
+) -> Tensor:
     """Switch-style balance loss, ``E * sum_e f_e P_e``; equals ``top_k`` when perfectly balanced.
 
     Args:
         router_logits: ``[T, E]`` of every sparse layer.
         top_k: experts of a token.
-        pooled: one f and P over all layers, as ``transformers`` computes it; else the mean of per-layer losses, which
-            keeps the experts of every single layer busy.
+        pooled: one f and P over all layers, as ``transformers`` computes it; else the mean of per-layer
+            losses, which keeps the experts of every single layer busy.
+        load: counts of the step's earlier micro-batches, which f then includes; advanced in place. P, which
+            carries the gradient, is of these logits alone. Without it f is of these logits too.
     """
-    groups = [torch.cat(list(router_logits))] if pooled else list(router_logits)
-    return torch.stack([_balance(logits, top_k) for logits in groups]).mean()
+    load = ExpertLoad() if load is None else load
+    losses = []
+    for layer, logits in enumerate([torch.cat(list(router_logits))] if pooled else router_logits):
+        probs = logits.float().softmax(-1)
+        share = load.add(layer, probs.topk(top_k, -1).indices, logits.shape[-1])
+        losses.append(logits.shape[-1] * (share * probs.mean(0)).sum())
+    return torch.stack(losses).mean()
 
 
-def _balance(logits: Tensor, top_k: int) -> Tensor:
-    probs = logits.float().softmax(-1)
-    ids = probs.topk(top_k, -1).indices
-    share = ids.flatten().bincount(minlength=logits.shape[-1]).to(probs.dtype) / logits.shape[0]
-    return logits.shape[-1] * (share * probs.mean(0)).sum()
-
-
-def expert_balance(router_logits: Sequence[Tensor], top_k: int) -> float:
+def expert_balance(load: ExpertLoad) -> float:
     """Load of the busiest expert over the mean load, averaged over layers; 1 is perfect."""
-    worst = []
-    for logits in router_logits:
-        counts = logits.detach().topk(top_k, -1).indices.flatten().bincount(minlength=logits.shape[-1]).float()
-        worst.append(float(counts.max() / counts.mean()))
+    worst = [float(counts.max() / counts.float().mean()) for counts in load.counts]
     return sum(worst) / len(worst) if worst else 1.0
 
 

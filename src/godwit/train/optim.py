@@ -9,32 +9,49 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from godwit.train import parallel
 from godwit.train.recipe import Recipe
 
 
 class Muon(Optimizer):
-    """Momentum orthogonalised by Newton-Schulz steps (Jordan et al. 2024); stacked matrices are treated one by one.
+    """Momentum orthogonalised by Newton-Schulz steps (Jordan et al. 2024), stacked matrices one by one.
 
-    Updates are scaled to the size of an AdamW update, ``0.2 sqrt(max(rows, cols))`` (Liu et al. 2025), so that one
-    learning rate serves both.
+    Updates are scaled to the size of an AdamW update, ``0.2 sqrt(max(rows, cols))`` (Liu et al. 2025), so
+    that one learning rate serves both.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95
+    ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update; gradients that are None are skipped."""
         for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                buffer = self.state[param].setdefault("momentum", torch.zeros_like(param))
-                buffer.lerp_(param.grad, 1 - group["momentum"])
-                update = orthogonalize(param.grad.lerp(buffer, group["momentum"]))
+            params = [param for param in group["params"] if param.grad is not None]
+            for param in params:
+                if "momentum" not in self.state[param]:
+                    self.state[param]["momentum"] = torch.zeros_like(param)
+            for param, update in zip(params, self._updates(params, group["momentum"]), strict=True):
                 size = max(param.shape[-2:])
                 param.mul_(1 - group["lr"] * group["weight_decay"])
                 param.add_(update.to(param.dtype), alpha=-group["lr"] * 0.2 * size**0.5)
+
+    def _updates(self, params: list[nn.Parameter], momentum: float) -> list[Tensor]:
+        """Each process orthogonalises its share; momentum is kept by all, so that any of them can save it."""
+        updates = []
+        for index, param in enumerate(params):
+            buffer = self.state[param]["momentum"]
+            buffer.lerp_(param.grad, 1 - momentum)
+            if index % parallel.world_size() == parallel.rank():
+                ahead = torch.lerp(param.grad, buffer, momentum)  # type: ignore[arg-type]
+                updates.append(orthogonalize(ahead).contiguous())
+            else:
+                updates.append(torch.empty_like(param, dtype=torch.bfloat16))
+        for index, update in enumerate(updates):
+            parallel.share(update, index % parallel.world_size())
+        return updates
 
 
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
@@ -42,7 +59,8 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     x = matrix.to(torch.bfloat16)
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    norm: Tensor = x.norm(dim=(-2, -1), keepdim=True)
+    x = x / (norm + 1e-7)
     a, b, c = 3.4445, -4.7750, 2.0315
     for _ in range(steps):
         gram = x @ x.mT
@@ -70,5 +88,7 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[Optimizer]:
         optimizers.append(Muon(matrices, recipe.learning_rate, recipe.weight_decay))
     else:
         adam_groups.append({"params": matrices, "weight_decay": recipe.weight_decay})
-    optimizers.append(torch.optim.AdamW(adam_groups, lr=recipe.learning_rate, betas=betas, eps=1e-8, fused=True))
+    optimizers.append(
+        torch.optim.AdamW(adam_groups, lr=recipe.learning_rate, betas=betas, eps=1e-8, fused=True)
+    )
     return optimizers

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from godwit.errors import UsageError
 
 T = TypeVar("T")
+
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list",
+    dict: "a table",
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,7 @@ class Recipe:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UsageError(f"{file}: not valid TOML: {error}") from error
         stages = raw.get("stage")
-        if not isinstance(stages, list) or not stages:
+        if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) for s in stages):
             raise UsageError(f"{file}: a recipe needs at least one [[stage]] table")
         raw["stage"] = [_build(Stage, stage, f"{file}: [[stage]]") for stage in stages]
         for name in ("data", "tokenizer"):
@@ -97,17 +107,25 @@ class Recipe:
 
     def check(self, where: str) -> None:
         """Raises: UsageError: values that cannot work together."""
+        ends = [stage.until for stage in self.stage]
+        numbers = (self.learning_rate, self.weight_decay, self.aux_weight, self.clip, *ends)
+        weights = [w for s in self.stage for w in (s.mtp_weight, *s.mix.values(), *s.role_weights)]
         problems = [
+            (not all(map(math.isfinite, (*numbers, *weights))), "every number must be finite"),
+            (min(*weights, self.weight_decay, self.aux_weight) < 0, "weights must be zero or more"),
             (self.steps < 1, "steps must be at least 1"),
             (self.row_length < 64 or self.row_length % 64 != 0, "row_length must be a multiple of 64"),
             (self.rows < 1 or self.accumulate < 1, "rows and accumulate must be at least 1"),
             (self.optimizer not in ("adamw", "muon"), 'optimizer must be "adamw" or "muon"'),
             (not 0 < self.learning_rate < 1, "learning_rate must lie between 0 and 1"),
             (not 0 <= self.decay <= 1, "decay must lie between 0 and 1"),
+            (not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1), "beta1 and beta2 must lie between 0 and 1"),
+            (self.clip <= 0, "clip must be more than 0"),
             (self.num_mtp not in (0, 1), "num_mtp must be 0 or 1"),
-            (abs(self.stage[-1].until - 1.0) > 1e-9, "the last stage must end at until = 1.0"),
+            (ends != sorted(set(ends)) or ends[0] <= 0, "each stage must end after the one before it"),
+            (abs(ends[-1] - 1.0) > 1e-9, "the last stage must end at until = 1.0"),
             (any(len(s.role_weights) != 3 for s in self.stage), "role_weights needs three numbers"),
-            (any(not s.mix or min(s.mix.values()) < 0 for s in self.stage), "mix needs weights of zero or more"),
+            (any(not any(s.mix.values()) for s in self.stage), "mix needs a source with a weight above zero"),
             (any(s.mtp_weight and not self.num_mtp for s in self.stage), "mtp_weight needs num_mtp = 1"),
         ]
         for wrong, sentence in problems:
@@ -149,9 +167,15 @@ def _build(kind: type[T], raw: Mapping[str, Any], where: str) -> T:
 
 
 def _checked(value: Any, hint: Any, where: str) -> Any:
-    wanted = getattr(hint, "__origin__", hint)
+    wanted = get_origin(hint) or hint
+    if wanted is Any:
+        return value
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-        raise UsageError(f"{where} must be {wanted.__name__}, found {value!r}")
+        raise UsageError(f"{where} must be {_KINDS.get(wanted, wanted.__name__)}, found {value!r}")
+    if wanted is list:
+        return [_checked(item, get_args(hint)[0], f"{where}: an item") for item in value]
+    if wanted is dict:
+        return {name: _checked(item, get_args(hint)[1], f"{where}: {name}") for name, item in value.items()}
     return value

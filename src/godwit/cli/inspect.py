@@ -1,0 +1,292 @@
+"""`godwit inspect`: what a model is, part by part, and the memory it takes; no weights are needed or read."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from godwit.checkpoint import Checkpoint, open_checkpoint, read_raw_config
+from godwit.checkpoint.layout import INDEX
+from godwit.config import AttentionSpec, GatedDeltaNetSpec, ModelConfig, MoeSpec
+from godwit.errors import CheckpointError
+from godwit.measure.machine import memory
+from godwit.measure.planner import PARTS, Sizes, sizes_of
+from godwit.models.loader import plan
+from godwit.models.names import canonical_name
+
+USUAL_CONTEXTS = (4096, 32768)
+
+
+def run(model: str, *, context: int | None = None, as_json: bool = False) -> None:
+    """Print the report to stdout.
+
+    Raises:
+        CheckpointError: nothing to inspect there; or, after the report, weights that do not fit the config.
+        UnsupportedModelError: a model type that Godwit does not run.
+        OfflineError: a Hub repository whose config cannot be fetched.
+    """
+    report = examine(model, context)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        show(report)
+    problem = report["weights"] and report["weights"]["problem"]
+    if problem:
+        raise CheckpointError(problem)
+
+
+def examine(model: str, context: int | None = None) -> dict[str, Any]:
+    """Collect the report; sizes are bytes, counts of parameters say so."""
+    checkpoint = _with_weights(model)
+    config = ModelConfig.from_dict(read_raw_config(model)) if checkpoint is None else checkpoint.config
+    num_mtp = _count_mtp(config, checkpoint)
+    sizes = sizes_of(config, num_mtp or 0)
+    possible = sizes_of(config, 1) if num_mtp is None else None
+    machine = memory()
+    budget = machine["total"] if machine["available"] is None else machine["available"]
+    return {
+        "model": model,
+        **_shape(config, num_mtp),
+        "parameters": {
+            "total": sizes.total,
+            "active": sizes.active,
+            "parts": {name: asdict(part) for name, part in sizes.parts.items()},
+            "mtp_if_present": possible and possible.parts["mtp"].total,
+        },
+        "cache": {
+            "kv_per_token": sizes.kv_per_token,
+            "mtp_kv_per_token": sizes.mtp_kv_per_token,
+            "mtp_kv_per_token_if_present": possible and possible.mtp_kv_per_token,
+            "state": sizes.state,
+            "conv": sizes.conv,
+        },
+        "weights": None if checkpoint is None else _weights(checkpoint),
+        "resident_bfloat16": sizes.weights,
+        "memory": machine,
+        "spare_without_context": None if budget is None else budget - sizes.resident(0),
+        "contexts": [_context(sizes, tokens, budget) for tokens in _contexts(config, context)],
+        "longest_context": None if budget is None else sizes.context_in(budget, config.max_position),
+    }
+
+
+def _with_weights(model: str) -> Checkpoint | None:
+    """The checkpoint, where weights lie in a local directory; opened, none of them read."""
+    path = Path(model)
+    if path.is_dir() and ((path / INDEX).exists() or any(path.glob("*.safetensors"))):
+        return open_checkpoint(path)
+    return None
+
+
+def _count_mtp(config: ModelConfig, checkpoint: Checkpoint | None) -> int | None:
+    """Layers for multi-token prediction; None where only the absent weights could tell."""
+    if checkpoint is not None:
+        names = map(canonical_name, checkpoint.names())
+        return int(any(name is not None and name.startswith("mtp.layers.") for name in names))
+    return config.num_mtp_layers if config.family.hybrid else 0
+
+
+def _shape(config: ModelConfig, num_mtp: int | None) -> dict[str, Any]:
+    mixers = [layer.mixer for layer in config.layers]
+    attention = next((mixer for mixer in mixers if isinstance(mixer, AttentionSpec)), None)
+    delta = next((mixer for mixer in mixers if isinstance(mixer, GatedDeltaNetSpec)), None)
+    sparse = [layer.ffn for layer in config.layers if isinstance(layer.ffn, MoeSpec)]
+    return {
+        "family": config.family.title,
+        "model_type": config.model_type,
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "max_context": config.max_position,
+        "tied_embeddings": config.tie_embeddings,
+        "layers": {
+            "total": len(mixers),
+            "delta": sum(isinstance(mixer, GatedDeltaNetSpec) for mixer in mixers),
+            "attention": sum(isinstance(mixer, AttentionSpec) for mixer in mixers),
+            "sparse": len(sparse),
+            "dense": len(mixers) - len(sparse),
+            "mtp": num_mtp,
+        },
+        "attention": attention
+        and {
+            "heads": attention.num_heads,
+            "kv_heads": attention.num_kv_heads,
+            "head_dim": attention.head_dim,
+        },
+        "delta": delta
+        and {
+            "key_heads": delta.num_k_heads,
+            "value_heads": delta.num_v_heads,
+            "key_dim": delta.head_k_dim,
+            "value_dim": delta.head_v_dim,
+        },
+        "experts": sparse[0].num_experts if sparse else 0,
+        "experts_per_token": sparse[0].top_k if sparse else 0,
+    }
+
+
+def _weights(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the files hold by stored dtype, and what is wrong with it, in a sentence."""
+    names = checkpoint.names()
+    tensors, parameters, nbytes = Counter[str](), Counter[str](), Counter[str]()
+    for name in names:
+        info = checkpoint.info(name)
+        tensors[info.stored] += 1
+        parameters[info.stored] += math.prod(info.shape)
+        nbytes[info.stored] += info.nbytes
+    problem = None
+    try:
+        plan(checkpoint)
+    except CheckpointError as error:
+        problem = str(error)
+    return {
+        "tensors": len(names),
+        "beside_the_text_model": sum(canonical_name(name) is None for name in names),
+        "bytes": nbytes.total(),
+        "dtypes": {
+            kind: {"tensors": tensors[kind], "parameters": parameters[kind], "bytes": nbytes[kind]}
+            for kind in sorted(tensors)
+        },
+        "problem": problem,
+    }
+
+
+def _contexts(config: ModelConfig, asked: int | None) -> list[int]:
+    if asked is not None:
+        return [asked]
+    return [*(tokens for tokens in USUAL_CONTEXTS if tokens < config.max_position), config.max_position]
+
+
+def _context(sizes: Sizes, tokens: int, budget: int | None) -> dict[str, Any]:
+    """What one sequence of ``tokens`` keeps, needs and moves; ``spare`` is negative where it does not fit."""
+    spare = None if budget is None else budget - sizes.resident(tokens)
+    return {
+        "tokens": tokens,
+        "cache": sizes.cache(tokens),
+        "resident": sizes.resident(tokens),
+        "read_per_token": sizes.read_per_token(tokens),
+        "spare": spare,
+        "fits": None if spare is None else spare >= 0,
+    }
+
+
+def show(report: dict[str, Any]) -> None:
+    """The report as tables."""
+    console = Console(highlight=False)
+    for table in (_about(report), _parts(report), _memory(report)):
+        console.print(table)
+    console.print(f"Memory for this process: {_machine_text(report)}", soft_wrap=True)
+    console.print(_verdict(report), soft_wrap=True)
+
+
+def _about(report: dict[str, Any]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    layers, attention, delta = report["layers"], report["attention"], report["delta"]
+    rows = [
+        ("model", report["model"]),
+        ("family", f"{report['family']} ({report['model_type']})"),
+        ("layers", _layers_text(layers)),
+        ("hidden, vocabulary", f"{report['hidden_size']:,}, {report['vocab_size']:,}"),
+        ("longest context", f"{report['max_context']:,} tokens"),
+    ]
+    if attention:
+        text = f"{attention['heads']} query and {attention['kv_heads']} key/value heads"
+        rows.append(("attention", f"{text} of {attention['head_dim']}"))
+    if delta:
+        text = f"{delta['key_heads']} key heads of {delta['key_dim']}, "
+        rows.append(("delta", text + f"{delta['value_heads']} value heads of {delta['value_dim']}"))
+    if report["experts"]:
+        rows.append(("experts", f"{report['experts']} a layer, {report['experts_per_token']} a token"))
+    rows += _weight_rows(report)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _layers_text(layers: dict[str, Any]) -> str:
+    kinds = [f"{layers[kind]} {kind}" for kind in ("delta", "attention") if layers[kind]]
+    ffns = [f"{layers[kind]} {kind}" for kind in ("sparse", "dense") if layers[kind]]
+    mtp = ", and 1 for multi-token prediction" if layers["mtp"] else ""
+    return f"{layers['total']}: {' + '.join(kinds)}; feed-forward {' + '.join(ffns)}{mtp}"
+
+
+def _weight_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    weights = report["weights"]
+    if weights is None:
+        return [("weights", "none here: this is the config alone")]
+    held = weights["dtypes"].items()
+    kinds = ", ".join(f"{kind} {size_text(part['bytes'])} in {part['tensors']:,}" for kind, part in held)
+    rows = [("weights", f"{size_text(weights['bytes'])} in {weights['tensors']:,} tensors ({kinds})")]
+    if weights["beside_the_text_model"]:
+        rows.append(("", f"{weights['beside_the_text_model']:,} of them are not of the text model"))
+    verdict = "they are not those of the config: see the end" if weights["problem"] else "those of the config"
+    return [*rows, ("names and shapes", verdict)]
+
+
+def _parts(report: dict[str, Any]) -> Table:
+    parameters = report["parameters"]
+    table = Table(box=box.SIMPLE, show_footer=True)
+    table.add_column("parameters", "in all")
+    table.add_column("total", f"{parameters['total']:,}", justify="right", no_wrap=True)
+    table.add_column("read per token", f"{parameters['active']:,}", justify="right", no_wrap=True)
+    for name, part in parameters["parts"].items():
+        if part["total"] or part["active"]:
+            table.add_row(PARTS[name], f"{part['total']:,}", f"{part['active']:,}" if part["active"] else "")
+    if parameters["mtp_if_present"]:
+        table.add_row("(prediction module, if there)", f"({parameters['mtp_if_present']:,})", "")
+    return table
+
+
+def _memory(report: dict[str, Any]) -> Table:
+    cache = report["cache"]
+    table = Table(box=box.SIMPLE, title_justify="left", title=_cache_text(cache))
+    for title in ("context", "cache", "with weights", "read per token", "fits"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in report["contexts"]:
+        too_large = f"{size_text(-(row['spare'] or 0))} too large"
+        fits = {None: "unknown", True: "yes", False: too_large}[row["fits"]]
+        sizes = (size_text(row[name]) for name in ("cache", "resident", "read_per_token"))
+        table.add_row(f"{row['tokens']:,}", *sizes, fits)
+    return table
+
+
+def _cache_text(cache: dict[str, int]) -> str:
+    mtp = cache["mtp_kv_per_token"] or cache["mtp_kv_per_token_if_present"]
+    more = f" (+ {mtp:,} with the prediction module)" if mtp else ""
+    text = f"A sequence keeps {cache['kv_per_token']:,} bytes a token{more}"
+    if cache["state"]:
+        text += f",\nand {cache['state']:,} of state and {cache['conv']:,} of convolution"
+    return text + "."
+
+
+def _machine_text(report: dict[str, Any]) -> str:
+    total, available = report["memory"]["total"], report["memory"]["available"]
+    if total is None:
+        return "unknown"
+    return f"{size_text(total)}" + ("" if available is None else f", {size_text(available)} of it available")
+
+
+def _verdict(report: dict[str, Any]) -> str:
+    longest, most = report["longest_context"], report["max_context"]
+    note = " (weights in bfloat16 and one sequence; 1 GB is 10^9 bytes)"
+    if longest is None:
+        return f"Whether it fits is unknown{note}."
+    if report["spare_without_context"] < 0:
+        return f"The model is {size_text(-report['spare_without_context'])} too large{note}."
+    return f"{'All' if longest == most else f'{longest:,}'} of {most:,} tokens of context fit{note}."
+
+
+def size_text(size: int) -> str:
+    """Bytes for a reader, in decimal units."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if size >= unit:
+            return f"{size / unit:,.2f} {name}"
+    return f"{size} B"

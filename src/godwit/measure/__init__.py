@@ -1,0 +1,1 @@
+"""What models and machines amount to: sizes, memory, speed."""

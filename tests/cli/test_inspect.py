@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from godwit.checkpoint import save_checkpoint
+from godwit.cli import inspect
+from godwit.cli.main import app
+from godwit.config import ModelConfig
+from godwit.models.causal_lm import CausalLM
+from godwit.models.loader import export_tensors
+
+TINY: dict[str, Any] = {
+    "model_type": "qwen3_next",
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "intermediate_size": 64,
+    "max_position_embeddings": 512,
+}
+
+
+def tensors(num_mtp: int = 1) -> dict[str, torch.Tensor]:
+    model = CausalLM(ModelConfig.from_dict(TINY), num_mtp)
+    model.init_weights()
+    return dict(export_tensors(model.to(torch.bfloat16)))
+
+
+def invoke(*args: str | Path) -> Any:
+    return CliRunner().invoke(app, ["inspect", *map(str, args)])
+
+
+def report(*args: str | Path) -> dict[str, Any]:
+    result = invoke(*args, "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    parsed: dict[str, Any] = json.loads(result.stdout)
+    return parsed
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, int | None]:
+    """A machine with as much memory as a test says."""
+    size: dict[str, int | None] = {"total": 16 * 10**9, "available": 8 * 10**9}
+    monkeypatch.setattr(inspect, "memory", lambda: size)
+    return size
+
+
+def test_a_checkpoint(tmp_path: Path) -> None:
+    held = tensors()
+    save_checkpoint(tmp_path / "m", held.items(), TINY)
+    found = report(tmp_path / "m")
+    count = sum(tensor.numel() for tensor in held.values())
+    assert found["parameters"]["total"] == count
+    assert found["layers"] == {"total": 4, "delta": 3, "attention": 1, "sparse": 4, "dense": 0, "mtp": 1}
+    assert found["weights"] == {
+        "tensors": len(held),
+        "beside_the_text_model": 0,
+        "bytes": 2 * count,
+        "dtypes": {"BF16": {"tensors": len(held), "parameters": count, "bytes": 2 * count}},
+        "problem": None,
+    }
+    assert found["resident_bfloat16"] == 2 * count
+    assert found["cache"]["kv_per_token"] == found["cache"]["mtp_kv_per_token"] == 2 * 2 * 32 * 2
+    shown = invoke(tmp_path / "m")
+    assert shown.exit_code == 0 and "BF16" in shown.stdout and f"{count:,}" in shown.stdout
+
+
+def test_prediction_layers_are_counted_in_the_files(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "m", tensors(num_mtp=0).items(), TINY)
+    found = report(tmp_path / "m")
+    assert found["layers"]["mtp"] == 0 and found["parameters"]["mtp_if_present"] is None
+
+
+def test_a_bare_config_says_what_the_files_may_hold(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    found = report(tmp_path / "config.json")
+    assert found["weights"] is None and found["layers"]["mtp"] is None
+    assert found["parameters"]["parts"]["mtp"]["total"] == 0 < found["parameters"]["mtp_if_present"]
+    assert found["cache"]["mtp_kv_per_token_if_present"] == 256
+    assert {**found, "model": ""} == {**report(tmp_path), "model": ""}
+    shown = invoke(tmp_path)
+    assert "config alone" in shown.stdout and f"({found['parameters']['mtp_if_present']:,})" in shown.stdout
+
+
+@pytest.mark.parametrize("broken", ["missing", "unexpected", "misshapen"])
+def test_weights_that_do_not_fit_are_named_and_end_with_3(tmp_path: Path, broken: str) -> None:
+    held = tensors()
+    norm = held.pop("model.norm.weight") if broken != "unexpected" else torch.zeros(3)
+    if broken != "missing":
+        held["model.norm.weight" if broken == "misshapen" else "odd.weight"] = norm[:3]
+    save_checkpoint(tmp_path / "m", held.items(), TINY)
+    result = invoke(tmp_path / "m", "--json")
+    name = "odd.weight" if broken == "unexpected" else "model.norm.weight"
+    assert result.exit_code == 3 and name in result.stderr and result.stderr.count("\n") == 1
+    assert name in json.loads(result.stdout)["weights"]["problem"]
+    assert "not those of the config" in invoke(tmp_path / "m").stdout
+
+
+def test_a_damaged_checkpoint_ends_with_3(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "m", tensors().items(), TINY)
+    file = tmp_path / "m" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert invoke(tmp_path / "m").exit_code == 3
+
+
+def test_contexts(tmp_path: Path, machine: dict[str, int | None]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "max_position_embeddings": 40960}))
+    found = report(tmp_path)
+    assert [row["tokens"] for row in found["contexts"]] == [4096, 32768, 40960]
+    assert found["longest_context"] == 40960
+    (row,) = report(tmp_path, "--context", "100")["contexts"]
+    fixed = found["cache"]["state"] + found["cache"]["conv"]
+    assert row["cache"] == 100 * 256 + fixed
+    assert row["resident"] == row["cache"] + found["resident_bfloat16"]
+    assert row["read_per_token"] == 2 * found["parameters"]["active"] + 101 * 256 + 2 * fixed
+    assert row["fits"] and row["spare"] == 8 * 10**9 - row["resident"]
+
+
+def test_too_large_says_by_how_much(tmp_path: Path, machine: dict[str, int | None]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "vocab_size": 2**26}))
+    found = report(tmp_path)
+    assert not found["contexts"][0]["fits"] and found["longest_context"] == 0
+    size = inspect.size_text(-found["contexts"][0]["spare"])
+    assert f"{size} too large" in invoke(tmp_path).stdout
+
+
+def test_part_of_the_context_fits(tmp_path: Path, machine: dict[str, int | None]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    machine["available"] = report(tmp_path, "--context", "300")["contexts"][0]["resident"]
+    assert report(tmp_path)["longest_context"] == 300
+    assert "300 of 512 tokens of context fit" in invoke(tmp_path).stdout
+
+
+@pytest.mark.parametrize("total", [16 * 10**9, None])
+def test_a_machine_that_tells_little(
+    tmp_path: Path, machine: dict[str, int | None], total: int | None
+) -> None:
+    machine.update(total=total, available=None)
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    assert report(tmp_path)["contexts"][0]["fits"] is (None if total is None else True)
+    assert ("unknown" in invoke(tmp_path).stdout) == (total is None)
+
+
+def test_a_dense_model_without_state(tmp_path: Path) -> None:
+    dense = {**TINY, "model_type": "llama", "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(dense))
+    found = report(tmp_path)
+    assert found["delta"] is None and found["experts"] == 0 and found["layers"]["mtp"] == 0
+    assert found["parameters"]["parts"]["head"] == {"total": 0, "active": 128 * 64}
+    assert "dense feed-forward" in invoke(tmp_path).stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        (json.dumps(TINY)[:100], 3),
+        ("[]", 3),
+        (json.dumps({**TINY, "hidden_size": None}), 3),
+        (json.dumps({**TINY, "model_type": "gpt2"}), 4),
+    ],
+)
+def test_a_config_that_is_none(tmp_path: Path, text: str, code: int) -> None:
+    (tmp_path / "config.json").write_text(text)
+    result = invoke(tmp_path)
+    assert (result.exit_code, result.stdout) == (code, "") and result.stderr.startswith("godwit: ")
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    assert invoke(tmp_path / "absent").exit_code == 3
+    assert invoke(tmp_path).exit_code == 3
