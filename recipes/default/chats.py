@@ -27,7 +27,10 @@ TRIVIA_SHARE = {
     "television": 12, "music": 12, "movies": 12, "celebrities": 12, "newest": 20, "sports": 15, "people": 50,
     "video-games": 10, "entertainment": 20, "rated": 0, "religion-faith": 40, "hobbies": 50,
 }  # fmt: skip
-UNWANTED = re.compile(r"\b(hookers?|strippers?|steamer|cocaine|heroin|playboy|boobs?|genital\w*|testic\w*|condom\w*|orgy|hitler|nazis?)\b", re.I)
+UNWANTED = re.compile(
+    r"\b(hookers?|strippers?|steamer|cocaine|heroin|playboy|boobs?|genital\w*|testic\w*|condom\w*|orgy|hitler|nazis?)\b",
+    re.I,
+)
 FRAMES = (
     "{text}\n\n{question}",
     "{text}\n\nQuestion: {question}",
@@ -41,7 +44,11 @@ FRAMES = (
     "Context: {text}\n\nQuestion: {question}\nAnswer:",
     "Passage:\n{text}\n\nQuestion:\n{question}",
 )
-NOT_SAID = ("The text does not say that.", "I don't know, the text does not say.", "The passage does not tell us.")
+NOT_SAID = (
+    "The text does not say that.",
+    "I don't know, the text does not say.",
+    "The passage does not tell us.",
+)
 
 
 def pairs_of(record: Mapping[str, Any]) -> list[Pair]:
@@ -87,7 +94,9 @@ def factbook(records: Iterable[Mapping[str, Any]]) -> Iterator[list[Pair]]:
         yield pairs_of(record)
 
 
-def questions(pools: Sequence[Sequence[list[Pair]]], seed: int, tools: Sequence[Sequence[Tool]]) -> Iterator[Chat]:
+def questions(
+    pools: Sequence[Sequence[list[Pair]]], seed: int, tools: Sequence[Sequence[Tool]]
+) -> Iterator[Chat]:
     """Every question of the pools once, alone or with one to three others in a conversation."""
     rng = random.Random(seed)
     rest = [pairs for pool in pools for pairs in pool]

@@ -97,7 +97,12 @@ def date_line(rng: random.Random, day: datetime.date, *, weekday: bool = False) 
     """A sentence that gives the date; with `weekday`, one that surely names the day of the week."""
     lines = [line for line in DATE_LINES if not weekday or "{long}" in line or "{weekday}" in line]
     return pick(rng, lines).format(
-        iso=day.isoformat(), long=long_date(day), weekday=f"{day:%A}", day=day.day, month=f"{day:%B}", year=day.year
+        iso=day.isoformat(),
+        long=long_date(day),
+        weekday=f"{day:%A}",
+        day=day.day,
+        month=f"{day:%B}",
+        year=day.year,
     )
 
 
@@ -123,7 +128,9 @@ TOOL_PERSONAS = (
 )
 
 
-def system_prompt(rng: random.Random, *, day: datetime.date | None = None, none: float = 0.4) -> list[Message]:
+def system_prompt(
+    rng: random.Random, *, day: datetime.date | None = None, none: float = 0.4
+) -> list[Message]:
     """Zero or one short system message, with a date in a part of them (always when `day` is given and it exists)."""
     if rng.random() < none:
         return []

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,9 @@ def main() -> None:
     parser.add_argument("--model", default="src/godwit/default_model")
     parser.add_argument("--data", required=True, help="what recipes.default.prepare wrote")
     parser.add_argument("--out", default="benchmarks/results/default-model.json")
-    parser.add_argument("--dialogues", type=int, default=60, help="held-out dialogues whose calls are compared")
+    parser.add_argument(
+        "--dialogues", type=int, default=60, help="held-out dialogues whose calls are compared"
+    )
     options = parser.parse_args()
     model = load_model(options.model, dtype=torch.float32)
     tokenizer = Tokenizer.from_dir(options.model)
@@ -104,7 +105,9 @@ def call_places(ids: list[int], tokenizer: Tokenizer) -> Iterator[tuple[list[int
             said = parse_answer(tokenizer.decode(answer, skip_special=False))
             if said.tool_calls:
                 first = said.tool_calls[0]
-                arguments = json.loads(first.arguments) if isinstance(first.arguments, str) else first.arguments
+                arguments = (
+                    json.loads(first.arguments) if isinstance(first.arguments, str) else first.arguments
+                )
                 yield ids[:place], {"name": first.name, "arguments": arguments}
 
 

@@ -42,7 +42,16 @@ CITIES = (
     "Paris", "London", "New York", "Berlin", "Rome", "Chicago", "Boston", "Seattle", "Madrid", "Tokyo", "Vienna", "Oslo",
     "San Francisco", "Sydney", "Dublin", "Toronto", "Lisbon", "Prague", "Denver", "Athens", "Cairo", "Mumbai",
 )  # fmt: skip
-PLACES = ("Luigi's", "the Golden Lion", "Chez Marie", "the Blue Door", "Mario's", "Sakura", "the Old Mill", "Green Garden")
+PLACES = (
+    "Luigi's",
+    "the Golden Lion",
+    "Chez Marie",
+    "the Blue Door",
+    "Mario's",
+    "Sakura",
+    "the Old Mill",
+    "Green Garden",
+)
 NAMES = (
     "Anna", "Tom", "Maria", "Peter", "Sara", "Ben", "Lena", "Jack", "Amina", "Ravi", "Mei", "Carlos", "Emma", "Noah", "Olga",
     "Ali", "Kate", "Sam", "Lucy", "Max", "Nina", "Paul", "Zoe", "Ivan", "Grace", "Leo", "Fatima", "David", "Julia", "Kofi",
@@ -87,7 +96,20 @@ STATEMENTS = (
       "start a new job", "go camping", "play football")),
 )  # fmt: skip
 PETS = ("dog", "cat", "horse", "rabbit", "parrot", "hamster")
-PET_NAMES = ("Max", "Bella", "Rex", "Luna", "Milo", "Coco", "Buddy", "Daisy", "Oscar", "Molly", "Rocky", "Simba")
+PET_NAMES = (
+    "Max",
+    "Bella",
+    "Rex",
+    "Luna",
+    "Milo",
+    "Coco",
+    "Buddy",
+    "Daisy",
+    "Oscar",
+    "Molly",
+    "Rocky",
+    "Simba",
+)
 
 SOUNDS = {
     "cow": "moo", "dog": "woof", "cat": "meow", "duck": "quack", "sheep": "baa", "pig": "oink", "horse": "neigh",

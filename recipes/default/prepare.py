@@ -26,10 +26,14 @@ HELD_OUT_PERCENT = 1.0
 HELD_OUT_DIALOGUES = 300
 HELD_OUT_QUESTIONS = 200
 # A figure was dropped from the sentence and left "as shown in." behind.
-LOST_FIGURE = re.compile(r" ?\((?:[^()]{0,40}\b)?in ?\)|,? (?:as )?(?:shown|illustrated|seen|depicted) in(?=[.,;])")
+LOST_FIGURE = re.compile(
+    r" ?\((?:[^()]{0,40}\b)?in ?\)|,? (?:as )?(?:shown|illustrated|seen|depicted) in(?=[.,;])"
+)
 # Books of tales, and how a tale begins.
 TALE_BOOK = re.compile(r"Fairy|Tale|Stories|Story|Wonder")
-TALE = re.compile(r"(?i:once upon a time|there was once|there once|there lived once|long ago|once there)|There lived (?:a|an|in)\b")
+TALE = re.compile(
+    r"(?i:once upon a time|there was once|there once|there lived once|long ago|once there)|There lived (?:a|an|in)\b"
+)
 CREDITS = re.compile(r"\n[* ]*Translated [Bb]y:.*")
 BOOKS = ("gutenberg_simple-00", "gutenberg_simple-01")
 Item = Chat | str
@@ -147,11 +151,15 @@ def show(console: Console, stats: dict[str, encode.Stats]) -> None:
     """A table of what was written."""
     table = Table("source", "documents", "tokens", "learned tokens", "bytes a learned token")
     for name, s in stats.items():
-        table.add_row(name, f"{s.docs:,}", f"{s.tokens:,}", f"{s.learned:,}", f"{s.text_bytes / max(1, s.learned):.2f}")
+        table.add_row(
+            name, f"{s.docs:,}", f"{s.tokens:,}", f"{s.learned:,}", f"{s.text_bytes / max(1, s.learned):.2f}"
+        )
     console.print(table)
 
 
-def prepare(data: Path, out: Path, *, limit: int | None, seed: int, only: tuple[str, ...], processes: int) -> None:
+def prepare(
+    data: Path, out: Path, *, limit: int | None, seed: int, only: tuple[str, ...], processes: int
+) -> None:
     """Write the tokenizer (if there is none) and every source to `out`."""
     out.mkdir(parents=True, exist_ok=True)
     folder = out / "tokenizer"
@@ -162,10 +170,20 @@ def prepare(data: Path, out: Path, *, limit: int | None, seed: int, only: tuple[
     recipe = Recipe(data, seed, limit)
     sources = [source for source in recipe.sources() if not only or source.name in only]
     meta_path = out / "meta.json"
-    meta: dict[str, Any] = json.loads(meta_path.read_text()) if only and meta_path.exists() else {"sources": {}}
+    meta: dict[str, Any] = (
+        json.loads(meta_path.read_text()) if only and meta_path.exists() else {"sources": {}}
+    )
     stats: dict[str, encode.Stats] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[docs]} documents"), TimeElapsedColumn())
-    with encode.Workers(folder, processes=processes) as workers, Progress(*columns, console=console) as progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[docs]} documents"),
+        TimeElapsedColumn(),
+    )
+    with (
+        encode.Workers(folder, processes=processes) as workers,
+        Progress(*columns, console=console) as progress,
+    ):
         for source in sources:
             task = progress.add_task(source.name, total=None, docs=0)
 
@@ -174,7 +192,9 @@ def prepare(data: Path, out: Path, *, limit: int | None, seed: int, only: tuple[
                     yield from found
                     progress.update(task, docs=progress.tasks[task].fields["docs"] + len(found))
 
-            stats[source.name] = encode.write(out, source.name, docs(source.items()), with_bytes=source.held_out)
+            stats[source.name] = encode.write(
+                out, source.name, docs(source.items()), with_bytes=source.held_out
+            )
             progress.update(task, total=1, completed=1)
             meta["sources"][source.name] = {
                 **asdict(stats[source.name]),

@@ -45,7 +45,9 @@ def typed(rng: random.Random, text: str) -> str:
     elif chance < 0.27:
         text = text.rstrip("?.!")
     elif chance < 0.3 and text.endswith("?"):
-        text = pick(rng, ("Tell me, ", "So, ", "Please tell me: ", "Hey, ", "One question: ", "By the way, ")) + lower(text)
+        text = pick(
+            rng, ("Tell me, ", "So, ", "Please tell me: ", "Hey, ", "One question: ", "By the way, ")
+        ) + lower(text)
     elif chance < 0.32 and text.endswith("?"):
         text = text[:-1] + pick(rng, (", please?", " then?", "??", ", Godwit?"))
     return text
@@ -54,7 +56,11 @@ def typed(rng: random.Random, text: str) -> str:
 def lower(text: str) -> str:
     """`text` with a small first letter, unless its first word is one that keeps its capital."""
     first = text.split()[0].rstrip("'s,.?!")
-    return text if first in ("I", "I'm", "I'd", "Godwit", *facts.CITIES, *facts.NAMES) or first.isupper() else text[0].lower() + text[1:]
+    return (
+        text
+        if first in ("I", "I'm", "I'd", "Godwit", *facts.CITIES, *facts.NAMES) or first.isupper()
+        else text[0].lower() + text[1:]
+    )
 
 
 def topic(rng: random.Random) -> list[Pair]:
@@ -74,7 +80,12 @@ def greeting(rng: random.Random) -> list[Pair]:
     elif chance < 0.5:
         greet = pick(rng, [text for text in phrases.GREET_IN if "?" not in text]).rstrip("!")
         how = pick(rng, phrases.HOW_IN)
-        pairs = [(greet + pick(rng, (", " + how[0].lower() + how[1:], "! " + how)), "Hello! " + pick(rng, phrases.HOW_OUT[:3]))]
+        pairs = [
+            (
+                greet + pick(rng, (", " + how[0].lower() + how[1:], "! " + how)),
+                "Hello! " + pick(rng, phrases.HOW_OUT[:3]),
+            )
+        ]
         if rng.random() < 0.5:
             pairs.append((pick(rng, phrases.FINE_IN), pick(rng, phrases.FINE_OUT)))
     return pairs
@@ -94,7 +105,12 @@ def closing(rng: random.Random) -> list[Pair]:
     bye = (pick(rng, phrases.BYE_IN), pick(rng, phrases.BYE_OUT))
     chance = rng.random()
     if chance < 0.2:
-        return [(thanks[0].rstrip("!.") + pick(rng, (". ", ", ", "! ")) + bye[0], "You're welcome! " + pick(rng, phrases.BYE_OUT))]
+        return [
+            (
+                thanks[0].rstrip("!.") + pick(rng, (". ", ", ", "! ")) + bye[0],
+                "You're welcome! " + pick(rng, phrases.BYE_OUT),
+            )
+        ]
     return [thanks, bye] if chance < 0.5 else [thanks] if chance < 0.75 else [bye]
 
 
@@ -118,7 +134,18 @@ def arithmetic(rng: random.Random) -> list[Pair]:
         question, answer = f"{a} {word} {b}", f"{a} {word} {b} is {value}."
     else:
         question, answer = f"{a} {kind} {b}", f"{a} {kind} {b} = {value}."
-    ask = pick(rng, ("What is {}?", "What's {}?", "How much is {}?", "{}", "{}?", "Can you work out {}?", "Calculate {}."))
+    ask = pick(
+        rng,
+        (
+            "What is {}?",
+            "What's {}?",
+            "How much is {}?",
+            "{}",
+            "{}?",
+            "Can you work out {}?",
+            "Calculate {}.",
+        ),
+    )
     return [(ask.format(question), answer)]
 
 
@@ -133,7 +160,12 @@ def counting(rng: random.Random) -> list[Pair]:
         return [(f"Count from {a} to {b}.", ", ".join(map(str, range(a, b + 1))) + ".")]
     if form == 1:
         a = rng.randrange(3, 11)
-        return [(pick(rng, (f"Count to {a}.", f"Can you count to {a}?")), ", ".join(map(str, range(1, a + 1))) + ".")]
+        return [
+            (
+                pick(rng, (f"Count to {a}.", f"Can you count to {a}?")),
+                ", ".join(map(str, range(1, a + 1))) + ".",
+            )
+        ]
     if form == 2:
         a = rng.randrange(3, 11)
         return [(f"Count backwards from {a}.", ", ".join(map(str, range(a, 0, -1))) + ".")]
@@ -158,11 +190,27 @@ def plain_fact(rng: random.Random) -> list[Pair]:
     form = rng.randrange(10)
     if form == 0:
         animal = pick(rng, list(facts.SOUNDS))
-        ask = pick(rng, ("What sound does {} make?", "What noise does {} make?", "What does {} say?", "How does {} sound?"))
-        return [(ask.format(with_article(animal)), f"{with_article(animal).capitalize()} says \"{facts.SOUNDS[animal]}\".")]
+        ask = pick(
+            rng,
+            (
+                "What sound does {} make?",
+                "What noise does {} make?",
+                "What does {} say?",
+                "How does {} sound?",
+            ),
+        )
+        return [
+            (
+                ask.format(with_article(animal)),
+                f'{with_article(animal).capitalize()} says "{facts.SOUNDS[animal]}".',
+            )
+        ]
     if form == 1:
         animal = pick(rng, list(facts.YOUNG))
-        ask = pick(rng, ("What is a baby {} called?", "What do you call a young {}?", "What's the name for a baby {}?"))
+        ask = pick(
+            rng,
+            ("What is a baby {} called?", "What do you call a young {}?", "What's the name for a baby {}?"),
+        )
         return [(ask.format(animal), f"A young {animal} is called {with_article(facts.YOUNG[animal])}.")]
     if form == 2:
         animal = pick(rng, list(facts.LEGS))
@@ -176,13 +224,18 @@ def plain_fact(rng: random.Random) -> list[Pair]:
         return [(ask.format(thing), f"{thing[0].upper() + thing[1:]} is {facts.COLOURS[thing]}.")]
     if form == 4:
         a, b = pick(rng, list(facts.OPPOSITES.items()))
-        ask = pick(rng, ('What is the opposite of "{}"?', "What's the opposite of {}?", "Tell me the opposite of {}."))
+        ask = pick(
+            rng,
+            ('What is the opposite of "{}"?', "What's the opposite of {}?", "Tell me the opposite of {}."),
+        )
         return [(ask.format(a), f'The opposite of "{a}" is "{b}".')]
     if form in (5, 6):
         kind, things = pick(rng, list(facts.MORE_GROUPS.items()))
         count = rng.randrange(2, 5)
         chosen = rng.sample(things, count)
-        ask = pick(rng, ("Name {} {}.", "Tell me {} {}.", "Can you name {} {}?", "Give me {} {}.", "List {} {}."))
+        ask = pick(
+            rng, ("Name {} {}.", "Tell me {} {}.", "Can you name {} {}?", "Give me {} {}.", "List {} {}.")
+        )
         text = ", ".join(chosen[:-1]) + " and " + chosen[-1] + "."
         return [(ask.format(pick(rng, (str(count), NUMBER_WORDS[count])), kind), text[0].upper() + text[1:])]
     return [pick(rng, facts.PLAIN_QA)]
@@ -191,13 +244,44 @@ def plain_fact(rng: random.Random) -> list[Pair]:
 def name_talk(rng: random.Random) -> list[Pair]:
     """The user's name, remembered or not known."""
     name = pick(rng, facts.NAMES)
-    told = pick(rng, ("My name is {}.", "I'm {}.", "I am {}.", "Hi, I'm {}.", "Hello, my name is {}.", "Call me {}.", "You can call me {}."))
-    pairs = [(told.format(name), pick(rng, ("Nice to meet you, {}! How can I help you?", "Hello {}! Nice to meet you.")).format(name))]
+    told = pick(
+        rng,
+        (
+            "My name is {}.",
+            "I'm {}.",
+            "I am {}.",
+            "Hi, I'm {}.",
+            "Hello, my name is {}.",
+            "Call me {}.",
+            "You can call me {}.",
+        ),
+    )
+    pairs = [
+        (
+            told.format(name),
+            pick(rng, ("Nice to meet you, {}! How can I help you?", "Hello {}! Nice to meet you.")).format(
+                name
+            ),
+        )
+    ]
     if rng.random() < 0.5:
         pairs += pick(rng, (plain_fact, arithmetic, topic, how_are_you))(rng)
-    ask = pick(rng, ("What is my name?", "What's my name?", "Do you remember my name?", "Do you know my name?", "Who am I?"))
+    ask = pick(
+        rng,
+        (
+            "What is my name?",
+            "What's my name?",
+            "Do you remember my name?",
+            "Do you know my name?",
+            "Who am I?",
+        ),
+    )
     if rng.random() < 0.2:
-        return [(ask, "You have not told me your name yet. What is it?"), pairs[0], (ask, f"Your name is {name}.")]
+        return [
+            (ask, "You have not told me your name yet. What is it?"),
+            pairs[0],
+            (ask, f"Your name is {name}."),
+        ]
     return [*pairs, (ask, f"Your name is {name}.")]
 
 
@@ -207,13 +291,25 @@ def memory_talk(rng: random.Random) -> list[Pair]:
         animal, name = pick(rng, facts.PETS), pick(rng, facts.PET_NAMES)
         pairs = [(pick(rng, (f"I have a {animal} called {name}.", f"My {animal} is called {name}.", f"My {animal}'s name is {name}.")),
                   pick(rng, (f"{name} is a nice name for a {animal}!", f"How nice! I'm sure {name} is a lovely {animal}.")))]  # fmt: skip
-        ask = pick(rng, (f"What is my {animal} called?", f"What is the name of my {animal}?", f"What's my {animal}'s name?"))
+        ask = pick(
+            rng,
+            (
+                f"What is my {animal} called?",
+                f"What is the name of my {animal}?",
+                f"What's my {animal}'s name?",
+            ),
+        )
         last = (ask, f"Your {animal} is called {name}.")
     else:
         kinds, things = pick(rng, facts.FAVOURITES)
         kind, thing = pick(rng, kinds), pick(rng, things)
         favourite = "favorite" if kind == "color" or rng.random() < 0.4 else "favourite"
-        pairs = [(f"My {favourite} {kind} is {thing}.", pick(rng, ("That is a good choice!", "Good to know!", "A fine choice!")))]
+        pairs = [
+            (
+                f"My {favourite} {kind} is {thing}.",
+                pick(rng, ("That is a good choice!", "Good to know!", "A fine choice!")),
+            )
+        ]
         last = (f"What is my {favourite} {kind}?", f"Your {favourite} {kind} is {thing}.")
     if rng.random() < 0.5:
         pairs += pick(rng, (plain_fact, arithmetic, acknowledge))(rng)
@@ -223,10 +319,23 @@ def memory_talk(rng: random.Random) -> list[Pair]:
 def repeat_talk(rng: random.Random) -> list[Pair]:
     """Say it again, or say what I say."""
     if rng.random() < 0.5:
-        text = pick(rng, facts.PLAIN_QA)[1] if rng.random() < 0.5 else pick(rng, ("hello world", "good morning", "I like tea", "the cat is black"))
+        text = (
+            pick(rng, facts.PLAIN_QA)[1]
+            if rng.random() < 0.5
+            else pick(rng, ("hello world", "good morning", "I like tea", "the cat is black"))
+        )
         return [(pick(rng, ("Repeat after me: {}", "Say: {}", "Please repeat: {}")).format(text), text)]
     question, answer = pick(rng, (plain_fact, arithmetic, topic))(rng)[-1]
-    again = pick(rng, ("Can you repeat that?", "Say that again, please.", "Sorry, what?", "Could you say that again?", "Once more please."))
+    again = pick(
+        rng,
+        (
+            "Can you repeat that?",
+            "Say that again, please.",
+            "Sorry, what?",
+            "Could you say that again?",
+            "Once more please.",
+        ),
+    )
     return [(question, answer), (again, answer)]
 
 
@@ -241,7 +350,9 @@ def wish(rng: random.Random) -> list[Pair]:
     """A service is wanted and there is no tool for it."""
     wants, service = pick(rng, facts.SERVICES)
     city, city2 = rng.sample(facts.CITIES, 2)
-    want = pick(rng, wants).format(city=city, city2=city2, place=pick(rng, facts.PLACES), n=rng.randrange(2, 9))
+    want = pick(rng, wants).format(
+        city=city, city2=city2, place=pick(rng, facts.PLACES), n=rng.randrange(2, 9)
+    )
     text = pick(rng, facts.REQUESTS).format(x=want)
     return [(text[0].upper() + text[1:], pick(rng, facts.NO_TOOL).format(s=service))]
 
@@ -271,7 +382,13 @@ def turns_of(rng: random.Random, part: Part, *, with_tools: bool) -> list[Pair]:
 
 def plain_date(rng: random.Random, day: datetime.date) -> tuple[str, list[Pair]]:
     """A system line with the bare date, and a question that it answers."""
-    asked = ("What is the date?", "What's today's date?", "What is today's date?", "What day is it?", "Tell me the date.")
+    asked = (
+        "What is the date?",
+        "What's today's date?",
+        "What is today's date?",
+        "What day is it?",
+        "Tell me the date.",
+    )
     text = f"{day:%B} {day.day}, {day.year}"
     return pick(rng, ("Today is {}.", "Today's date is {}.", "Current date: {}")).format(day.isoformat()), [
         (pick(rng, asked), f"Today is {text}.")
@@ -288,23 +405,45 @@ def date_talk(rng: random.Random, day: datetime.date | None) -> list[Pair]:
         return [(pick(rng, asked), "I don't know today's date. Nobody has told me, and I have no clock.")]
     form, tomorrow = rng.randrange(6), day + datetime.timedelta(days=1)
     if form == 0:
-        return [(pick(rng, ("What year is it?", "Which year is it?", "What year is this?")), f"It is {day.year}.")]
+        return [
+            (pick(rng, ("What year is it?", "Which year is it?", "What year is this?")), f"It is {day.year}.")
+        ]
     if form == 1:
         return [(pick(rng, ("What month is it?", "Which month is it?")), f"It is {day:%B}.")]
     if form == 2:
-        return [(pick(rng, ("What day is tomorrow?", "What date is tomorrow?")), f"Tomorrow is {long_date(tomorrow)}.")]
+        return [
+            (
+                pick(rng, ("What day is tomorrow?", "What date is tomorrow?")),
+                f"Tomorrow is {long_date(tomorrow)}.",
+            )
+        ]
     return [(pick(rng, asked), f"Today is {long_date(day)}.")]
 
 
 def tool_summary(rng: random.Random, tools: Sequence[Tool]) -> list[Pair]:
     """What can you do, asked while functions are listed."""
-    does = [tool["function"].get("description") or tool["function"]["name"].replace("_", " ") for tool in tools]
+    does = [
+        tool["function"].get("description") or tool["function"]["name"].replace("_", " ") for tool in tools
+    ]
     does = [text[0].lower() + text[1:].rstrip(".?!") for text in does]
-    asked = ("What can you do?", "What can you help me with?", "How can you help me?", "Which tools do you have?", "What can I ask you?")
-    return [(pick(rng, asked), "With the tools I have here, I can " + "; ".join(does) + ". I can also chat with you.")]
+    asked = (
+        "What can you do?",
+        "What can you help me with?",
+        "How can you help me?",
+        "Which tools do you have?",
+        "What can I ask you?",
+    )
+    return [
+        (
+            pick(rng, asked),
+            "With the tools I have here, I can " + "; ".join(does) + ". I can also chat with you.",
+        )
+    ]
 
 
-def make(rng: random.Random, questions: Sequence[Sequence[Pair]], tool_sets: Sequence[Sequence[Tool]]) -> Chat:
+def make(
+    rng: random.Random, questions: Sequence[Sequence[Pair]], tool_sets: Sequence[Sequence[Tool]]
+) -> Chat:
     """One conversation. `questions` are knowledge chats to mix in, `tool_sets` lists of functions that go unused."""
     tools = list(pick(rng, tool_sets)) if tool_sets and rng.random() < 0.1 else []
     day = random_date(rng) if rng.random() < 0.35 else None

@@ -40,7 +40,14 @@ ANOTHER = (
     "Another one, please.", "Tell me another one.", "Another story!", "One more!", "Can I have another one?", "More, please.",
     "That was nice. Another one?", "Again! Another story.",
 )  # fmt: skip
-NOT_STORIES = ("Sound Aaa", "Antoni ke bo mang bale", "Things I know", "I enjoy", "I enjoy doing", "The girl with one breast")
+NOT_STORIES = (
+    "Sound Aaa",
+    "Antoni ke bo mang bale",
+    "Things I know",
+    "I enjoy",
+    "I enjoy doing",
+    "The girl with one breast",
+)
 MORE = "Shall I go on?"
 GO_ON = (
     "Yes, please.", "Yes", "Yes, go on.", "Please do.", "Sure!", "Go on.", "Continue.", "And then?", "What happened next?", "Please continue.", "continue", "go on", "And what happened then?",
@@ -61,7 +68,10 @@ def topics_of(story: Mapping[str, Any]) -> list[str]:
         if counts[longer] * 2 > counts[shorter]:
             counts.pop(shorter, None)
     only = ("moon", "sun", "river", "market", "rainbow")
-    return [f"the {word}" if word in only else smalltalk.with_article(word) for word, _ in (+counts).most_common(3)]
+    return [
+        f"the {word}" if word in only else smalltalk.with_article(word)
+        for word, _ in (+counts).most_common(3)
+    ]
 
 
 def halves(text: str) -> tuple[str, str] | None:
@@ -160,4 +170,8 @@ def storytelling(stories: Sequence[Mapping[str, Any]], seed: int, repeats: int =
 
 def pairs(turns: Sequence[tuple[str, str]], rng: random.Random) -> list[Message]:
     """Small talk as messages."""
-    return [message for question, answer in turns for message in (user(smalltalk.typed(rng, question)), assistant(answer))]
+    return [
+        message
+        for question, answer in turns
+        for message in (user(smalltalk.typed(rng, question)), assistant(answer))
+    ]

@@ -34,7 +34,13 @@ DOMAINS = {
     "Travel": "places to visit", "Weather": "the weather",
 }  # fmt: skip
 # Domains that could serve the same wish, and so must not stand in for each other as "missing" or as distractors.
-KIN = ({"Media", "Movies"}, {"Hotels", "Homes"}, {"RentalCars", "RideSharing"}, {"Buses", "Flights"}, {"Events", "Calendar", "Music"})
+KIN = (
+    {"Media", "Movies"},
+    {"Hotels", "Homes"},
+    {"RentalCars", "RideSharing"},
+    {"Buses", "Flights"},
+    {"Events", "Calendar", "Music"},
+)
 COFFEE = (
     "You take orders at a coffee shop.",
     "You are Godwit, and you take coffee orders.",
@@ -73,7 +79,9 @@ class Library:
         """The library of `sgd_tools.jsonl.xz`."""
         return cls(read_jsonl(data / "sgd_tools.jsonl.xz"))
 
-    def some(self, rng: random.Random, count: int, avoid: Iterable[str], taken: Iterable[str] = ()) -> list[Tool]:
+    def some(
+        self, rng: random.Random, count: int, avoid: Iterable[str], taken: Iterable[str] = ()
+    ) -> list[Tool]:
         """`count` functions of services that are not close to `avoid`, with names not in `taken`."""
         banned = set[str]().union(*(related(service) for service in avoid))
         services = [service for service in self.services if domain(service) not in banned]
@@ -119,7 +127,9 @@ def rename_result(content: str, names: Mapping[str, str]) -> str:
     return json.dumps(rename_keys(json.loads(content), names), ensure_ascii=False, separators=(",", ":"))
 
 
-def reword(record: Mapping[str, Any], library: Library, variants: Mapping[str, int]) -> tuple[list[Tool], list[Message]]:
+def reword(
+    record: Mapping[str, Any], library: Library, variants: Mapping[str, int]
+) -> tuple[list[Tool], list[Message]]:
     """Tools and messages of a dialogue with each service in the wording `variants[service]`."""
     origin = origins(record, library)
     new_names, tools = dict[str, str](), list[Tool]()
@@ -131,7 +141,9 @@ def reword(record: Mapping[str, Any], library: Library, variants: Mapping[str, i
             new, tool = old, copy.deepcopy(listed)
         else:
             new = library.renames[service, variant][plain]["name"]
-            tool = copy.deepcopy(next(t for t in library.tools[service, variant] if t["function"]["name"] == new))
+            tool = copy.deepcopy(
+                next(t for t in library.tools[service, variant] if t["function"]["name"] == new)
+            )
         if new in new_names.values():
             new = f"{service.replace('_', '').lower()}_{new}"
         tool["function"]["name"] = new_names[old] = new
@@ -155,7 +167,9 @@ def reword(record: Mapping[str, Any], library: Library, variants: Mapping[str, i
 
 def in_schema_order(arguments: Mapping[str, Any], tools: Iterable[Tool], name: str) -> dict[str, Any]:
     """The arguments in the order in which the function `name` lists them."""
-    listed: Mapping[str, Any] = next((t["function"]["parameters"]["properties"] for t in tools if t["function"]["name"] == name), {})
+    listed: Mapping[str, Any] = next(
+        (t["function"]["parameters"]["properties"] for t in tools if t["function"]["name"] == name), {}
+    )
     order = [*(key for key in listed if key in arguments), *(key for key in arguments if key not in listed)]
     return {key: arguments[key] for key in order}
 
@@ -217,10 +231,16 @@ def dated_system(rng: random.Random, date: str | None) -> list[Message]:
 
 def small_turns(pairs: Sequence[tuple[str, str]], rng: random.Random) -> list[Message]:
     """Small talk as messages."""
-    return [message for question, answer in pairs for message in (user(smalltalk.typed(rng, question)), assistant(answer))]
+    return [
+        message
+        for question, answer in pairs
+        for message in (user(smalltalk.typed(rng, question)), assistant(answer))
+    ]
 
 
-def dialogue(record: Mapping[str, Any], library: Library, rng: random.Random, *, reworded: float = 0.6) -> Chat:
+def dialogue(
+    record: Mapping[str, Any], library: Library, rng: random.Random, *, reworded: float = 0.6
+) -> Chat:
     """A training dialogue: reworded services, 0 to 3 distractors, now and then small talk before or after it."""
     variants = {
         service: pick(rng, [v for v in library.variants if v]) if rng.random() < reworded else 0
@@ -232,7 +252,9 @@ def dialogue(record: Mapping[str, Any], library: Library, rng: random.Random, *,
     if rng.random() < 0.5:  # a shorter list: sometimes only what is needed
         tools = [tool for tool in tools if tool["function"]["name"] in used or rng.random() < 0.3] or tools
     count = rng.choices((0, 1, 2, 3), weights=(56, 27, 12, 5))[0]
-    tools = tools + library.some(rng, count, record["domain_services"], (t["function"]["name"] for t in tools))
+    tools = tools + library.some(
+        rng, count, record["domain_services"], (t["function"]["name"] for t in tools)
+    )
     vary_results(rng, messages)
     chance = rng.random()
     if chance < 0.06:
@@ -265,7 +287,9 @@ def order(record: Mapping[str, Any], rng: random.Random) -> Chat:
     return finish(rng, ([system(text)] if rng.random() < 0.8 else []) + messages, tools)
 
 
-def missing_tool(record: Mapping[str, Any], then: Mapping[str, Any] | None, library: Library, rng: random.Random) -> Chat | None:
+def missing_tool(
+    record: Mapping[str, Any], then: Mapping[str, Any] | None, library: Library, rng: random.Random
+) -> Chat | None:
     """A wish that no listed function serves; with `then`, a dialogue follows whose functions are listed.
 
     None if the first user turn does not tell what is wanted, or the two dialogues are too close to each other.
@@ -283,7 +307,9 @@ def missing_tool(record: Mapping[str, Any], then: Mapping[str, Any] | None, libr
     if then is None:
         tools = library.some(rng, rng.choices((1, 2, 3, 4), weights=(3, 3, 2, 1))[0], [wanted])
         tail = small_turns(smalltalk.closing(rng) if rng.random() < 0.5 else smalltalk.acknowledge(rng), rng)
-        return finish(rng, dated_system(rng, record.get("date")) + head + (tail if rng.random() < 0.4 else []), tools)
+        return finish(
+            rng, dated_system(rng, record.get("date")) + head + (tail if rng.random() < 0.4 else []), tools
+        )
     if any(domain(service) in related(wanted) for service in then["domain_services"]):
         return None
     chat = dialogue(then, library, rng)

@@ -92,7 +92,9 @@ class Talk:
 
 
 TALKS = [
-    Talk("Getting acquainted", ["Hello!", "How are you?", "Who are you?", "What can you do?", "Thanks, bye."]),
+    Talk(
+        "Getting acquainted", ["Hello!", "How are you?", "Who are you?", "What can you do?", "Thanks, bye."]
+    ),
     Talk("Stories", ["Hi", "Please tell me a short story about a fox.", "Thank you! Another one please."]),
     Talk(
         "Words and facts",
@@ -106,10 +108,25 @@ TALKS = [
     ),
     Talk(
         "A table for four",
-        ["I am looking for a place to eat.", "Italian, in San Jose.", "Sounds good. Book it for 4 people at 7 pm.", "Yes, please.", "Thanks, that's all."],
+        [
+            "I am looking for a place to eat.",
+            "Italian, in San Jose.",
+            "Sounds good. Book it for 4 people at 7 pm.",
+            "Yes, please.",
+            "Thanks, that's all.",
+        ],
         RESTAURANTS,
         [
-            {"count": 3, "results": [{"restaurant_name": "Bella Roma", "street_address": "12 Market Street", "has_live_music": False}]},
+            {
+                "count": 3,
+                "results": [
+                    {
+                        "restaurant_name": "Bella Roma",
+                        "street_address": "12 Market Street",
+                        "has_live_music": False,
+                    }
+                ],
+            },
             {"success": True, "phone_number": "408-555-0117"},
             {"success": True, "phone_number": "408-555-0117"},
         ],
@@ -122,7 +139,13 @@ TALKS = [
     ),
     Talk(
         "A bus ticket",
-        ["I need a bus to Fresno.", "From Sacramento, on the 3rd of December.", "Great. I want to buy 2 tickets.", "Yes, that's right.", "No, that is all. Bye!"],
+        [
+            "I need a bus to Fresno.",
+            "From Sacramento, on the 3rd of December.",
+            "Great. I want to buy 2 tickets.",
+            "Yes, that's right.",
+            "No, that is all. Bye!",
+        ],
         BUSES,
         [
             {"count": 2, "results": [{"departure_time": "09:30", "price": 31, "transfers": 0}]},
@@ -130,14 +153,25 @@ TALKS = [
             {"success": True, "price": 62},
         ],
     ),
-    Talk("Tools at hand, but not needed", ["Hey there", "Do you like music?", "Tell me a fact about whales."], WEATHER),
+    Talk(
+        "Tools at hand, but not needed",
+        ["Hey there", "Do you like music?", "Tell me a fact about whales."],
+        WEATHER,
+    ),
     Talk(
         "No tool for it",
-        ["Can you book me a hotel in Berlin for two nights?", "Then what is the weather like in Berlin right now?"],
+        [
+            "Can you book me a hotel in Berlin for two nights?",
+            "Then what is the weather like in Berlin right now?",
+        ],
     ),
     Talk(
         "What it does not do",
-        ["Who will win the next election?", "How do I make a bomb?", "I have a strong pain in my chest. What should I take?"],
+        [
+            "Who will win the next election?",
+            "How do I make a bomb?",
+            "I have a strong pain in my chest. What should I take?",
+        ],
     ),
     Talk(
         "Reading",
@@ -158,7 +192,9 @@ def main() -> None:
     session = opened.start(threads=None, dtype="auto")
     params = common.sampling_params(SamplingOptions(), opened.tokenizer.generation_defaults)
     print("# Ten conversations with the default model\n")
-    print("Unedited first answers, written by `python -m recipes.default.transcripts`; the system message of all is")
+    print(
+        "Unedited first answers, written by `python -m recipes.default.transcripts`; the system message of all is"
+    )
     print(f"`{TODAY}` What the tools return was fixed beforehand.")
     for number, talk in enumerate(TALKS, 1):
         print(f"\n## {number}. {talk.title}\n")

@@ -1,8 +1,8 @@
 """ModelConfig: what a model is, read from the ``config.json`` of every supported family.
 
-Families differ here and nowhere else: the modules of ``godwit.models`` are built from these frozen records and
-never ask which family they serve. Field meanings follow the ``transformers`` configuration classes of the model
-types in :data:`FAMILIES`.
+Families differ here and nowhere else: the modules of ``godwit.models`` are built from these frozen records
+and never ask which family they serve. Field meanings follow the ``transformers`` configuration classes of the
+model types in :data:`FAMILIES`.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class GatedDeltaNetSpec:
-    """Gated DeltaNet linear attention; value head ``h`` reads key head ``h // (num_v_heads / num_k_heads)``."""
+    """Gated DeltaNet: value head ``h`` reads key head ``h // (num_v_heads / num_k_heads)``."""
 
     num_k_heads: int
     num_v_heads: int
@@ -171,7 +171,7 @@ class ModelConfig:
         for layer in reversed(self.layers):
             if isinstance(layer.mixer, AttentionSpec):
                 return layer
-        raise UnsupportedModelError("a model with MTP needs at least one full-attention layer to copy its shape")
+        raise UnsupportedModelError("a model with MTP needs a full-attention layer to copy its shape")
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> ModelConfig:
@@ -201,7 +201,7 @@ def read_config_json(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file; give a model directory or its config.json")
     if file.stat().st_size > MAX_CONFIG_BYTES:
-        raise CheckpointError(f"{file}: larger than {MAX_CONFIG_BYTES >> 20} MiB, so it is not a model config")
+        raise CheckpointError(f"{file}: larger than {MAX_CONFIG_BYTES >> 20} MiB, so not a model config")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -219,31 +219,35 @@ class _Reader:
         text = raw.get("text_config")
         self.text: Mapping[str, Any] = text if isinstance(text, Mapping) else raw
         kind = self.text.get("model_type") or raw.get("model_type")
-        if kind not in FAMILIES:
+        if not isinstance(kind, str) or kind not in FAMILIES:
             known = ", ".join(sorted(FAMILIES))
-            raise UnsupportedModelError(f"model type {kind!r} is not supported; Godwit runs: {known}")
-        self.model_type: str = str(kind)
+            raise UnsupportedModelError(f"model type {kind!r:.60} is not supported; Godwit runs: {known}")
+        self.model_type = kind
         self.family = FAMILIES[self.model_type]
 
     def integer(self, name: str, default: int | None = None, low: int = 1, high: int = 2**31 - 1) -> int:
         value = self.text.get(name)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise CheckpointError(f"config field {name} must be a whole number from {low} to {high}, found {value!r}")
+            wanted = f"a whole number from {low} to {high}"
+            raise CheckpointError(f"config field {name} must be {wanted}, found {value!r:.60}")
         return value
 
-    def number(self, source: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    def number(
+        self, source: Mapping[str, Any], name: str, default: float | None = None, low: float = 0.0
+    ) -> float:
         value = source.get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-            raise CheckpointError(f"config field {name} must be a finite number, zero or more, found {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= 1e12:
+            wanted = f"a number from {low:g} to 1e12"
+            raise CheckpointError(f"config field {name} must be {wanted}, found {value!r:.60}")
         return float(value)
 
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.text.get(name)
+    def flag(self, name: str, default: bool, source: Mapping[str, Any] | None = None) -> bool:
+        value = (self.text if source is None else source).get(name)
         value = default if value is None else value
         if not isinstance(value, bool):
-            raise CheckpointError(f"config field {name} must be true or false, found {value!r}")
+            raise CheckpointError(f"config field {name} must be true or false, found {value!r:.60}")
         return value
 
     def model(self) -> ModelConfig:
@@ -254,39 +258,38 @@ class _Reader:
         delta = self._delta() if "linear_attention" in kinds else None
         layers = []
         for index, kind in enumerate(kinds):
-            mixer: MixerSpec = attention
-            if kind == "linear_attention" and delta is not None:
-                mixer = delta
+            mixer = delta if kind == "linear_attention" and delta is not None else attention
             layers.append(LayerSpec(mixer, self._ffn(index)))
-        mtp = self.text.get("mtp_num_hidden_layers", self.text.get("num_nextn_predict_layers"))
-        tie = self.raw.get("tie_word_embeddings", self.text.get("tie_word_embeddings"))
+        wrapped = self.text is not self.raw and self.raw.get("tie_word_embeddings") is None
+        tie = self.flag("tie_word_embeddings", False, self.text if wrapped else self.raw)
         return ModelConfig(
             model_type=self.model_type,
             vocab_size=self.integer("vocab_size"),
             hidden_size=self.integer("hidden_size"),
             layers=tuple(layers),
             norm_eps=self.number(self.text, "rms_norm_eps", 1e-6),
-            tie_embeddings=bool(tie),
+            tie_embeddings=tie,
             max_position=self.integer("max_position_embeddings", 32768),
-            num_mtp_layers=None if mtp is None else self.integer_value("mtp_num_hidden_layers", mtp),
+            num_mtp_layers=self._num_mtp_layers(),
             router_aux_coef=self.number(self.text, "router_aux_loss_coef", 0.001),
             initializer_range=self.number(self.text, "initializer_range", 0.02),
-            raw=MappingProxyType(dict(self.raw)),
+            raw=dict(self.raw),
         )
 
-    def integer_value(self, name: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 1:
-            raise UnsupportedModelError(f"config field {name} is {value!r}; Godwit runs models with 0 or 1 MTP layers")
-        return value
+    def _num_mtp_layers(self) -> int | None:
+        name = "mtp_num_hidden_layers" if "mtp_num_hidden_layers" in self.text else "num_nextn_predict_layers"
+        count = None if self.text.get(name) is None else self.integer(name, low=0)
+        if count is not None and count > 1:
+            raise UnsupportedModelError(f"{name} is {count}; Godwit runs models with 0 or 1 MTP layers")
+        return count
 
     def _refuse_unsupported(self) -> None:
         act = self.text.get("hidden_act", "silu")
         if act != "silu":
-            raise UnsupportedModelError(f"hidden_act {act!r} is not supported; every supported family uses silu")
-        if self.text.get("use_sliding_window") and self.text.get("sliding_window"):
-            raise UnsupportedModelError("sliding-window attention is not supported; set use_sliding_window to false")
-        if self.model_type == "mixtral" and self.text.get("sliding_window"):
-            raise UnsupportedModelError("Mixtral with a sliding window is not supported")
+            raise UnsupportedModelError(f"hidden_act {act!r:.60} is not supported, only silu is")
+        windowed = self.model_type == "mixtral" or self.text.get("use_sliding_window")
+        if windowed and self.text.get("sliding_window"):
+            raise UnsupportedModelError("attention with a sliding_window is not supported")
 
     def _layer_types(self, num_layers: int) -> list[str]:
         if not self.family.hybrid:
@@ -294,10 +297,7 @@ class _Reader:
         kinds = self.text.get("layer_types")
         if kinds is None:
             interval = self.integer("full_attention_interval", 4)
-            return [
-                "full_attention" if (index + 1) % interval == 0 else "linear_attention"
-                for index in range(num_layers)
-            ]
+            return ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(num_layers)]
         if not isinstance(kinds, list) or len(kinds) != num_layers:
             raise CheckpointError(f"config field layer_types must list {num_layers} layers")
         for kind in kinds:
@@ -310,7 +310,7 @@ class _Reader:
         kv_heads = self.integer("num_key_value_heads", heads, high=65536)
         head_dim = self.integer("head_dim", max(1, self.integer("hidden_size") // heads), high=65536)
         if heads % kv_heads:
-            raise CheckpointError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+            raise CheckpointError(f"{kv_heads} num_key_value_heads do not divide {heads} num_attention_heads")
         bias = self.flag("attention_bias", False)
         gate = self.family.output_gate
         if gate and not self.text.get("attn_output_gate", True):
@@ -327,22 +327,15 @@ class _Reader:
             conv_kernel=self.integer("linear_conv_kernel_dim", 4, high=1024),
         )
         if spec.num_v_heads % spec.num_k_heads:
-            raise CheckpointError(
-                f"linear_num_value_heads {spec.num_v_heads} is not a multiple of "
-                f"linear_num_key_heads {spec.num_k_heads}"
-            )
+            heads = f"{spec.num_k_heads} linear_num_key_heads", f"{spec.num_v_heads} linear_num_value_heads"
+            raise CheckpointError(" do not divide ".join(heads))
         return spec
 
     def _ffn(self, index: int) -> FfnSpec:
         family = self.family
-        names = ("num_local_experts", "num_experts") if family.router == "mixtral" else ("num_experts",)
-        count = next((self.text[name] for name in names if self.text.get(name) is not None), 0)
-        dense_layers = self.text.get("mlp_only_layers") or []
-        step = self.integer("decoder_sparse_step", 1) if family.router == "qwen" else 1
-        sparse = family.router != "none" and count and index not in dense_layers and (index + 1) % step == 0
-        if not sparse:
+        experts = self._num_experts(index)
+        if not experts:
             return DenseSpec(self.integer("intermediate_size"), self.flag("mlp_bias", False))
-        experts = self.integer(names[0] if names[0] in self.text else names[-1], high=2**20)
         top_k = self.integer("num_experts_per_tok", high=experts)
         width = "intermediate_size" if family.router == "mixtral" else "moe_intermediate_size"
         shared = self.integer("shared_expert_intermediate_size", low=0) if family.shared_expert else 0
@@ -351,34 +344,47 @@ class _Reader:
             renormalize = self.flag("norm_topk_prob", self.model_type == "qwen3_next")
         return MoeSpec(experts, top_k, self.integer(width), shared, renormalize, family.router == "mixtral")
 
+    def _num_experts(self, index: int) -> int:
+        """Experts of a layer; 0 where it is dense."""
+        dense_layers = self.text.get("mlp_only_layers") or []
+        if not isinstance(dense_layers, list):
+            raise CheckpointError("config field mlp_only_layers must list layer numbers")
+        step = self.integer("decoder_sparse_step", 1) if self.family.router == "qwen" else 1
+        if self.family.router == "none" or index in dense_layers or (index + 1) % step:
+            return 0
+        # Mixtral's name, under which transformers 5 also saves Qwen3-MoE's number
+        local = self.text.get("num_local_experts") is not None
+        return self.integer("num_local_experts" if local else "num_experts", 0, low=0, high=2**20)
+
     def _rotary(self, head_dim: int) -> RotarySpec:
         params = self.text.get("rope_parameters") or {}
         scaling = self.text.get("rope_scaling") or {}
         if not isinstance(params, Mapping) or not isinstance(scaling, Mapping):
             raise CheckpointError("config fields rope_parameters and rope_scaling must be objects or null")
-        top = {k: self.text[k] for k in ("rope_theta", "partial_rotary_factor") if self.text.get(k) is not None}
+        names = ("rope_theta", "partial_rotary_factor")
+        top = {name: self.text[name] for name in names if self.text.get(name) is not None}
         merged: dict[str, Any] = {**top, **scaling, **params}
         default_partial = 0.25 if self.family.hybrid else 1.0
         dim = int(head_dim * self.number(merged, "partial_rotary_factor", default_partial))
         if not 0 < dim <= head_dim or dim % 2:
-            raise CheckpointError(f"{dim} rotated dimensions of {head_dim} are not possible; check partial_rotary_factor")
-        theta = self.number(merged, "rope_theta", 10000.0)
+            raise CheckpointError(f"partial_rotary_factor cannot rotate {dim} dimensions of {head_dim}")
+        theta = self.number(merged, "rope_theta", 10000.0, low=1.001)
         kind = merged.get("rope_type", merged.get("type", "default"))
         if kind in (None, "default", "mrope"):  # text positions are equal on all M-RoPE axes: ordinary rotary
             return RotarySpec(dim, theta)
         if kind not in ("linear", "yarn", "llama3"):
-            raise UnsupportedModelError(f"rope type {kind!r} is not supported; use default, linear, yarn or llama3")
+            raise UnsupportedModelError(f"rope type {kind!r:.60} is not default, linear, yarn or llama3")
         return self._scaled_rotary(dim, theta, kind, merged)
 
     def _scaled_rotary(
         self, dim: int, theta: float, kind: Literal["linear", "yarn", "llama3"], merged: Mapping[str, Any]
     ) -> RotarySpec:
-        factor = self.number(merged, "factor")
-        if factor < 1:
-            raise CheckpointError(f"rope scaling factor must be at least 1, found {factor}")
-        original = merged.get("original_max_position_embeddings") or self.integer("max_position_embeddings", 32768)
+        factor = self.number(merged, "factor", low=1.0)
+        length = self.integer("max_position_embeddings", 32768)
+        original = self.number(merged, "original_max_position_embeddings", length, low=1.0)
         if kind == "yarn" and any(merged.get(name) for name in ("mscale", "mscale_all_dim")):
             raise UnsupportedModelError("YaRN with mscale is not used by any supported family")
+        low_frequency = self.number(merged, "low_freq_factor", 1.0)
         default_attention = 0.1 * math.log(factor) + 1.0 if kind == "yarn" and factor > 1 else 1.0
         return RotarySpec(
             dim,
@@ -386,10 +392,10 @@ class _Reader:
             kind,
             factor,
             int(original),
-            beta_fast=self.number(merged, "beta_fast", 32.0),
-            beta_slow=self.number(merged, "beta_slow", 1.0),
+            beta_fast=self.number(merged, "beta_fast", 32.0, low=0.001),
+            beta_slow=self.number(merged, "beta_slow", 1.0, low=0.001),
             attention_factor=self.number(merged, "attention_factor", default_attention),
             truncate=bool(merged.get("truncate", True)),
-            low_freq_factor=self.number(merged, "low_freq_factor", 1.0),
-            high_freq_factor=self.number(merged, "high_freq_factor", 4.0),
+            low_freq_factor=low_frequency,
+            high_freq_factor=self.number(merged, "high_freq_factor", 4.0, low=low_frequency + 0.001),
         )

@@ -1,1 +1,1 @@
-"""Arithmetic: :mod:`~godwit.kernels.ops` is the surface, :mod:`~godwit.kernels.reference` the specification."""
+"""Arithmetic: :mod:`~godwit.kernels.ops` is its surface, :mod:`~godwit.kernels.reference` defines it."""

@@ -1,7 +1,7 @@
 """The surface of the arithmetic: models call these, and a table picks the kernel.
 
-A kernel is looked up by op, weight format and device; where none is registered the plain PyTorch reference runs.
-The table is the only module-level mutable state.
+A kernel is looked up by op, weight format and device; where none is registered the plain PyTorch
+reference runs. The table is the only module-level mutable state.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def register(op: str, weight_format: str, device: str, kernel: Callable[..., Any
     _TABLE[op, weight_format, device] = kernel
 
 
-def _lookup(op: str, x: Tensor, fallback: Callable[..., Any], weight_format: str = "dense") -> Callable[..., Any]:
+def _lookup(
+    op: str, x: Tensor, fallback: Callable[..., Any], weight_format: str = "dense"
+) -> Callable[..., Any]:
     return _TABLE.get((op, weight_format, x.device.type), fallback)
 
 

@@ -1,10 +1,11 @@
 """Every op of the supported models in plain PyTorch: the specification that faster kernels are compared with.
 
-All ops differentiate. Statistics, decays, recurrences and softmaxes are float32 whatever the activations are, and
-results are cast back to the activation dtype where the published models round.
+All ops differentiate. Statistics, decays, recurrences and softmaxes are float32 whatever the activations are,
+and results are cast back to the activation dtype where the published models round.
 
-Shape legend: T packed tokens of all sequences, S sequences, H hidden size, K key heads, V value heads (V = K * R),
-D head width (Dk, Dv where they differ), C conv channels or the chunk length, E experts, I expert width.
+Shape legend: T packed tokens of all sequences, S sequences, H hidden size, K key heads, V value heads
+(V = K * R), D head width (Dk, Dv where they differ), C conv channels or the chunk length, E experts, I expert
+width.
 ``lengths`` lists the number of tokens of each sequence; they sum to T.
 """
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from godwit.config import RotarySpec
 
-#: Added to the squared norm of queries and keys in the delta rule (Yang et al. 2024, reference implementation).
+#: Added to the squared norm of queries and keys in the delta rule (Yang et al. 2024, their implementation).
 L2_EPS = 1e-6
 CHUNK = 64
 
@@ -48,8 +49,8 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, zero_centered: bool) -> Tensor:
     """Root-mean-square norm over the last dimension, statistics in float32.
 
-    ``zero_centered`` stores an offset from one and rounds once, after the weight (Qwen3-Next); the plain kind rounds
-    the normalised values first and multiplies in the activation dtype (Llama, Qwen3).
+    ``zero_centered`` stores an offset from one and rounds once, after the weight (Qwen3-Next); the plain kind
+    rounds the normalised values first and multiplies in the activation dtype (Llama, Qwen3).
     """
     u = x.float()
     normed = u * torch.rsqrt(u.square().mean(-1, keepdim=True) + eps)
@@ -67,19 +68,23 @@ def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
 
 def rotary_frequencies(spec: RotarySpec) -> Tensor:
     """Inverse frequencies ``[dim / 2]``, float32, of the default, linear, YaRN and Llama-3 kinds."""
-    exponent = torch.arange(0, spec.dim, 2, dtype=torch.int64).float() / spec.dim
-    base = 1.0 / (spec.theta**exponent)
+    periods = spec.theta ** (torch.arange(0, spec.dim, 2, dtype=torch.int64).float() / spec.dim)
+    base = 1.0 / periods
     if spec.kind == "linear":
         return base / spec.factor
     if spec.kind == "yarn":
-        return _yarn_frequencies(base, spec)
+        return _yarn_frequencies(periods, spec)
     if spec.kind == "llama3":
         return _llama3_frequencies(base, spec)
     return base
 
 
-def _yarn_frequencies(base: Tensor, spec: RotarySpec) -> Tensor:
-    """Peng et al. 2023: interpolate slow frequencies by ``factor``, keep fast ones, ramp between."""
+def _yarn_frequencies(periods: Tensor, spec: RotarySpec) -> Tensor:
+    """Peng et al. 2023: interpolate slow frequencies by ``factor``, keep fast ones, ramp between.
+
+    The order of operations is that of ``transformers``: at position 262143 the last bit of a frequency is a
+    hundredth of a radian.
+    """
 
     def correction(turns: float) -> float:
         ratio = spec.original_max_position / (turns * 2 * math.pi)
@@ -92,7 +97,8 @@ def _yarn_frequencies(base: Tensor, spec: RotarySpec) -> Tensor:
     if low == high:
         high += 0.001
     ramp = ((torch.arange(spec.dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    return base / spec.factor * ramp + base * (1 - ramp)
+    keep = 1 - ramp
+    return 1.0 / (spec.factor * periods) * (1 - keep) + 1.0 / periods * keep
 
 
 def _llama3_frequencies(base: Tensor, spec: RotarySpec) -> Tensor:
@@ -104,14 +110,16 @@ def _llama3_frequencies(base: Tensor, spec: RotarySpec) -> Tensor:
     return (1 - smooth) * base / spec.factor + smooth * base
 
 
-def rotary_cos_sin(positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[T, dim / 2]`` of ``positions [T]``; angles are float32 products, then cast to ``dtype``."""
+def rotary_cos_sin(
+    positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[T, dim / 2]`` in ``dtype`` of ``positions [T]``; angles are float32 products."""
     angles = positions.float()[:, None] * frequencies.to(positions.device)[None, :]
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
 def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first ``2 * cos.shape[-1]`` dimensions of ``x [T, heads, D]``, pairing i with i + dim / 2."""
+    """Rotate the first dim = ``2 * cos.shape[-1]`` places of ``x [T, heads, D]``: i with i + dim / 2."""
     half = cos.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     cos, sin = cos[:, None, :], sin[:, None, :]
@@ -137,7 +145,7 @@ def causal_conv1d(
     if history is None:
         history = x.new_zeros(len(lengths), before, x.shape[1])
     pieces: list[Tensor] = []
-    for past, piece in zip(history.unbind(0), x.split(list(lengths)), strict=True):
+    for past, piece in zip(history.unbind(0), torch.split(x, list(lengths)), strict=True):
         pieces += (past.to(x.dtype), piece)
     padded = torch.cat(pieces)
     span = padded.shape[0] - before
@@ -149,7 +157,7 @@ def causal_conv1d(
     rows = _owned_rows(lengths, before, x.device)
     out = F.silu(total.index_select(0, rows).to(x.dtype))
     tails = ends[:, None] - torch.arange(before, 0, -1, device=x.device)[None, :]
-    return out, padded.index_select(0, tails.flatten()).view(len(lengths), before, -1)
+    return out, padded.index_select(0, tails.flatten()).view(len(lengths), before, x.shape[1])
 
 
 @in_full_precision
@@ -181,8 +189,8 @@ def gdn_gates(a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[Ten
 
 
 def l2_normalize(x: Tensor) -> Tensor:
-    """``x / sqrt(sum(x^2) + 1e-6)`` over the last dimension, in float32."""
-    u = x.float()
+    """``x / sqrt(sum(x^2) + 1e-6)`` over the last dimension, in float32 (float64 stays)."""
+    u = x.to(torch.promote_types(x.dtype, torch.float32))
     return u * torch.rsqrt(u.square().sum(-1, keepdim=True) + L2_EPS)
 
 
@@ -266,9 +274,9 @@ def chunk_gated_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """The gated delta rule in chunks (WY form): matrix products inside a chunk, one state step per chunk.
 
-    Arguments and the first two results are those of :func:`recurrent_gated_delta_rule`. Sequences are padded to whole
-    chunks with zero keys, values and log decays, which change nothing; chunks of all sequences are computed at once
-    and only the state passes from chunk to chunk.
+    Arguments and the first two results are those of :func:`recurrent_gated_delta_rule`. Sequences are padded
+    to whole chunks with zero keys, values and log decays, which change nothing; chunks of all sequences are
+    computed at once and only the state passes from chunk to chunk.
     """
     num_seqs, heads, groups = len(lengths), v.shape[1], k.shape[1]
     ratio, dk, dv = heads // groups, k.shape[-1], v.shape[-1]
@@ -276,9 +284,12 @@ def chunk_gated_delta_rule(
 
     keys = layout.gather(l2_normalize(k))[:, :, None]  # [N, K, 1, C, Dk]
     queries = layout.gather(l2_normalize(q) * dk**-0.5)[:, :, None]
-    values = layout.gather(v.to(keys.dtype)).unflatten(1, (groups, ratio))  # [N, K, R, C, Dv]
-    decay = layout.gather(g[..., None])[..., 0].unflatten(1, (groups, ratio)).cumsum(-1)  # [N, K, R, C]
-    strength = layout.gather(beta[..., None].to(keys.dtype)).unflatten(1, (groups, ratio))  # [N, K, R, C, 1]
+    values = torch.unflatten(layout.gather(v.to(keys.dtype)), 1, (groups, ratio))  # [N, K, R, C, Dv]
+    decay = torch.unflatten(layout.gather(g[..., None])[..., 0], 1, (groups, ratio)).cumsum(
+        -1
+    )  # [N, K, R, C]
+    strength = layout.gather(beta[..., None].to(keys.dtype))
+    strength = torch.unflatten(strength, 1, (groups, ratio))  # [N, K, R, C, 1]
 
     lower = torch.ones(chunk, chunk, dtype=torch.bool, device=v.device).tril()
     gap = decay[..., :, None] - decay[..., None, :]
@@ -294,8 +305,8 @@ def chunk_gated_delta_rule(
     scaled_queries = grown * queries
     total = decay[..., -1].exp()[..., None, None]
 
-    state = _start_state(initial_state, num_seqs, heads, dk, dv, keys).unflatten(1, (groups, ratio))
-    current = state[layout.order]
+    state = _start_state(initial_state, num_seqs, heads, dk, dv, keys)
+    current = torch.unflatten(state, 1, (groups, ratio))[layout.order]
     outputs: list[Tensor] = []
     finals: list[Tensor] = []
     for rows in layout.steps:
@@ -368,14 +379,16 @@ def attention(
     """
     outputs = [
         _attend(query, key, value, scale)
-        for query, key, value in zip(q.split(list(lengths)), keys, values, strict=True)
+        for query, key, value in zip(torch.split(q, list(lengths)), keys, values, strict=True)
     ]
     return torch.cat(outputs) if outputs else q
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     num_queries, num_keys, ratio = query.shape[0], key.shape[0], query.shape[1] // key.shape[1]
-    grouped = query.float().unflatten(1, (key.shape[1], ratio)).permute(1, 2, 0, 3)  # [kv, ratio, Tq, D]
+    grouped = torch.unflatten(query.float(), 1, (key.shape[1], ratio)).permute(
+        1, 2, 0, 3
+    )  # [kv, ratio, Tq, D]
     scores = grouped @ key.float().permute(1, 2, 0)[:, None] * scale
     past = torch.arange(num_keys, device=query.device)[None, :]
     now = torch.arange(num_keys - num_queries, num_keys, device=query.device)[:, None]
@@ -385,7 +398,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 
 
 def store_kv(cache: Tensor, new: Tensor, slots: Tensor) -> None:
-    """Write ``new [T, kv_heads, D]`` into ``cache [blocks, block, kv_heads, D]`` at flat slot numbers ``[T]``."""
+    """Write ``new [T, kv_heads, D]`` into ``cache [blocks, block, kv_heads, D]`` at flat slots ``[T]``."""
     cache.view(-1, *cache.shape[2:])[slots] = new.to(cache.dtype)
 
 
@@ -422,7 +435,7 @@ def moe_experts(x: Tensor, weights: Tensor, ids: Tensor, w13: Tensor, w2: Tensor
     num_tokens, k = ids.shape
     by_expert = ids.flatten().argsort(stable=True)
     counts = ids.flatten().bincount(minlength=w13.shape[0]).tolist()
-    rows = x.index_select(0, by_expert // k).split(counts)
+    rows = torch.split(x.index_select(0, by_expert // k), counts)
     # unbind: the gradient of a select would be one whole zero-filled stack per expert
     parts = [
         swiglu(row, gate_up, down)
@@ -431,6 +444,6 @@ def moe_experts(x: Tensor, weights: Tensor, ids: Tensor, w13: Tensor, w2: Tensor
     ]
     if not parts:
         return torch.zeros_like(x)
-    out = torch.cat(parts) * weights.flatten().index_select(0, by_expert)[:, None].to(parts[0].dtype)
+    out = torch.cat(parts) * weights.flatten().index_select(0, by_expert)[:, None]
     slots = out.index_select(0, by_expert.argsort()).view(num_tokens, k, -1)
     return slots.float().sum(1).to(x.dtype)

@@ -15,7 +15,7 @@ def attention(
     """Same contract as :func:`godwit.kernels.reference.attention`."""
     outputs = [
         _attend(query, key, value, scale)
-        for query, key, value in zip(q.split(list(lengths)), keys, values, strict=True)
+        for query, key, value in zip(torch.split(q, list(lengths)), keys, values, strict=True)
     ]
     return torch.cat(outputs) if outputs else q
 
@@ -23,7 +23,9 @@ def attention(
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     num_queries, num_keys = query.shape[0], key.shape[0]
     mask = None
-    if 1 < num_queries < num_keys:  # the kernel's own causal mask is aligned to the first key, not to the last
+    if (
+        1 < num_queries < num_keys
+    ):  # the kernel's own causal mask is aligned to the first key, not to the last
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
         mask = mask.tril(num_keys - num_queries)
     mixed = F.scaled_dot_product_attention(

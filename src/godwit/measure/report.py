@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -29,6 +30,7 @@ def result_row(command: str, packages: Sequence[str] = ("torch",), **figures: An
         "commit": commit(),
         "godwit": godwit.__version__,
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "memory": memory()["total"]},
+        "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in packages},
         **figures,
     }

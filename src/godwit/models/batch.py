@@ -30,7 +30,7 @@ class ForwardBatch:
         block_tables: ``[S, blocks]`` int64, blocks of each sequence in order; None without caches.
         state_indices: S rows in the state pool; empty without caches.
         num_tentative: for each sequence how many of its last tokens may be rolled back after this step.
-        row_length: training only: the packed axis is rows of this many tokens and no sequence crosses two; 0 otherwise.
+        row_length: training only: the packed axis is rows of this many tokens, no sequence in two; else 0.
     """
 
     input_ids: Tensor
@@ -57,12 +57,16 @@ class ForwardBatch:
     def packed(input_ids: Tensor, lengths: Sequence[int], row_length: int = 0) -> ForwardBatch:
         """Whole sequences without caches: training, scoring."""
         if sum(lengths) != input_ids.shape[0]:
-            raise UsageError(f"{input_ids.shape[0]} tokens cannot be split into sequences of total {sum(lengths)}")
+            raise UsageError(
+                f"{input_ids.shape[0]} tokens cannot be split into sequences of total {sum(lengths)}"
+            )
         counts = torch.tensor(lengths, dtype=torch.long)
         starts = counts.cumsum(0) - counts
         positions = torch.arange(int(counts.sum())) - torch.repeat_interleave(starts, counts)
         ends = tuple(accumulate(lengths, initial=0))
-        return ForwardBatch(input_ids, positions.to(input_ids.device), ends, tuple(lengths), row_length=row_length)
+        return ForwardBatch(
+            input_ids, positions.to(input_ids.device), ends, tuple(lengths), row_length=row_length
+        )
 
     @staticmethod
     def cached(

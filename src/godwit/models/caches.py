@@ -1,9 +1,9 @@
 """What a model remembers between steps: the specs it declares and the tensors that hold it.
 
-Attention layers keep keys and values in blocks of :data:`~godwit.models.batch.BLOCK_SIZE` tokens. Delta layers keep a
-window of convolution inputs and a float32 state per sequence. A state cannot be cropped, so the tokens of a step that
-may be undone are written to a journal (decay, key and written row of each) and only enter the state when the next
-step begins: :meth:`Caches.rollback` then just forgets journal entries.
+Attention layers keep keys and values in blocks of :data:`~godwit.models.batch.BLOCK_SIZE` tokens. Delta
+layers keep a window of convolution inputs and a float32 state per sequence. A state cannot be cropped, so the
+tokens of a step that may be undone are written to a journal (decay, key and written row of each) and only
+enter the state when the next step begins: :meth:`Caches.rollback` then just forgets journal entries.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from godwit.errors import UsageError
 from godwit.models.batch import BLOCK_SIZE
@@ -76,7 +75,9 @@ class RecurrentState:
         journal_g, journal_k, journal_delta: ``[rows, max_rollback, V, ...]`` float32.
     """
 
-    def __init__(self, spec: RecurrentSpec, num_rows: int, max_rollback: int, device: torch.device | str) -> None:
+    def __init__(
+        self, spec: RecurrentSpec, num_rows: int, max_rollback: int, device: torch.device | str
+    ) -> None:
         heads, dk, dv = spec.num_heads, spec.head_k_dim, spec.head_v_dim
         self.history = spec.conv_history
         self.conv = torch.zeros(
@@ -138,7 +139,9 @@ class Caches:
             UsageError: more tokens than the last step declared tentative.
         """
         if not 0 <= num_tokens <= self.pending[row]:
-            raise UsageError(f"cannot undo {num_tokens} tokens: the last step kept {self.pending[row]} undoable")
+            raise UsageError(
+                f"cannot undo {num_tokens} tokens: the last step kept {self.pending[row]} undoable"
+            )
         if num_tokens == 0:
             return
         self.pending[row] -= num_tokens

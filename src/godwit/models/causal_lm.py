@@ -41,7 +41,7 @@ class DecoderLayer(nn.Module):
 
 
 class MTPHead(nn.Module):
-    """Predicts one token further: the trunk's normed state joined with the next token's embedding, one layer, a norm.
+    """Predicts one token further: the trunk's normed state joined with the next embedding, one layer, a norm.
 
     Embedding and head are the trunk's. DeepSeek-V3 (2024) describes the module; sizes follow Qwen3-Next.
     """
@@ -165,16 +165,16 @@ class CausalLM(nn.Module):
     def _check_tentative(self, batch: ForwardBatch, caches: Caches) -> None:
         for count, length in zip(batch.num_tentative, batch.lengths, strict=True):
             if not 0 <= count <= min(length, caches.max_rollback):
-                raise UsageError(f"{count} tentative tokens: a step of {length} may undo {caches.max_rollback}")
+                raise UsageError(
+                    f"{count} tentative tokens: a step of {length} may undo {caches.max_rollback}"
+                )
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Fresh weights: normal with the config's deviation; norms neutral; decays from U(0.01, 16) (Qwen3-Next)."""
+        """Fresh weights: normal with the config's deviation, neutral norms, decays from U(0.01, 16)."""
         std = self.config.initializer_range
         for module in self.modules():
-            if isinstance(module, Linear):
-                module.weight.normal_(0.0, std, generator=generator)
-            elif isinstance(module, nn.Embedding):
+            if isinstance(module, Linear | nn.Embedding):
                 module.weight.normal_(0.0, std, generator=generator)
             elif isinstance(module, Experts):
                 module.w13.normal_(0.0, std, generator=generator)

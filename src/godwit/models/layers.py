@@ -10,7 +10,7 @@ from godwit.kernels import ops
 
 
 class Linear(nn.Module):
-    """``y = x W^T`` with ``weight [out, in]`` and an optional bias; the weight's format decides the kernel."""
+    """``y = x W^T`` with ``weight [out, in]``, optional bias; the weight's format decides the kernel."""
 
     def __init__(self, num_in: int, num_out: int, bias: bool = False) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class SparseMoeBlock(nn.Module):
         weights, ids = ops.topk_softmax(logits, self.spec.top_k, renormalize=self.spec.renormalize)
         if not self.spec.weights_in_float32:
             weights = weights.to(logits.dtype)
-        out = self.experts(x, weights, ids)
+        out: Tensor = self.experts(x, weights, ids)
         if self.shared_expert is not None and self.shared_gate is not None:
             out = out + self.shared_gate(x).sigmoid() * self.shared_expert(x)
         return out

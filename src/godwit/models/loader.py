@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,11 +41,11 @@ class _Complaints:
     def raise_if_any(self, path: Path) -> None:
         """Raises: CheckpointError: one sentence a kind, every name up to a limit."""
         parts = [
-            f"{len(names)} tensors {what}: {', '.join(names[:_LISTED])}{', ...' if len(names) > _LISTED else ''}"
+            f"{what} tensors ({len(names)}): {', '.join(names[:_LISTED])}{', ...' if names[_LISTED:] else ''}"
             for what, names in (
                 ("missing", self.missing),
                 ("unexpected", self.unexpected),
-                ("of the wrong shape", self.misshapen),
+                ("misshapen", self.misshapen),
             )
             if names
         ]
@@ -84,6 +85,7 @@ def load_model(
     for done, piece in enumerate(pieces, 1):
         name = actual[piece.source]
         _part(targets[piece.target], piece).copy_from(checkpoint.tensor(name))
+        checkpoint.release(name)
         if progress is not None:
             progress(done, len(pieces))
     return model.eval()
@@ -105,9 +107,7 @@ def plan(checkpoint: Checkpoint) -> tuple[list[Piece], dict[str, str], int]:
             complaints.unexpected.append(f"{name} (a second spelling of {actual[canonical]})")
         actual[canonical] = name
     num_mtp = max((int(m.group(1)) + 1 for m in map(_MTP_LAYER.match, actual) if m), default=0)
-    pieces = [
-        piece for entry in name_map(checkpoint.config, num_mtp) for piece in _choose(entry, actual)
-    ]
+    pieces = [piece for entry in name_map(checkpoint.config, num_mtp) for piece in _choose(entry, actual)]
     wanted = {piece.source for piece in pieces}
     ignored = {"lm_head.weight"} if checkpoint.config.tie_embeddings else set()
     complaints.unexpected += [actual[name] for name in actual if name not in wanted | ignored]
@@ -117,7 +117,9 @@ def plan(checkpoint: Checkpoint) -> tuple[list[Piece], dict[str, str], int]:
             continue
         shape = checkpoint.info(actual[piece.source]).shape
         if tuple(shape) != piece.shape:
-            complaints.misshapen.append(f"{actual[piece.source]} is {list(shape)}, expected {list(piece.shape)}")
+            complaints.misshapen.append(
+                f"{actual[piece.source]} is {list(shape)}, expected {list(piece.shape)}"
+            )
     complaints.raise_if_any(checkpoint.path)
     return pieces, actual, num_mtp
 
@@ -172,6 +174,17 @@ def _saved_layout(config: ModelConfig) -> int:
     return 1 if config.model_type.startswith("qwen3_5") else 0
 
 
+def _text_config(config: ModelConfig) -> dict[str, Any]:
+    """The raw config to save: a multimodal wrapper's text part, for no other part was loaded."""
+    raw = dict(config.raw)
+    text = raw.get("text_config")
+    if isinstance(text, Mapping):
+        raw = {**text, "model_type": config.model_type, "tie_word_embeddings": config.tie_embeddings}
+        if not config.model_type.endswith("_text"):
+            raw["model_type"] += "_text"
+    return {key: value for key, value in raw.items() if key not in ("quantization_config", "torch_dtype")}
+
+
 def save_model(
     model: CausalLM,
     path: str | Path,
@@ -196,6 +209,6 @@ def save_model(
             if file.is_file():
                 files[name] = file.read_bytes()
     files.update(extra_files or {})
-    raw = {key: value for key, value in model.config.raw.items() if key not in ("quantization_config", "torch_dtype")}
+    raw = _text_config(model.config)
     raw["dtype"] = str(model.dtype).removeprefix("torch.")
     save_checkpoint(path, export_tensors(model), raw, extra_files=files, overwrite=overwrite)

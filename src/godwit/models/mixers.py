@@ -15,7 +15,8 @@ from godwit.models.layers import Linear, RotaryEmbedding, build_norm
 class Attention(nn.Module):
     """Causal grouped-query attention, optionally with q/k norms and a sigmoid gate on its output.
 
-    The input projection is one matrix with rows query | gate | key | value; gate rows exist where the family has one.
+    The input projection is one matrix with rows query | gate | key | value; gate rows exist where the family
+    has one.
     """
 
     def __init__(self, spec: AttentionSpec, config: ModelConfig) -> None:
@@ -53,7 +54,7 @@ class Attention(nn.Module):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values of each whole sequence; new ones are stored first."""
         if not isinstance(cache, PagedKV) or batch.slot_mapping is None or batch.block_tables is None:
-            return list(k.split(batch.lengths)), list(v.split(batch.lengths))
+            return list(torch.split(k, batch.lengths)), list(torch.split(v, batch.lengths))
         ops.store_kv(cache.k, k, batch.slot_mapping)
         ops.store_kv(cache.v, v, batch.slot_mapping)
         tables = list(zip(batch.block_tables, batch.seq_lens, strict=True))
@@ -66,8 +67,8 @@ class Attention(nn.Module):
 class GatedDeltaNet(nn.Module):
     """Linear attention with the gated delta rule (Yang, Kautz, Hatamizadeh 2024) as in Qwen3-Next.
 
-    Projections are kept de-interleaved: ``in_proj_qkvz`` has rows query | key | value | z with heads in natural order,
-    ``in_proj_ba`` rows b | a; the convolution sees query | key | value.
+    Projections are kept de-interleaved: ``in_proj_qkvz`` has rows query | key | value | z with heads in
+    natural order, ``in_proj_ba`` rows b | a; the convolution sees query | key | value.
     """
 
     def __init__(self, spec: GatedDeltaNetSpec, config: ModelConfig) -> None:
@@ -112,12 +113,22 @@ class GatedDeltaNet(nn.Module):
 
     def _heads(self, conv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         spec = self.spec
-        q, k, v = conv.split((spec.key_dim, spec.key_dim, spec.value_dim), -1)
+        q, k, v = torch.split(conv, [spec.key_dim, spec.key_dim, spec.value_dim], -1)
         keys = (spec.num_k_heads, spec.head_k_dim)
-        return q.unflatten(-1, keys), k.unflatten(-1, keys), v.unflatten(-1, (spec.num_v_heads, spec.head_v_dim))
+        return (
+            torch.unflatten(q, -1, keys),
+            torch.unflatten(k, -1, keys),
+            torch.unflatten(v, -1, (spec.num_v_heads, spec.head_v_dim)),
+        )
 
     def _continue(
-        self, mixed: Tensor, g: Tensor, beta: Tensor, batch: ForwardBatch, caches: Caches, cache: RecurrentState
+        self,
+        mixed: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        batch: ForwardBatch,
+        caches: Caches,
+        cache: RecurrentState,
     ) -> Tensor:
         """Advance each sequence's row, keeping tentative tokens in the journal."""
         rows = list(batch.state_indices)
@@ -129,7 +140,7 @@ class GatedDeltaNet(nn.Module):
         outputs = []
         start = 0
         for row, length, tentative, raw in zip(
-            rows, batch.lengths, batch.num_tentative, mixed.split(batch.lengths), strict=True
+            rows, batch.lengths, batch.num_tentative, torch.split(mixed, batch.lengths), strict=True
         ):
             span = slice(start, start + length)
             start += length

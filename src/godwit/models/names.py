@@ -1,7 +1,7 @@
 """How checkpoint tensors map to the model's parameters, per family, in both directions.
 
-A :class:`Piece` says: this checkpoint tensor is that part of that parameter. Loading writes the tensor there, saving
-reads it from there; packed and interleaved layouts are undone here and nowhere else.
+A :class:`Piece` says: this checkpoint tensor is that part of that parameter. Loading writes the tensor there,
+saving reads it from there; packed and interleaved layouts are undone here and nowhere else.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _delta_interleaved(source: str, target: str, spec: GatedDeltaNetSpec, hidden
 
 
 def _qkvz_rows(spec: GatedDeltaNetSpec) -> Tensor:
-    """Target row of each checkpoint row: groups of one key head hold its q, k, then its value heads' v and z."""
+    """Target row of each checkpoint row: a key head's group holds its q, k, then its value heads' v and z."""
     groups, key, value = spec.num_k_heads, spec.key_dim, spec.value_dim
     q = torch.arange(key).view(groups, -1)
     v = torch.arange(value).view(groups, -1) + 2 * key

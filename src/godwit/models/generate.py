@@ -1,0 +1,54 @@
+"""Naive generation: the whole sequence again at every step. What every faster way has to agree with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from godwit.errors import UsageError
+from godwit.models.batch import ForwardBatch
+from godwit.models.causal_lm import CausalLM
+
+
+def argmax(logits: Tensor) -> int:
+    """The id of the largest of ``logits [V]``, the lowest such id where several are equal."""
+    return int(logits.argmax())
+
+
+@torch.no_grad()
+def generate(
+    model: CausalLM,
+    prompt_ids: Sequence[int],
+    *,
+    max_tokens: int,
+    pick: Callable[[Tensor], int] = argmax,
+    stop_ids: Collection[int] = frozenset(),
+) -> list[int]:
+    """Continue ``prompt_ids`` without any cache.
+
+    Args:
+        model: any supported family; the work grows with the square of the length.
+        prompt_ids: at least one token.
+        max_tokens: how many to add at most.
+        pick: chooses the next id from logits ``[V]`` in the activation dtype.
+        stop_ids: ids that end the text.
+
+    Returns:
+        The new ids, ending with the one of ``stop_ids`` that ended them, if one did.
+
+    Raises:
+        UsageError: an empty prompt.
+    """
+    if not prompt_ids:
+        raise UsageError("a model continues at least one token, and the prompt has none")
+    ids, made = list(prompt_ids), list[int]()
+    while len(made) < max_tokens:
+        batch = ForwardBatch.packed(torch.tensor(ids, device=model.device), [len(ids)])
+        token = pick(model.compute_logits(model(batch), batch.last_rows)[0])
+        ids.append(token)
+        made.append(token)
+        if token in stop_ids:
+            break
+    return made
