@@ -204,9 +204,7 @@ def train(
     resume: Annotated[
         bool, typer.Option(help="Go on from the last state in the output directory, if there is one.")
     ] = True,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Stop after this many more steps.")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Stop after this many more steps.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Where to write in place of the recipe's directory.", metavar="DIR")
     ] = None,

@@ -1,0 +1,232 @@
+"""What `chat` and `generate` share: finding a model, its settings, and a session with it."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from godwit.cli import doctor
+from godwit.cli.options import DtypeName, SamplingOptions
+from godwit.errors import CheckpointError, UsageError
+from godwit.measure.machine import memory
+
+if TYPE_CHECKING:
+    import torch
+
+    from godwit.checkpoint import Checkpoint
+    from godwit.engine import SamplingParams, Session
+    from godwit.models.causal_lm import CausalLM
+    from godwit.tokenizer import Tokenizer
+
+BUILT_IN = "built-in"
+PERSONA = "You are Godwit, a helpful assistant."
+DEFAULT_CONTEXT = 16384
+MIN_CONTEXT = 512
+MAX_TOOLS_BYTES = 16 << 20
+# Where neither the user nor the model asks for anything: lively, but without unlikely tokens.
+FALLBACK_SAMPLING = {"temperature": 0.7, "top_p": 0.9}
+_FROM_FILE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+              "frequency_penalty")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A checkpoint whose files are found and whose weights are not read yet."""
+
+    name: str
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+
+    def system(self, asked: str | None) -> str | None:
+        """The system message: the one asked for ("" is none), else the built-in model's with the date."""
+        if asked is not None:
+            return asked or None
+        if self.name != BUILT_IN:
+            return None
+        return f"{PERSONA} Today is {datetime.date.today().isoformat()}."
+
+    def start(self, *, threads: int | None, dtype: DtypeName) -> Session:
+        """Load the weights and make a session, with progress on stderr.
+
+        Raises: what loading raises; MemoryBudgetError where not even a short context fits.
+        """
+        from godwit.engine import Session
+        from godwit.models.loader import load_model
+
+        num_threads = use_threads(threads)
+        with loading(self.name) as progress:
+            model = load_model(
+                self.checkpoint, dtype=resolve_dtype(dtype, self.checkpoint), progress=progress
+            )
+        available = memory()["available"]
+        budget = None if available is None else available // 2
+        session = Session(model, self.tokenizer, resolve_context(model, budget), max_bytes=budget)
+        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        kind = str(model.dtype).removeprefix("torch.")
+        print(
+            f"{self.name}: {millions:.1f}M parameters, {kind}, context {session.max_context}, "
+            f"{num_threads} thread{'s' * (num_threads > 1)}",
+            file=sys.stderr,
+        )
+        return session
+
+
+def open_model(model: str | None) -> OpenedModel:
+    """Find a model by directory or repository, or the built-in one.
+
+    Raises:
+        CheckpointError: there is no such model, or this installation lacks the built-in one.
+    """
+    source = built_in() if model is None else model
+    from godwit.checkpoint import open_checkpoint
+    from godwit.tokenizer import Tokenizer
+
+    checkpoint = open_checkpoint(source)
+    return OpenedModel(model or BUILT_IN, checkpoint, Tokenizer.from_dir(checkpoint.path))
+
+
+def built_in() -> Path:
+    """The directory of the built-in model.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    report = doctor.default_model_report()
+    if not report["present"]:
+        raise CheckpointError(
+            f"the built-in model is not in this installation ({report['path']} lacks "
+            f"{', '.join(report['absent_files'])}); install a release of godwit-llm, or name a model: a "
+            "directory, or a Hugging Face repository as organisation/name"
+        )
+    return Path(report["path"])
+
+
+@contextmanager
+def loading(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr while tensors are read, where stderr is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+    columns = (TextColumn("loading {task.description}", markup=False), BarColumn(), TaskProgressColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def use_threads(threads: int | None) -> int:
+    """Give PyTorch this many threads, else all cores that this process may use; how many it has now."""
+    import torch
+
+    if threads is None and "OMP_NUM_THREADS" not in os.environ:
+        native = doctor.native_report()
+        threads = native["cores"] if native else None
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()
+
+
+def resolve_dtype(name: DtypeName, checkpoint: Checkpoint) -> torch.dtype:
+    """The arithmetic to use; auto is float32 unless the weights are of 16 bits and would not fit as float32.
+
+    PyTorch multiplies one token's states with a bfloat16 matrix more slowly than with a float32 one, also on
+    processors with units for bfloat16.
+    """
+    import torch
+
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    infos = [checkpoint.info(tensor) for tensor in checkpoint.names()]
+    stored = max(infos, key=lambda info: info.nbytes).dtype if infos else torch.float32
+    available = memory()["available"]
+    fits = available is None or 4 * checkpoint.num_parameters < available // 2
+    return torch.float32 if fits else stored
+
+
+def resolve_context(model: CausalLM, budget: int | None) -> int:
+    """Tokens of context: what the model is made for, up to a limit, and what fits ``budget`` bytes."""
+    from godwit.engine import CacheSize
+
+    limit = min(model.config.max_position, DEFAULT_CONTEXT)
+    if budget is None:
+        return limit
+    return max(CacheSize.of(model).tokens_within(budget, 1, limit), min(limit, MIN_CONTEXT))
+
+
+def sampling_params(
+    options: SamplingOptions, defaults: Mapping[str, Any], logit_bias: Mapping[int, float] | None = None
+) -> SamplingParams:
+    """What the user asked for, completed by ``defaults`` from generation_config.json, else by ours.
+
+    Raises:
+        UsageError: an option makes no sense.
+        CheckpointError: a value in generation_config.json makes no sense.
+    """
+    from godwit.engine import SamplingParams
+
+    base = recommended(defaults)
+    try:
+        SamplingParams(**base)
+    except UsageError as error:
+        raise CheckpointError(f"the model's generation_config.json: {error}; mend or remove it") from None
+    asked = {name: value for name, value in vars(options).items() if value is not None}
+    return SamplingParams(**{**base, **asked, "logit_bias": logit_bias or {}})
+
+
+def recommended(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a generation_config.json as arguments of SamplingParams."""
+    given: dict[str, Any] = {name: defaults[name] for name in _FROM_FILE if name in defaults}
+    if isinstance(top_k := given.get("top_k"), float) and top_k.is_integer():
+        given["top_k"] = int(top_k)
+    if defaults.get("do_sample") is False:
+        given["temperature"] = 0.0
+    elif not given.keys() & {"temperature", "top_k", "top_p", "min_p"}:
+        given |= FALLBACK_SAMPLING
+    if "max_new_tokens" in defaults:
+        given["max_tokens"] = defaults["max_new_tokens"]
+    return given
+
+
+def read_tools(path: Path) -> list[dict[str, Any]]:
+    """Tools from a JSON file: a list of ``{"type": "function", "function": {...}}`` or of the inner objects.
+
+    Raises:
+        UsageError: the file cannot be read, or holds something else.
+    """
+    try:
+        if path.stat().st_size > MAX_TOOLS_BYTES:
+            raise UsageError(f"{path}: larger than {MAX_TOOLS_BYTES >> 20} MiB, so it is not a list of tools")
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: not valid JSON ({error})") from None
+    if isinstance(raw, dict) and isinstance(raw.get("tools"), list):
+        raw = raw["tools"]
+    if not isinstance(raw, list):
+        raise UsageError(f'{path}: has to hold a list of tools, such as [{{"name": ..., "parameters": ...}}]')
+    return [_tool(entry, f"{path}: tool {index}") for index, entry in enumerate(raw, 1)]
+
+
+def _tool(entry: Any, where: str) -> dict[str, Any]:
+    function = entry.get("function", entry) if isinstance(entry, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise UsageError(f"{where} has no name; each tool is an object with name, description and parameters")
+    return entry if "function" in entry else {"type": "function", "function": function}
+
+
+def thinking_open(tokenizer: Tokenizer, ids: list[int]) -> bool:
+    """Whether the chat template has opened the thinking of the answer at the end of the prompt."""
+    from godwit.engine import opens_thinking
+
+    return opens_thinking(tokenizer.decode(ids[-16:], skip_special=False))

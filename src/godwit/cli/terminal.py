@@ -1,0 +1,165 @@
+"""The terminal side of a chat: reading messages, and showing answers with or without colours."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import IO, Any
+
+DIM, CYAN, RED, PLAIN = "\x1b[2m", "\x1b[36m", "\x1b[31m", "\x1b[0m"
+BLOCK = '"""'
+# A model may write any character; those that steer a terminal are shown and not obeyed.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def harmless(text: str) -> str:
+    """`text` without characters that steer a terminal."""
+    return _CONTROL.sub("\ufffd", text)
+
+
+def tolerate_any_text() -> None:
+    """Let no character that a stream cannot encode or decode end the program."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+@dataclass(frozen=True)
+class Message:
+    """What the user typed; `literal`: in a block, so it is no command whatever it begins with."""
+
+    text: str
+    literal: bool = False
+
+
+class Terminal:
+    """Reads from stdin; writes answers to stdout and everything else to stderr.
+
+    Prompts, colours and line editing appear only where the streams are terminals.
+    """
+
+    def __init__(self) -> None:
+        tolerate_any_text()
+        self.interactive = sys.stdin.isatty()
+        self._open: IO[str] | None = None  # the stream whose last line is not ended
+        self._kind = ""
+        self._after_tag = False
+        self._progress = ""
+        if self.interactive:
+            with contextlib.suppress(ImportError):  # not in every build of Python
+                import readline  # noqa: F401 (gives input() editing and a history)
+
+    def read(self, prompt: str) -> Message | None:
+        r"""The next message, or None at the end of the input; raises KeyboardInterrupt.
+
+        A line that ends with ``\`` goes on in the next one; between two ``\"\"\"`` all is taken as it is.
+        """
+        line = self._line(prompt)
+        if line is None:
+            return None
+        if line.lstrip().startswith(BLOCK):
+            return Message(self._block(line.lstrip().removeprefix(BLOCK)), literal=True)
+        lines = []
+        while line is not None and line.endswith("\\"):
+            lines.append(line[:-1])
+            line = self._line("... ")
+        return Message("\n".join([*lines, *([] if line is None else [line])]))
+
+    def _block(self, line: str | None) -> str:
+        lines: list[str] = []
+        while line is not None:
+            if line.rstrip().endswith(BLOCK):
+                lines.append(line.rstrip().removesuffix(BLOCK))
+                break
+            lines.append(line)
+            line = self._line("... ")
+        return "\n".join(lines).strip("\n")
+
+    def _line(self, prompt: str) -> str | None:
+        if self.interactive and sys.stdout.isatty():
+            try:
+                return input(prompt)
+            except EOFError:
+                return None
+        if self.interactive:
+            self._write(sys.stderr, prompt)
+        line = sys.stdin.readline()
+        return line.removesuffix("\n") if line else None
+
+    def begin_answer(self) -> None:
+        """The next part is the first of an answer."""
+        self._kind, self._after_tag = "", False
+
+    def part(self, kind: str, text: str) -> None:
+        """A piece of the answer's "text", or of its "thinking", which is no part of the answer proper."""
+        if kind != self._kind:
+            self.end_line()
+            self._after_tag = self._kind != "" or kind == "thinking"
+            self._kind = kind
+        if self._after_tag:
+            text = text.lstrip("\n")
+            self._after_tag = not text
+        if kind == "thinking":
+            self._say(sys.stdout if sys.stdout.isatty() else sys.stderr, text, DIM)
+        else:
+            self._say(sys.stdout, text)
+
+    def call(self, name: str, arguments: Mapping[str, Any]) -> None:
+        """A tool call, on a line of its own."""
+        self.end_line()
+        self._kind = "call"
+        self._say(sys.stdout, f"call {name} {json.dumps(arguments, ensure_ascii=False)}\n", CYAN)
+
+    def end_line(self) -> None:
+        """End the line of the answer that is not ended yet, if there is one."""
+        if self._open is not None:
+            self._say(self._open, "\n")
+
+    def note(self, text: str) -> None:
+        """A remark of the program."""
+        self._clear_progress()
+        self._write(sys.stderr, _styled(sys.stderr, harmless_lines(text), DIM) + "\n")
+
+    def error(self, text: str) -> None:
+        """What went wrong."""
+        self._clear_progress()
+        self._write(sys.stderr, _styled(sys.stderr, harmless_lines(text), RED) + "\n")
+
+    def progress(self, done: int, total: int, step: int) -> None:
+        """How far a long prompt is read, where stderr is a terminal and it takes more than one step."""
+        if total > step and sys.stderr.isatty():
+            self._clear_progress()
+            self._progress = f"reading {done} of {total} tokens"
+            self._write(sys.stderr, _styled(sys.stderr, self._progress, DIM))
+
+    def _clear_progress(self) -> None:
+        if self._progress:
+            self._write(sys.stderr, f"\r{' ' * len(self._progress)}\r")
+            self._progress = ""
+
+    def _say(self, stream: IO[str], text: str, style: str = "") -> None:
+        if not text:
+            return
+        self._clear_progress()
+        self._open = None if text.endswith("\n") else stream
+        self._write(stream, _styled(stream, harmless(text) if stream.isatty() else text, style))
+
+    def _write(self, stream: IO[str], text: str) -> None:
+        stream.write(text)
+        stream.flush()
+
+
+def harmless_lines(text: str) -> str:
+    """`text` for a remark: harmless, and without white space at its end."""
+    return harmless(text).rstrip()
+
+
+def _styled(stream: IO[str], text: str, style: str) -> str:
+    colours = stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    return f"{style}{text}{PLAIN}" if style and colours else text

@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from godwit.checkpoint import TensorInfo, open_checkpoint
+from godwit.cli import common, doctor
+from godwit.cli.main import app
+from godwit.cli.options import SamplingOptions
+from godwit.engine import SamplingParams
+from godwit.errors import CheckpointError, UsageError
+from tests.cli.conftest import CALL, Models
+
+
+def invoke(*args: str, stdin: str = "") -> Any:
+    return CliRunner().invoke(app, ["generate", *args], input=stdin)
+
+
+def answer(*args: str, stdin: str = "") -> str:
+    result = invoke(*args, stdin=stdin)
+    assert result.exit_code == 0, result.stderr
+    return str(result.stdout)
+
+
+def test_the_answer_goes_to_stdout_and_the_rest_to_stderr(models: Models) -> None:
+    result = invoke(models("hello"), "-p", "Hi")
+    assert (result.exit_code, result.stdout) == (0, "Hello there.\n")
+    assert "M parameters, float32, context 4096, " in result.stderr
+
+
+def test_the_prompt_may_come_on_stdin_and_the_answer_at_once(models: Models) -> None:
+    assert answer(models("hello"), stdin="Hi\n") == "Hello there.\n"
+    assert answer(models("hello"), "--no-stream", stdin="Hi") == "Hello there.\n"
+
+
+def test_raw_continues_a_text(models: Models) -> None:
+    assert answer(models("hello"), "--raw", stdin="Say\n\n") == "Hello there.\n"
+    assert "no chat template" in invoke(models("hello", template=None), "-p", "x").stderr
+    assert answer(models("hello", template=None), "--raw", "-p", "Say\n") == "Hello there.\n"
+
+
+def test_json_is_one_object(models: Models) -> None:
+    result = json.loads(answer(models("tool"), "--json", "-p", "Time?", "--seed", "5"))
+    assert result["tool_calls"] == [CALL] and result["text"] == "" and result["thinking"] == ""
+    assert result["finish_reason"] == "stop" and result["seed"] == 5 and result["model"] == models("tool")
+    assert result["completion_tokens"] == 4 and result["cached_tokens"] == 0 and result["prompt_tokens"] > 10
+    timings = result["timings"]
+    assert set(timings) == {
+        f"{stage}_{what}" for stage in ("prefill", "decode") for what in ("seconds", "tokens_per_second")
+    }
+    assert all(value > 0 for value in timings.values())
+
+
+def test_json_takes_thinking_apart_and_raw_does_not(models: Models) -> None:
+    result = json.loads(answer(models("thinking"), "--json", "-p", "Well?"))
+    assert (result["text"], result["thinking"]) == ("Yes.", "hm")
+    result = json.loads(answer(models("thinking"), "--json", "--raw", "-p", "Well?\n"))
+    assert (result["text"], result["thinking"]) == ("<think>hm</think>Yes.", "")
+    assert answer(models("thinking"), "-p", "Well?") == "<think>hm</think>Yes.\n"
+
+
+def test_ends(models: Models) -> None:
+    result = json.loads(answer(models("endless"), "--json", "-p", "Sing", "--max-tokens", "3"))
+    assert (result["text"], result["finish_reason"]) == ("la la la ", "length")
+    assert answer(models("hello"), "-p", "x", "--stop", "here") == "Hello t\n"
+    assert answer(models("endless"), "-p", "Sing", "--max-tokens", "2", "--stop", "a l") == "l\n"
+
+
+def test_a_seed_repeats_an_answer(models: Models) -> None:
+    # after a letter all tokens are equally likely
+    texts = [
+        answer(models("hello"), "--raw", "-p", "x", "--max-tokens", "8", "--seed", seed)
+        for seed in ("3", "3", "4")
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_logit_bias(models: Models) -> None:
+    hello, letter = "263", "41"
+    assert answer(models("hello"), "-p", "x", "--max-tokens", "1", "--logit-bias", f"{letter}=1000") == "J\n"
+    banned = answer(models("hello"), "-p", "x", "--max-tokens", "1", "--logit-bias", f"{hello}=-inf")
+    assert not banned.startswith("Hello")
+    assert "names token 999999" in invoke(models("hello"), "-p", "x", "--logit-bias", "999999=1").stderr
+
+
+def test_system_and_tools_reach_the_prompt(models: Models, tmp_path: Path) -> None:
+    file = tmp_path / "tools.json"
+    file.write_text(json.dumps([{"name": "f", "parameters": {}}]))
+
+    def length(*more: str) -> int:
+        return int(json.loads(answer(models("hello"), "--json", "-p", "x", *more))["prompt_tokens"])
+
+    plain = length()
+    assert length("--system", "abc") == plain + len("<system\nabc>\n") == length("--system", "abc")
+    assert length("--system", "") == plain
+    wrapped = json.dumps([{"type": "function", "function": {"name": "f", "parameters": {}}}])
+    assert length("--tools", str(file)) == plain + len("<system\n>\n") + len(wrapped)
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "sentence"),
+    [
+        (["-p", " "], 2, "the prompt is empty"),
+        (["-p", "x", "--raw", "--system", "s"], 2, "--raw continues a text as it is"),
+        (["-p", "x", "--top-p", "0"], 2, "top_p has to be more than 0"),
+        (["-p", "x", "--presence-penalty", "nan"], 2, "presence_penalty has to be a number"),
+        (["-p", "x" * 5000], 2, "tokens and the context only 4096"),
+        (["-p", "x", "--tools", "/nowhere"], 2, "/nowhere: cannot be read (No such file or directory)"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(
+    models: Models, args: list[str], code: int, sentence: str
+) -> None:
+    result = invoke(models("hello"), *args)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert sentence in result.stderr and "Traceback" not in result.stderr
+
+
+def test_no_such_model(tmp_path: Path) -> None:
+    result = invoke(str(tmp_path / "absent"), "-p", "x")
+    assert result.exit_code == 3 and "no such directory" in result.stderr
+
+
+# the built-in model
+
+
+def report(path: str, *absent: str) -> dict[str, Any]:
+    return {"path": path, "present": not absent, "absent_files": list(absent)}
+
+
+def test_without_a_built_in_model_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "default_model_report", lambda: report("/there", "config.json"))
+    result = invoke("-p", "x")
+    assert result.exit_code == 3
+    assert "/there lacks config.json" in result.stderr and "organisation/name" in result.stderr
+
+
+def test_the_built_in_model_knows_its_name_and_the_date(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "default_model_report", lambda: report(models("hello")))
+    opened = common.open_model(None)
+    today = datetime.date.today()
+    possible = [today, today + datetime.timedelta(days=1)]
+    assert opened.system(None) in [
+        f"You are Godwit, a helpful assistant. Today is {day:%Y-%m-%d}." for day in possible
+    ]
+    assert opened.system("Be brief.") == "Be brief." and opened.system("") is None
+    assert common.open_model(models("hello")).system(None) is None
+    assert json.loads(answer("--json", "-p", "x"))["model"] == "built-in"
+
+
+# settings
+
+
+@pytest.mark.parametrize(
+    ("file", "asked", "wanted"),
+    [
+        ({}, {}, SamplingParams(temperature=0.7, top_p=0.9)),
+        ({"temperature": 0.6, "top_k": 20.0}, {}, SamplingParams(temperature=0.6, top_k=20)),
+        ({"temperature": 0.6}, {"temperature": 0.0, "seed": 3}, SamplingParams(temperature=0, seed=3)),
+        ({"do_sample": False, "temperature": 0.6}, {}, SamplingParams(temperature=0)),
+        ({"do_sample": False}, {"temperature": 1.0}, SamplingParams()),
+        ({"max_new_tokens": 9, "top_p": 0.5}, {}, SamplingParams(max_tokens=9, top_p=0.5)),
+        ({"repetition_penalty": 1.1}, {}, SamplingParams(temperature=0.7, top_p=0.9, repetition_penalty=1.1)),
+    ],
+)
+def test_the_user_comes_before_the_model_and_the_model_before_us(
+    file: dict[str, Any], asked: dict[str, Any], wanted: SamplingParams
+) -> None:
+    assert common.sampling_params(SamplingOptions(**asked), file) == wanted
+
+
+def test_wrong_settings_of_a_model_are_not_blamed_on_the_user() -> None:
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: temperature"):
+        common.sampling_params(SamplingOptions(), {"temperature": math.nan})
+    with pytest.raises(UsageError, match="top_p has to"):
+        common.sampling_params(SamplingOptions(top_p=0.0), {"temperature": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("3", "has to hold a list of tools"),
+        ("[{}]", "tool 1 has no name"),
+        ('[{"name": "f"}, {"function": {"name": ""}}]', "tool 2 has no name"),
+        ('[{"function": 3}]', "tool 1 has no name"),
+    ],
+)
+def test_tools_that_are_none(tmp_path: Path, content: str, sentence: str) -> None:
+    file = tmp_path / "tools.json"
+    file.write_text(content)
+    with pytest.raises(UsageError, match=sentence):
+        common.read_tools(file)
+
+
+def test_tools_may_be_wrapped(tmp_path: Path) -> None:
+    file = tmp_path / "tools.json"
+    tool = {"type": "function", "function": {"name": "f"}}
+    for content in ([tool], {"tools": [tool]}, [{"name": "f"}]):
+        file.write_text(json.dumps(content))
+        assert common.read_tools(file) == [tool]
+
+
+def test_arithmetic(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(models("hello"))
+    assert common.resolve_dtype("auto", checkpoint) == torch.float32
+    assert common.resolve_dtype("bfloat16", checkpoint) == torch.bfloat16
+    info = TensorInfo((1000, 1000), torch.bfloat16, "BF16", 2_000_000)
+    stored: Any = SimpleNamespace(names=lambda: ["w"], info=lambda name: info, num_parameters=1_000_000)
+    for free, wanted in ((9_000_000, torch.float32), (None, torch.float32), (7_000_000, torch.bfloat16)):
+        monkeypatch.setattr(common, "memory", lambda free=free: {"total": None, "available": free})
+        assert common.resolve_dtype("auto", stored) == wanted
+
+
+def test_the_context_fits_the_memory(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models("hello", max_position=100_000)
+    for free, context in ((1 << 40, 16384), (None, 16384), (1 << 22, None)):
+        monkeypatch.setattr(common, "memory", lambda free=free: {"total": None, "available": free})
+        result = invoke(model, "-p", "x", "--dtype", "float32")
+        assert result.stdout == "Hello there.\n"
+        chosen = int(result.stderr.split("context ")[1].split(",")[0])
+        assert chosen == context if context else 512 <= chosen < 16384
+    monkeypatch.setattr(common, "memory", lambda: {"total": None, "available": 1000})
+    result = invoke(model, "-p", "x", "--dtype", "float32")
+    assert result.exit_code == 5 and "512 tokens of context take" in result.stderr
+
+
+def test_as_a_program(models: Models) -> None:
+    command = [sys.executable, "-c", "from godwit.cli.main import main; main()", "generate", models("hello")]
+    done = subprocess.run(command, input=b"caf\xe9?\n", capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (0, b"Hello there.\n")
