@@ -121,7 +121,7 @@ def write(tokenizer: Tokenizer, out: Path) -> None:
         "do_sample": True,
         "eos_token_id": [turn, end],
         "pad_token_id": end,
-        "temperature": 0.7,
+        "temperature": 0.6,
         "top_k": 20,
         "top_p": 0.9,
     }

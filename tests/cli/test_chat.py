@@ -242,6 +242,24 @@ def test_the_built_in_model_is_told_the_date(
     )
 
 
+def test_parts_of_an_answer_stand_on_their_own_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal()
+    for _ in range(2):
+        terminal.begin_answer()
+        for text in ("\n", "\nhm", ".\n\n"):
+            terminal.part("thinking", text)
+        for text in ("\n", "\nYes\n", "\nand no"):
+            terminal.part("text", text)
+        terminal.call("f", {})
+        terminal.part("text", "\nEnd")
+        terminal.end_line()
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("Yes\n\nand no\ncall f {}\nEnd\n" * 2, "hm.\n\n" * 2)
+    terminal.begin_answer()
+    terminal.part("text", "\nas it is")
+    assert capsys.readouterr().out == "\nas it is"
+
+
 def test_a_model_cannot_steer_the_terminal() -> None:
     assert harmless("a\x1b[31m\tb\r\n\x9b\x7f") == "a\ufffd[31m\tb\ufffd\n\ufffd\ufffd"
 

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 from godwit.checkpoint import TensorInfo, open_checkpoint
 from godwit.cli import common, doctor
+from godwit.cli.generate import write
 from godwit.cli.main import app
 from godwit.cli.options import SamplingOptions
-from godwit.engine import SamplingParams
+from godwit.engine import Piece, SamplingParams
 from godwit.errors import CheckpointError, UsageError
 from tests.cli.conftest import CALL, Models
 
@@ -74,6 +75,15 @@ def test_ends(models: Models) -> None:
     assert (result["text"], result["finish_reason"]) == ("la la la ", "length")
     assert answer(models("hello"), "-p", "x", "--stop", "here") == "Hello t\n"
     assert answer(models("endless"), "-p", "Sing", "--max-tokens", "2", "--stop", "a l") == "l\n"
+
+
+def test_there_is_one_line_break_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    for texts in (["a", "b"], ["a", "b\n"], ["a\nb"]):
+        for at_once in (False, True):
+            write([Piece(text) for text in texts], at_once=at_once)
+            assert capsys.readouterr().out == "".join(texts).removesuffix("\n") + "\n"
+    write([], at_once=False)
+    assert capsys.readouterr().out == "\n"
 
 
 def test_a_seed_repeats_an_answer(models: Models) -> None:
