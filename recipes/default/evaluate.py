@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from godwit.engine import Piece, SamplingParams, Session, parse_answer
+from godwit.engine import Piece, SamplingParams, Session, ToolCall, parse_answer
 from godwit.kernels.training import LinearCrossEntropy
 from godwit.measure.report import result_row, write_json
 from godwit.models.batch import ForwardBatch
@@ -41,13 +41,13 @@ def main() -> None:
     options = parser.parse_args()
     model = load_model(options.model, dtype=torch.float32)
     tokenizer = Tokenizer.from_dir(options.model)
-    figures = {
+    figures: dict[str, Any] = {
         "bits_per_byte": {name: round(bits_per_byte(model, options.data, name), 4) for name in HELD_OUT},
         "mtp_agreement": round(mtp_agreement(model, options.data), 4),
         "tool_calls": tool_calls(model, tokenizer, options.data, options.dialogues),
     }
     command = f"python -m recipes.default.evaluate --data DATA --dialogues {options.dialogues}"
-    write_json(options.out, result_row(command, **figures))
+    write_json(options.out, result_row(command, ("torch",), **figures))
     print(json.dumps(figures, indent=2))
 
 
@@ -88,14 +88,13 @@ def tool_calls(model: CausalLM, tokenizer: Tokenizer, data: str, documents: int)
             counts["places"] += 1
             if answer.tool_calls:
                 call = answer.tool_calls[0]
-                given = json.loads(call.arguments) if isinstance(call.arguments, str) else call.arguments
                 counts["called"] += 1
-                counts["right_tool"] += call.name == wanted["name"]
-                counts["exact"] += call.name == wanted["name"] and given == wanted["arguments"]
+                counts["right_tool"] += call.name == wanted.name
+                counts["exact"] += call == wanted
     return counts
 
 
-def call_places(ids: list[int], tokenizer: Tokenizer) -> Iterator[tuple[list[int], dict[str, Any]]]:
+def call_places(ids: list[int], tokenizer: Tokenizer) -> Iterator[tuple[list[int], ToolCall]]:
     """The prompts before each call of a tokenised dialogue, with the call that was made there."""
     call, end = tokenizer.token_to_id(CALL), tokenizer.token_to_id(END)
     header = tokenizer.encode("<|im_start|>assistant\n", allow_special=True)
@@ -104,11 +103,7 @@ def call_places(ids: list[int], tokenizer: Tokenizer) -> Iterator[tuple[list[int
             answer = ids[place : ids.index(end, place)]
             said = parse_answer(tokenizer.decode(answer, skip_special=False))
             if said.tool_calls:
-                first = said.tool_calls[0]
-                arguments = (
-                    json.loads(first.arguments) if isinstance(first.arguments, str) else first.arguments
-                )
-                yield ids[:place], {"name": first.name, "arguments": arguments}
+                yield ids[:place], said.tool_calls[0]
 
 
 if __name__ == "__main__":
