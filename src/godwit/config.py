@@ -312,11 +312,10 @@ class _Reader:
         if heads % kv_heads:
             raise CheckpointError(f"{kv_heads} num_key_value_heads do not divide {heads} num_attention_heads")
         bias = self.flag("attention_bias", False)
-        gate = self.family.output_gate
-        if gate and not self.text.get("attn_output_gate", True):
+        if (gate := self.family.output_gate) and not self.text.get("attn_output_gate", True):
             raise UnsupportedModelError("attn_output_gate false is not supported for this model type")
-        rotary = self._rotary(head_dim)
-        return AttentionSpec(heads, kv_heads, head_dim, self.family.qk_norm, gate, rotary, bias, bias)
+        norm, rotary = self.family.qk_norm, self._rotary(head_dim)
+        return AttentionSpec(heads, kv_heads, head_dim, norm, gate, rotary, bias, bias)
 
     def _delta(self) -> GatedDeltaNetSpec:
         spec = GatedDeltaNetSpec(
