@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -31,3 +32,8 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+def pytest_configure() -> None:
+    """Hear Ctrl-C also where the runner was started in the background, with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
