@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from godwit.tokenizer import Tokenizer
+from godwit.train.data import learned
 from recipes.default.common import Chat
 
 MAX_TOKENS = 2048
+CALL = 3  # role code of tool calls; the tokenizer gives the others
 Doc = tuple["NDArray[np.uint16]", "NDArray[np.uint8]", int]
 
 
@@ -37,6 +39,7 @@ class Encoder:
         if end is None:
             raise ValueError(f"{folder}: the tokenizer has no <|endoftext|>")
         self.end = end
+        self.call = tuple(self.tokenizer.token_to_id(mark) for mark in ("<tool_call>", "</tool_call>"))
         # In a byte-level vocabulary each character of a token's spelling stands for one byte.
         spelling = [self.tokenizer.id_to_token(id) or "" for id in range(self.tokenizer.vocab_size)]
         self.num_bytes = np.asarray([len(text) for text in spelling], np.int64)
@@ -51,12 +54,24 @@ class Encoder:
         while True:
             ids, roles = self.tokenizer.encode_chat_with_roles(messages, tools=tools or None)
             if len(ids) <= self.max_tokens:
-                return [self._doc(ids, roles)]
+                return [self._doc(ids, self._mark_calls(ids, roles))]
             if spare:
                 name = spare.pop()
                 tools = [tool for tool in tools if tool["function"]["name"] != name]
             elif not cut(messages):
                 return []
+
+    def _mark_calls(self, ids: Sequence[int], roles: Sequence[int]) -> list[int]:
+        """``roles`` with code 3 for what the assistant writes after `<tool_call>` up to `</tool_call>`."""
+        marked, inside = list(roles), False
+        for index, token in enumerate(ids):
+            if roles[index] != 0:
+                inside = False
+            elif inside:
+                marked[index] = CALL
+            if roles[index] == 0 and token in self.call:
+                inside = token == self.call[0]
+        return marked
 
     def text(self, text: str) -> list[Doc]:
         """Running text as one or more documents, cut between paragraphs; each ends with `<|endoftext|>`."""
@@ -78,7 +93,7 @@ class Encoder:
 
     def _doc(self, ids: Sequence[int], roles: Sequence[int]) -> Doc:
         tokens, codes = np.asarray(ids, np.uint16), np.asarray(roles, np.uint8)
-        return tokens, codes, int(self.num_bytes[tokens[codes == 0]].sum())
+        return tokens, codes, int(self.num_bytes[tokens[learned(codes)]].sum())
 
 
 def cut(messages: list[dict[str, object]]) -> bool:
@@ -123,7 +138,7 @@ class Workers:
 def write(out: Path, name: str, docs: Iterable[Doc], *, with_bytes: bool = False) -> Stats:
     """Write `<name>.tokens.npy` (uint16), `.roles.npy` (uint8) and `.offsets.npy` (int64, one more than documents).
 
-    With `with_bytes` also `.bytes.npy` (int64): the UTF-8 bytes of each document's role 0 tokens, without special ones.
+    With `with_bytes` also `.bytes.npy` (int64): the UTF-8 bytes of each document's learned tokens, without special ones.
     """
     kept = list(docs)
     tokens = np.concatenate([doc[0] for doc in kept]) if kept else np.zeros(0, np.uint16)
@@ -135,4 +150,4 @@ def write(out: Path, name: str, docs: Iterable[Doc], *, with_bytes: bool = False
         np.save(out / f"{name}.{part}.npy", array)
     if with_bytes:
         np.save(out / f"{name}.bytes.npy", sizes)
-    return Stats(len(kept), len(tokens), int((roles == 0).sum()), int(sizes.sum()))
+    return Stats(len(kept), len(tokens), int(learned(roles).sum()), int(sizes.sum()))

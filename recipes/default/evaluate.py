@@ -23,7 +23,7 @@ from godwit.models.batch import ForwardBatch
 from godwit.models.causal_lm import CausalLM
 from godwit.models.loader import load_model
 from godwit.tokenizer import Tokenizer
-from godwit.train.data import Source
+from godwit.train.data import Source, learned
 from godwit.train.evaluate import HeldOut
 
 HELD_OUT = ("heldout_text", "heldout_dialogues", "heldout_reading")
@@ -70,9 +70,9 @@ def mtp_agreement(model: CausalLM, data: str, documents: int = 60) -> float:
         chosen = model.compute_logits(hidden).argmax(-1)
         guessed = model.compute_logits(model.forward_mtp(hidden, ids.roll(-1), batch)).argmax(-1)
         # slot p guesses token p + 2 when token p + 1 is the one that came; the trunk chooses it at p + 1
-        learned = torch.from_numpy(np.flatnonzero(roles[2 : len(ids)] == 0))
-        same += int((guessed[learned] == chosen[learned + 1]).sum())
-        total += len(learned)
+        spoken = torch.from_numpy(np.flatnonzero(learned(roles[2 : len(ids)])))
+        same += int((guessed[spoken] == chosen[spoken + 1]).sum())
+        total += len(spoken)
     return same / max(total, 1)
 
 

@@ -25,6 +25,7 @@ from recipes.default.common import (
     system,
     user,
 )
+from recipes.default.substitute import substitute
 
 # What a service does, as the object of "no tool for ...".
 DOMAINS = {
@@ -239,15 +240,17 @@ def small_turns(pairs: Sequence[tuple[str, str]], rng: random.Random) -> list[Me
 
 
 def dialogue(
-    record: Mapping[str, Any], library: Library, rng: random.Random, *, reworded: float = 0.6
+    record: Mapping[str, Any], library: Library, rng: random.Random, *, reworded: float = 0.7
 ) -> Chat:
-    """A training dialogue: reworded services, 0 to 3 distractors, now and then small talk before or after it."""
+    """A training dialogue: reworded services, new names, 0 to 3 distractors, now and then small talk around it."""
     variants = {
         service: pick(rng, [v for v in library.variants if v]) if rng.random() < reworded else 0
         for service in record["domain_services"]
         if service in library.services
     }
     tools, messages = reword(record, library, variants)
+    if rng.random() < 0.6:
+        substitute(rng, messages, tools)
     used = used_names(messages)
     if rng.random() < 0.5:  # a shorter list: sometimes only what is needed
         tools = [tool for tool in tools if tool["function"]["name"] in used or rng.random() < 0.3] or tools

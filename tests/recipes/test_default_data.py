@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recipes.default import chats, encode, smalltalk, storytelling, tools
+from godwit.train.data import learned
+from recipes.default import chats, encode, smalltalk, storytelling, substitute, tools
 from recipes.default import tokenizer as bpe
 from recipes.default.common import Chat, assistant, held_out, system, user
 
@@ -107,6 +108,28 @@ def test_every_call_of_a_dialogue_is_listed_and_fits_its_schema(seed: int) -> No
     assert "2019" in chat.messages[0]["content"]
 
 
+def test_names_get_others_wherever_they_stand() -> None:
+    messages = [
+        user("Play Blue Moon by Frank Sinatra, please. Is blue moon a jazz song?"),
+        {"role": "assistant", "content": "", "tool_calls": [
+            {"name": "play", "arguments": {"title": "Blue Moon", "on": "TV", "mood": "Calm Evening"}}]},
+        {"role": "tool", "name": "play", "content": '{"album":"Night Train","mood":"Calm Evening"}'},
+        assistant("Blue Moon is on the album Night Train."),
+    ]  # fmt: skip
+    assert substitute.replaceable(messages, []) == [
+        "Blue Moon",
+        "Night Train",
+    ]  # "Calm Evening" was not said before
+    assert substitute.replaceable(messages, [function("Night Train")]) == ["Blue Moon"]
+    substitute.substitute(random.Random(0), messages, [], share=1.0)
+    call = messages[1]["tool_calls"][0]["arguments"]
+    album = json.loads(messages[2]["content"])["album"]
+    assert call["title"] != "Blue Moon" and call["mood"] == "Calm Evening"
+    said = f"Play {call['title']} by Frank Sinatra, please. Is {call['title'].lower()} a jazz song?"
+    assert messages[0]["content"] == said
+    assert messages[3]["content"] == f"{call['title']} is on the album {album}."
+
+
 def test_missing_tool_is_refused() -> None:
     chat = tools.missing_tool(DIALOGUE, None, LIBRARY, random.Random(1))
     assert chat is not None
@@ -192,11 +215,13 @@ def test_roles_and_bytes_of_a_dialogue(tokenizer_folder: Path) -> None:
     chat = Chat([system("Today is 2019-03-01."), *DIALOGUE["messages"]], list(DIALOGUE["tools"]))
     (doc,) = encoder.chat(chat)
     ids, roles, size = doc
-    learned = encoder.tokenizer.decode(ids[roles == 0].tolist(), skip_special=False)
+    spoken = encoder.tokenizer.decode(ids[learned(roles)].tolist(), skip_special=False)
     arguments = '{"origin": "Fresno", "day": "2019-03-02"}'
     call = f'<tool_call>\n{{"name": "find_bus", "arguments": {arguments}}}\n</tool_call>'
-    assert learned == f"{call}<|im_end|>There is one for $12.<|im_end|>"
+    assert spoken == f"{call}<|im_end|>There is one for $12.<|im_end|>"
     assert size == len(f"{call}There is one for $12.")
+    marked = encoder.tokenizer.decode(ids[roles == encode.CALL].tolist(), skip_special=False)
+    assert marked == call.removeprefix("<tool_call>")
     asked = encoder.tokenizer.decode(ids[roles == 1].tolist())
     assert asked == "I want to take a bus from Fresno, please."
 

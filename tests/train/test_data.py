@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from godwit.errors import UsageError
-from godwit.train.data import PackedBatch, Sampler, Source, finish_batch
+from godwit.train.data import NO_TARGET, PackedBatch, Sampler, Source, finish_batch
 from tests.train.micro import Document, documents, write_source
 
 ROW = 128
@@ -57,9 +57,9 @@ def test_targets_and_roles_stop_at_the_border() -> None:
     roles = np.array([2, 0, 1, 0, 2, 0])
     batch = finish_batch(ids, roles, [3, 1, 2])
     assert batch.targets.tolist() == [11, 12, 0, 0, 31, 0]
-    assert batch.roles.tolist() == [0, 1, 3, 3, 0, 3]
+    assert batch.roles.tolist() == [0, 1, 4, 4, 0, 4]
     assert batch.targets2.tolist() == [12, 0, 0, 0, 0, 0]
-    assert batch.roles2.tolist() == [1, 3, 3, 3, 3, 3]
+    assert batch.roles2.tolist() == [1, 4, 4, 4, 4, 4]
 
 
 def test_targets_of_a_packed_batch_are_those_of_its_pieces(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_targets_of_a_packed_batch_are_those_of_its_pieces(tmp_path: Path) -> No
             expected += inside + [0] * (len(piece) - len(inside))
             none += [False] * len(inside) + [True] * (len(piece) - len(inside))
         assert targets.tolist() == expected
-        assert (roles == 3).tolist() == none
+        assert (roles == NO_TARGET).tolist() == none
 
 
 def test_short_documents_are_used_whole_and_once_an_epoch(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_offsets_that_cannot_be(tmp_path: Path, offsets: list[int]) -> None:
 
 
 def test_roles_that_are_none(tmp_path: Path) -> None:
-    write_source(tmp_path, "a", [([1, 1], [0, 3])])
+    write_source(tmp_path, "a", [([1, 1], [0, 4])])
     with pytest.raises(UsageError, match="do not belong together"):
         Source.open(tmp_path, "a")
 

@@ -22,7 +22,7 @@ def test_a_file_is_read_and_its_paths_are_its_own(recipe_file: Path) -> None:
     assert (recipe.steps, recipe.rows, recipe.accumulate) == (8, 2, 1)
     assert recipe.tokens_per_step == 256
     assert recipe.stage[0].mix == {"a": 1.0, "b": 1.0}
-    assert recipe.stage[0].role_weights == [1.0, 0.25, 0.0]
+    assert recipe.stage[0].role_weights == [1.0, 0.25, 0.0, 1.0]
     assert recipe.model["hidden_size"] == 32
 
 
@@ -58,7 +58,7 @@ def test_the_default_recipe_is_sound() -> None:
         ("until = 0.5", "until = 0", "each stage must end after"),
         ("until = 0.5", "", r"\[\[stage\]\]: field 'until' is missing"),
         ("until = 0.5", "until = 0.5\nmixx = 1", r"\[\[stage\]\]: unknown field 'mixx'"),
-        ("until = 0.5", "until = 0.5\nrole_weights = [1, 1]", "role_weights needs three"),
+        ("until = 0.5", "until = 0.5\nrole_weights = [1, 1]", "role_weights needs four"),
         ("until = 0.5", 'until = 0.5\nrole_weights = [1, "x", 1]', "role_weights: an item must be a number"),
         ("mix = { a = 1, b = 1.0 }", 'mix = { a = "x" }', "mix: a must be a number"),
         ("mix = { a = 1, b = 1.0 }", "mix = { a = -1 }", "weights must be zero or more"),
@@ -121,5 +121,5 @@ def test_stages_by_step(make_recipe: MakeRecipe) -> None:
 
 
 def test_role_weights() -> None:
-    roles = torch.tensor([0, 1, 2, 3, 0])
-    assert role_weights(roles, [1.0, 0.25, 0.5]).tolist() == [1.0, 0.25, 0.5, 0.0, 1.0]
+    roles = torch.tensor([0, 1, 2, 3, 4, 0])
+    assert role_weights(roles, [1.0, 0.25, 0.5, 3.0]).tolist() == [1.0, 0.25, 0.5, 3.0, 0.0, 1.0]

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from godwit.errors import UsageError
 
+NO_TARGET = 4  # role code where a document ends and nothing is to be predicted
 _POOL = 48  # documents looked at when a row's remainder is filled
+
+
+def learned(roles: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Where the model speaks: text and answers (code 0) and tool calls (3), not users (1) or the rest (2)."""
+    mask: np.ndarray[Any, Any] = (roles == 0) | (roles == 3)
+    return mask
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class Source:
     def _is_sound(self) -> bool:
         ends = self.offsets
         whole = len(ends) >= 2 and len(self.tokens) == len(self.roles) == int(ends[-1]) and int(ends[0]) == 0
-        return whole and bool((np.diff(ends) > 0).all()) and int(self.roles.max()) <= 2
+        return whole and bool((np.diff(ends) > 0).all()) and int(self.roles.max()) < NO_TARGET
 
     @property
     def num_docs(self) -> int:
@@ -69,7 +76,7 @@ class PackedBatch:
         input_ids: ``[rows * row_length]``.
         lengths: tokens of each document piece, none crossing a row.
         targets: the next token of each, and ``targets2`` the one after (for MTP); 0 where there is none.
-        roles, roles2: role code of each target; 3 where there is no target.
+        roles, roles2: role code of each target; NO_TARGET where there is none.
     """
 
     input_ids: Tensor
@@ -172,7 +179,7 @@ def finish_batch(ids: np.ndarray[Any, Any], roles: np.ndarray[Any, Any], lengths
     def shifted(step: int) -> tuple[Tensor, Tensor]:
         inside = left > step
         target = torch.where(inside, tokens.roll(-step), 0)
-        return target, torch.where(inside, codes.roll(-step), 3)
+        return target, torch.where(inside, codes.roll(-step), NO_TARGET)
 
     targets, target_roles = shifted(1)
     targets2, target_roles2 = shifted(2)

@@ -14,10 +14,10 @@ from godwit.errors import UsageError
 from godwit.kernels.training import LinearCrossEntropy
 from godwit.models.batch import ForwardBatch
 from godwit.models.causal_lm import CausalLM
-from godwit.train.data import PackedBatch, Source, finish_batch
+from godwit.train.data import PackedBatch, Source, finish_batch, learned
 from godwit.train.losses import role_weights
 
-_ASSISTANT_ONLY = [1.0, 0.0, 0.0]
+_ASSISTANT_ONLY = [1.0, 0.0, 0.0, 1.0]
 
 
 class HeldOut:
@@ -83,6 +83,6 @@ def _cut(
     """Documents cut at ``limit`` tokens, with the bytes, in proportion, of the learned tokens left."""
     for index in range(source.num_docs):
         tokens, roles = source.document(index)
-        learned, kept = int((roles[1:] == 0).sum()), int((roles[1:limit] == 0).sum())
+        total, kept = int(learned(roles[1:]).sum()), int(learned(roles[1:limit]).sum())
         if kept:
-            yield tokens[:limit], roles[:limit], float(sizes[index]) * kept / learned
+            yield tokens[:limit], roles[:limit], float(sizes[index]) * kept / total

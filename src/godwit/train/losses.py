@@ -54,5 +54,5 @@ def expert_balance(load: ExpertLoad) -> float:
 
 
 def role_weights(roles: Tensor, weights: Sequence[float]) -> Tensor:
-    """Loss weight of each target from its role code; code 3 (no target) weighs nothing."""
+    """Loss weight of each target from its role code (0 to 3); code 4 (no target) weighs nothing."""
     return torch.tensor([*weights, 0.0], device=roles.device)[roles]

@@ -30,13 +30,13 @@ class Stage:
     Attributes:
         until: fraction of the run, 0 to 1, at which the stage ends.
         mix: share of tokens of each source; need not sum to one.
-        role_weights: loss weight of assistant and running text, user turns, everything else.
+        role_weights: loss weight of answers and running text, user turns, everything else, tool calls.
         mtp_weight: weight of the multi-token-prediction loss; 0 skips the module.
     """
 
     until: float
     mix: dict[str, float]
-    role_weights: list[float] = field(default_factory=lambda: [1.0, 0.25, 0.0])
+    role_weights: list[float] = field(default_factory=lambda: [1.0, 0.25, 0.0, 1.0])
     mtp_weight: float = 0.0
 
 
@@ -48,6 +48,7 @@ class Recipe:
         model: a ``config.json`` as a table.
         data: directory of pre-tokenised sources (``<name>.tokens.npy``, ``.roles.npy``, ``.offsets.npy``).
         tokenizer: directory whose tokenizer files are exported with the model.
+        init: checkpoint to start from in place of random weights; empty for random ones.
         steps: optimiser steps.
         row_length: tokens of a packed row, a multiple of 64.
         rows: rows of a micro-batch.
@@ -60,6 +61,7 @@ class Recipe:
     tokenizer: str
     steps: int
     stage: list[Stage]
+    init: str = ""
     num_mtp: int = 1
     row_length: int = 2048
     rows: int = 8
@@ -98,8 +100,8 @@ class Recipe:
         if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) for s in stages):
             raise UsageError(f"{file}: a recipe needs at least one [[stage]] table")
         raw["stage"] = [_build(Stage, stage, f"{file}: [[stage]]") for stage in stages]
-        for name in ("data", "tokenizer"):
-            if isinstance(raw.get(name), str):
+        for name in ("data", "tokenizer", "init"):
+            if isinstance(raw.get(name), str) and (name != "init" or (file.parent / raw[name]).is_dir()):
                 raw[name] = str((file.parent / raw[name]).resolve())
         recipe = _build(Recipe, raw, str(file))
         recipe.check(str(file))
@@ -124,7 +126,7 @@ class Recipe:
             (self.num_mtp not in (0, 1), "num_mtp must be 0 or 1"),
             (ends != sorted(set(ends)) or ends[0] <= 0, "each stage must end after the one before it"),
             (abs(ends[-1] - 1.0) > 1e-9, "the last stage must end at until = 1.0"),
-            (any(len(s.role_weights) != 3 for s in self.stage), "role_weights needs three numbers"),
+            (any(len(s.role_weights) != 4 for s in self.stage), "role_weights needs four numbers"),
             (any(not any(s.mix.values()) for s in self.stage), "mix needs a source with a weight above zero"),
             (any(s.mtp_weight and not self.num_mtp for s in self.stage), "mtp_weight needs num_mtp = 1"),
         ]

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from godwit.kernels import ops
 from godwit.kernels.training import LinearCrossEntropy
 from godwit.models.batch import ForwardBatch
 from godwit.models.causal_lm import CausalLM
-from godwit.models.loader import save_model
+from godwit.models.loader import load_model, save_model
 from godwit.train import parallel
 from godwit.train.data import PackedBatch, Sampler, Source
 from godwit.train.evaluate import HeldOut
@@ -71,6 +71,8 @@ class Trainer:
         self.config = ModelConfig.from_dict(recipe.model)
         self.model = CausalLM(self.config, recipe.num_mtp)
         self.model.init_weights(torch.Generator().manual_seed(recipe.seed))
+        if recipe.init:
+            self._start_from(recipe.init)
         self.optimizers = build_optimizers(self.model, recipe)
         names = {name for stage in recipe.stage for name in stage.mix}
         sources = {name: Source.open(recipe.data, name) for name in sorted(names)}
@@ -88,6 +90,17 @@ class Trainer:
         self.step = self.tokens = 0  # done so far
         self._saved_step = 0
         self._stop_asked = self._stop_agreed = False
+
+    def _start_from(self, source: str) -> None:
+        model = load_model(source, dtype=torch.float32)
+        if replace(model.config, raw={}) != replace(self.config, raw={}):
+            raise UsageError(
+                f"init: {source} has another config.json than the recipe's [model]; make them equal"
+            )
+        try:
+            self.model.load_state_dict(model.state_dict())
+        except RuntimeError as error:
+            raise UsageError(f"init: {source} has other MTP layers than the recipe's num_mtp") from error
 
     def _check_vocabulary(self, source: Source) -> None:
         top = int(source.tokens.max())
