@@ -1,10 +1,26 @@
+// The Python face of the kernels.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
+#include <pthread.h>
 
+#include <algorithm>
+#include <atomic>
+#include <cfenv>
+#include <chrono>
+#include <cstdint>
+#include <initializer_list>
+#include <mutex>
+#include <optional>
 #include <string>
 #include <string_view>
+#include <thread>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -12,9 +28,144 @@
 namespace nb = nanobind;
 using namespace nb::literals;
 
-NB_MODULE(_native, m) {
-  m.doc() = "What the CPU offers and which instruction set the native kernels use.";
+namespace {
 
+#include "bindings-inl.h"
+
+// ---- Running an op ---------------------------------------------------------------------------------
+
+std::mutex& op_mutex() {
+  static auto& mutex = *new std::mutex;  // outlives every thread
+  return mutex;
+}
+
+// Ops between giving up the interpreter's lock and having it again, and whether the interpreter is about to
+// end. Once it ends, it makes threads that wait for its lock vanish, which C++ frames must not: so from then
+// on ops keep the lock.
+std::atomic<int> num_unlocked{0};
+std::atomic<bool> ending{false};
+
+// One op at a time, without the interpreter's lock, in the default floating point environment: whoever rounds
+// otherwise or flushes denormals on this thread must not change results.
+class Op {
+ public:
+  Op() {
+    if (!ending) {
+      ++num_unlocked;
+      released_ = PyEval_SaveThread();
+    }
+    op_mutex().lock();
+    std::fegetenv(&environment_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~Op() {
+    std::fesetenv(&environment_);
+    op_mutex().unlock();
+    if (released_ != nullptr) {
+      PyEval_RestoreThread(released_);
+      --num_unlocked;
+    }
+  }
+  Op(const Op&) = delete;
+  Op& operator=(const Op&) = delete;
+
+ private:
+  PyThreadState* released_ = nullptr;
+  std::fenv_t environment_;
+};
+
+// A fork waits for the op under way, so that the child finds nothing half done and the mutex free.
+void keep_forks_out() {
+  pthread_atfork([] { op_mutex().lock(); }, [] { op_mutex().unlock(); },
+                 [] {
+                   num_unlocked = 0;  // their threads are not in the child
+                   op_mutex().unlock();
+                 });
+}
+
+// Before the interpreter takes itself apart: no op without its lock any more, and no workers.
+void end_ops() {
+  ending = true;
+  while (num_unlocked > 0) {
+    const nb::gil_scoped_release release;
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  const Op op;
+  godwit::set_num_threads(godwit::num_threads());
+}
+
+// ---- Ops -------------------------------------------------------------------------------------------
+
+void linear(nb::handle x_object, const Weight& w, nb::handle bias_object, nb::handle out_object) {
+  const auto x = array<float>(x_object, "x", {kAny, w.w.cols});
+  const auto bias = optional_vector(bias_object, "bias", w.w.rows);
+  const auto out = mutable_array<float>(out_object, "out", {x.shape[0], w.w.rows});
+  require(out.data >= x.data + x.size() || x.data >= out.data + out.size(), "out must not overlap x.");
+  const Op op;
+  godwit::kernels().linear(x.data, x.shape[0], w.w, bias.data, out.data);
+}
+
+void embed(const Weight& w, nb::handle ids_object, nb::handle out_object) {
+  const auto ids = array<int64_t>(ids_object, "ids", {kAny});
+  const int64_t m = ids.shape[0], rows = w.w.rows;
+  require(std::all_of(ids.data, ids.data + m, [rows](int64_t id) { return id >= 0 && id < rows; }),
+          "ids must lie between 0 and the number of rows of w.");
+  const auto out = mutable_array<float>(out_object, "out", {m, w.w.cols});
+  const Op op;
+  godwit::kernels().embed(w.w, ids.data, m, out.data);
+}
+
+void rms_norm(nb::handle x_object, nb::handle factor_object, float eps, nb::handle out_object) {
+  const auto x = array<float>(x_object, "x", {kAny, kAny});
+  const auto factor = array<float>(factor_object, "factor", {x.shape[1]});
+  const auto out = mutable_array<float>(out_object, "out", x.shape);
+  const Op op;
+  godwit::kernels().rms_norm(x.data, factor.data, x.shape[0], x.shape[1], eps, out.data);
+}
+
+void gated_delta_net(const GatedDeltaNet& layer, const Batch& batch, const RecurrentCache& cache,
+                     nb::handle x_object) {
+  const auto x = mutable_array<float>(x_object, "x", {batch.num_tokens(), layer.layer.hidden});
+  layer.check(batch, cache);
+  const Op op;
+  godwit::kernels().gated_delta_net(
+      layer.layer, batch.view(),
+      {cache.conv.data, cache.state.data, cache.journal_g.data, cache.journal_k.data,
+       cache.journal_delta.data, cache.history, cache.max_rollback},
+      x.data);
+}
+
+void attention(const Attention& layer, const Batch& batch, const PagedCache& cache, nb::handle x_object) {
+  const auto x = mutable_array<float>(x_object, "x", {batch.num_tokens(), layer.layer.hidden});
+  layer.check(batch, cache);
+  const Op op;
+  godwit::kernels().attention(layer.layer, batch.view(), {cache.k.data, cache.v.data}, x.data);
+}
+
+void ffn(const Ffn& layer, nb::handle x_object, nb::handle logits_object) {
+  const auto x = mutable_array<float>(x_object, "x", {kAny, layer.layer.hidden});
+  Array<float, Mutable> logits;
+  if (!logits_object.is_none()) {
+    require(layer.router.has_value(), "A dense layer has no router logits.");
+    logits = mutable_array<float>(logits_object, "router_logits", {x.shape[0], layer.layer.num_experts});
+  }
+  const Op op;
+  godwit::kernels().ffn(layer.layer, x.shape[0], x.data, logits.data);
+}
+
+std::pair<std::vector<float>, std::vector<int64_t>> top_k(nb::handle values_object, int64_t k) {
+  const auto values = array<float>(values_object, "values", {kAny});
+  require(k >= 0 && k <= values.shape[0], "k must lie between 0 and the number of values.");
+  std::vector<float> top(static_cast<size_t>(k));
+  std::vector<int64_t> ids(static_cast<size_t>(k));
+  const Op op;
+  godwit::kernels().top_k(values.data, values.shape[0], k, top.data(), ids.data());
+  return {top, ids};
+}
+
+// ---- The module ------------------------------------------------------------------------------------
+
+void bind_machine(nb::module_& m) {
   m.def(
       "cpu_features",
       [] {
@@ -23,7 +174,6 @@ NB_MODULE(_native, m) {
         return features;
       },
       "Each known CPU feature and whether the CPU and the operating system let programs use it.");
-
   m.def(
       "available_instruction_sets",
       [] {
@@ -32,16 +182,140 @@ NB_MODULE(_native, m) {
         return names;
       },
       "The instruction sets this CPU can run, from the plainest ('scalar') to the widest.");
-
   m.def(
       "instruction_set", [] { return std::string(godwit::name_of(godwit::instruction_set())); },
       "The instruction set in use.");
-
   m.def(
       "set_instruction_set", [](std::string_view name) { godwit::set_instruction_set(name); }, "name"_a,
       "Use this instruction set from now on; ValueError where the CPU lacks it.");
-
   m.def(
       "num_cores", [](const std::string& root) { return godwit::num_cores(root); }, "root"_a = "",
       "Logical cores this process may use, by affinity and cgroup quota; at least 1.");
+}
+
+void bind_threads(nb::module_& m) {
+  m.def(
+      "num_threads", [] { return godwit::num_threads(); },
+      "Threads that ops use: one for each core until another number is set.");
+  m.def(
+      "set_num_threads",
+      [](int count) {
+        const Op op;
+        godwit::set_num_threads(count);
+      },
+      "count"_a, "Let ops use this many threads, the calling one included.");
+  m.def(
+      "read_bandwidth",
+      [](int64_t bytes, int repeats) {
+        require(bytes > 0 && repeats > 0, "bytes and repeats must be positive.");
+        const Op op;
+        return godwit::read_bandwidth(bytes, repeats);
+      },
+      "bytes"_a, "repeats"_a = 3, "GB/s of reading memory with all threads, the best of some repeats.");
+  m.def(
+      "set_profiling",
+      [](bool on) {
+        const Op op;
+        godwit::set_profiling(on);
+      },
+      "on"_a, "Measure where time goes from now on, or stop; switching it on forgets what was measured.");
+  m.def(
+      "profile",
+      [] {
+        std::vector<godwit::ProfileEntry> entries;
+        {
+          const Op op;
+          entries = godwit::profile();
+        }
+        nb::dict result;
+        for (const auto& entry : entries) result[entry.name] = nb::make_tuple(entry.seconds, entry.calls);
+        return result;
+      },
+      "Seconds and calls by name; a name's seconds include those of what it calls.");
+  m.def(
+      "scratch_bytes",
+      [] {
+        const Op op;
+        return godwit::arena().reserved();
+      },
+      "Memory that ops keep for their intermediate results.");
+  nb::module_::import_("atexit").attr("register")(nb::cpp_function(end_ops));
+}
+
+void bind_arrays(nb::module_& m) {
+  m.attr("FORMATS") = nb::make_tuple(kFormatNames[0], kFormatNames[1], kFormatNames[2]);
+  m.def(
+      "weight_bytes",
+      [](std::string_view format, int64_t rows, int64_t cols) {
+        return checked_weight_bytes(format_of(format), rows, cols);
+      },
+      "format"_a, "rows"_a, "cols"_a, "Bytes of a packed matrix.");
+  nb::class_<Weight>(m, "Weight", "A packed matrix [rows, cols].")
+      .def(nb::new_(&make_weight), "format"_a, "rows"_a, "cols"_a, "data"_a)
+      .def_prop_ro("format", [](const Weight& w) { return kFormatNames[static_cast<int>(w.w.format)]; })
+      .def_prop_ro("rows", [](const Weight& w) { return w.w.rows; })
+      .def_prop_ro("cols", [](const Weight& w) { return w.w.cols; })
+      .def_prop_ro("nbytes", [](const Weight& w) { return w.holder.nbytes(); });
+  nb::class_<Batch>(m, "Batch", "The tokens of a step; the arrays are copied.")
+      .def(nb::init<nb::handle, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle,
+                    nb::handle>(),
+           "positions"_a, "cu_seqlens"_a, "seq_lens"_a, "slot_mapping"_a, "block_tables"_a, "state_rows"_a,
+           "num_tentative"_a, "pending"_a);
+  nb::class_<PagedCache>(m, "PagedCache", "Keys and values of one attention layer.")
+      .def(nb::init<nb::handle, nb::handle>(), "k"_a, "v"_a);
+  nb::class_<RecurrentCache>(m, "RecurrentCache",
+                             "Convolution inputs, states and journal of one delta layer.")
+      .def(nb::init<nb::handle, nb::handle, nb::handle, nb::handle, nb::handle, int64_t>(), "conv"_a,
+           "state"_a, "journal_g"_a, "journal_k"_a, "journal_delta"_a, "history"_a);
+}
+
+void bind_layers(nb::module_& m) {
+  using H = nb::handle;
+  nb::class_<GatedDeltaNet>(m, "GatedDeltaNet", "The weights of a gated delta layer.")
+      .def(nb::init<H, const Weight&, const Weight&, const Weight&, H, H, H, H, int64_t, int64_t, int64_t,
+                    int64_t, float>(),
+           "norm"_a, "qkvz"_a, "ba"_a, "out"_a, "conv"_a, "decay"_a, "dt_bias"_a, "out_norm"_a,
+           "num_k_heads"_a, "num_v_heads"_a, "dk"_a, "dv"_a, "eps"_a);
+  nb::class_<Attention>(m, "Attention", "The weights of an attention layer.")
+      .def(nb::init<H, const Weight&, const Weight&, H, H, H, H, H, int64_t, int64_t, int64_t, bool, float,
+                    float>(),
+           "norm"_a, "in_proj"_a, "out_proj"_a, "in_bias"_a.none(), "out_bias"_a.none(), "q_norm"_a.none(),
+           "k_norm"_a.none(), "inv_freq"_a, "num_heads"_a, "num_kv_heads"_a, "dim"_a, "gate"_a, "eps"_a,
+           "rope_scale"_a);
+  nb::class_<Mlp>(m, "Mlp", "A SwiGLU: gate and up in w13, down in w2.")
+      .def(nb::init<const Weight&, const Weight&, H, H>(), "w13"_a, "w2"_a, "bias13"_a.none() = nb::none(),
+           "bias2"_a.none() = nb::none());
+  nb::class_<Ffn>(m, "Ffn", "The feed-forward part of a layer.")
+      .def(nb::init<H, float, const std::optional<Mlp>&, H, const std::optional<Weight>&, H, int64_t, int64_t,
+                    std::string_view, std::string_view, int64_t, int64_t, int64_t, bool>(),
+           "norm"_a, "eps"_a, "shared"_a.none(), "shared_gate"_a.none() = nb::none(),
+           "router"_a.none() = nb::none(), "experts"_a.none() = nb::none(), "expert_stride"_a = 0,
+           "offset2"_a = 0, "format13"_a = "q4", "format2"_a = "q4", "num_experts"_a = 0, "top_k"_a = 0,
+           "intermediate"_a = 0, "renormalize"_a = false);
+}
+
+void bind_ops(nb::module_& m) {
+  m.def("linear", &linear, "x"_a, "w"_a, "bias"_a.none(), "out"_a, "out = x w^T + bias.");
+  m.def("embed", &embed, "w"_a, "ids"_a, "out"_a, "out = rows `ids` of w.");
+  m.def("rms_norm", &rms_norm, "x"_a, "factor"_a, "eps"_a, "out"_a,
+        "out = x / rms(x) * factor; out may be x.");
+  m.def("gated_delta_net", &gated_delta_net, "layer"_a, "batch"_a, "cache"_a, "x"_a,
+        "x += mixer(norm(x)); the cache advances.");
+  m.def("attention", &attention, "layer"_a, "batch"_a, "cache"_a, "x"_a,
+        "x += mixer(norm(x)); the cache advances.");
+  m.def("ffn", &ffn, "layer"_a, "x"_a, "router_logits"_a.none() = nb::none(), "x += ffn(norm(x)).");
+  m.def("top_k", &top_k, "values"_a, "k"_a, "The k largest values, largest first, and where they are.");
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "What the CPU offers, and the native kernels.";
+  nb::set_leak_warnings(false);  // whoever ends in the middle of a conversation leaves a model behind
+  keep_forks_out();
+  bind_machine(m);
+  bind_threads(m);
+  bind_arrays(m);
+  bind_layers(m);
+  bind_ops(m);
 }

@@ -21,6 +21,9 @@
 #include <sched.h>
 #if defined(__aarch64__)
 #include <sys/auxv.h>
+#elif defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 #endif
 #if defined(__APPLE__)
@@ -56,7 +59,7 @@ uint64_t saved_register_files() {
 bool bit(uint32_t word, int index) { return ((word >> index) & 1U) != 0; }
 
 // Intel SDM volume 2A (CPUID) and volume 1 chapter 13 (XCR0). For AMX this says that the kernel can save
-// tiles; on Linux a process must still ask for them (arch_prctl ARCH_REQ_XCOMP_PERM) before it uses one.
+// tiles; a process must still ask for them (may_use_tiles).
 // macOS saves AVX-512 registers only from their first use on, so an Intel Mac shows no avx512 here.
 std::vector<CpuFeature> detect_features() {
   const Registers l1 = cpuid(1, 0), l7 = cpuid(7, 0), l7_1 = cpuid(7, 1);
@@ -82,6 +85,18 @@ std::vector<CpuFeature> detect_features() {
       {"amx_int8", tiles && bit(l7.edx, 25)},
       {"amx_bf16", tiles && bit(l7.edx, 22)},
   };
+}
+
+// Linux lets a process use tiles only once it has asked, for all its threads
+// (Documentation/arch/x86/xstate.rst); it refuses where a thread's alternate signal stack is too small to
+// hold them.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 #elif defined(__aarch64__) && defined(__linux__)
@@ -122,6 +137,7 @@ std::vector<CpuFeature> detect_features() { return {}; }
 
 // ---- The chosen instruction set --------------------------------------------------------------------
 
+#if defined(__x86_64__)
 bool has_all(std::initializer_list<std::string_view> names) {
   const auto& features = cpu_features();
   return std::all_of(names.begin(), names.end(), [&](std::string_view name) {
@@ -129,12 +145,17 @@ bool has_all(std::initializer_list<std::string_view> names) {
                        [&](const CpuFeature& f) { return name == f.name && f.usable; });
   });
 }
+#endif
 
 std::vector<InstructionSet> detect_instruction_sets() {
   std::vector<InstructionSet> sets{InstructionSet::scalar};
+#if defined(__x86_64__)
   if (!has_all({"avx2", "fma", "f16c"})) return sets;
   sets.push_back(InstructionSet::avx2);
-  if (has_all({"avx512f", "avx512bw", "avx512vl", "avx512dq"})) sets.push_back(InstructionSet::avx512);
+  if (!has_all({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"})) return sets;
+  sets.push_back(InstructionSet::avx512);
+  if (has_all({"amx_tile", "amx_int8", "amx_bf16"}) && may_use_tiles()) sets.push_back(InstructionSet::amx);
+#endif
   return sets;
 }
 
@@ -231,6 +252,8 @@ const std::vector<CpuFeature>& cpu_features() {
 
 const char* name_of(InstructionSet set) {
   switch (set) {
+    case InstructionSet::amx:
+      return "amx";
     case InstructionSet::avx512:
       return "avx512";
     case InstructionSet::avx2:
@@ -249,7 +272,8 @@ const std::vector<InstructionSet>& available_instruction_sets() {
 InstructionSet instruction_set() { return chosen().load(); }
 
 void set_instruction_set(std::string_view name) {
-  for (const InstructionSet set : {InstructionSet::scalar, InstructionSet::avx2, InstructionSet::avx512}) {
+  for (const InstructionSet set :
+       {InstructionSet::scalar, InstructionSet::avx2, InstructionSet::avx512, InstructionSet::amx}) {
     if (name != name_of(set)) continue;
     const auto& sets = available_instruction_sets();
     if (std::find(sets.begin(), sets.end(), set) != sets.end()) {
@@ -261,6 +285,21 @@ void set_instruction_set(std::string_view name) {
   }
   throw std::invalid_argument("There is no instruction set named '" + std::string(name) +
                               "'; this CPU offers: " + names(available_instruction_sets()) + ".");
+}
+
+const KernelTable& kernels() {
+  switch (instruction_set()) {
+#if defined(__x86_64__)
+    case InstructionSet::amx:
+      return kAmxTable;
+    case InstructionSet::avx512:
+      return kAvx512Table;
+    case InstructionSet::avx2:
+      return kAvx2Table;
+#endif
+    default:
+      return kScalarTable;
+  }
 }
 
 int num_cores(const std::string& root) {

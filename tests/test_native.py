@@ -10,7 +10,7 @@ import pytest
 
 from godwit import _native
 
-LEVELS = ["scalar", "avx2", "avx512"]
+LEVELS = ["scalar", "avx2", "avx512", "amx"]
 LINUX = sys.platform == "linux"
 
 
@@ -43,6 +43,20 @@ def test_levels_come_plainest_first_and_the_widest_is_chosen() -> None:
     levels = _native.available_instruction_sets()
     assert levels == LEVELS[: len(levels)] and levels
     assert _native.instruction_set() == levels[-1]
+
+
+def test_levels_need_all_their_features() -> None:
+    features, levels = _native.cpu_features(), _native.available_instruction_sets()
+    needs = {
+        "avx2": ["avx2", "fma", "f16c"],
+        "avx512": ["avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"],
+        "amx": ["amx_tile", "amx_int8", "amx_bf16"],
+    }
+    for level, names in needs.items():
+        if level in levels:
+            assert all(features[name] for name in names)
+        elif level != "amx" and LEVELS[LEVELS.index(level) - 1] in levels:  # the system may refuse tiles
+            assert not all(features.get(name, False) for name in names)
 
 
 def test_every_available_level_can_be_forced() -> None:

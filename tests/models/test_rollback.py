@@ -12,6 +12,8 @@ from godwit.config import ModelConfig
 from godwit.errors import UsageError
 from godwit.kernels import ops, reference
 from godwit.models.causal_lm import CausalLM
+from godwit.models.native import pack_model
+from godwit.qtensor import FORMATS
 from tests.models.harness import CachedRun, randomize, tokens
 
 NUM_DRAFTS = 4
@@ -37,13 +39,16 @@ CONFIG = {
 }
 
 
-@pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> CausalLM:
+@pytest.fixture(params=["plain", *FORMATS])
+def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CausalLM:
     """A model whose results for a token do not depend on how many tokens are computed with it.
 
-    Matrix products choose their algorithm by shape, so here they run row by row; what is left to differ is
-    the bookkeeping of the caches, which must be exact.
+    That is what the native kernels promise, whatever the weights. PyTorch's products choose their algorithm by
+    shape, so on its kernels they run row by row; what is left to differ is the bookkeeping of the caches, which
+    must be exact.
     """
+    if request.param != "plain":
+        return pack_model(random_model(), request.param)
     plain = torch.nn.functional.linear
 
     def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -64,6 +69,10 @@ def model(monkeypatch: pytest.MonkeyPatch) -> CausalLM:
 
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
     monkeypatch.setitem(ops._TABLE, ("attention", "dense", "cpu"), attention)
+    return random_model()
+
+
+def random_model() -> CausalLM:
     made = CausalLM(ModelConfig.from_dict(CONFIG), num_mtp=1).requires_grad_(False)
     randomize(made)
     return made

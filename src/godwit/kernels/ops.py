@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from godwit.kernels import reference, sdpa, training
@@ -27,6 +28,7 @@ from godwit.kernels.reference import (
     swiglu,
     topk_softmax,
 )
+from godwit.qtensor import QuantTensor
 
 __all__ = [
     "apply_rotary_emb",
@@ -34,6 +36,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_packed",
     "chunk_gated_delta_rule",
+    "embed",
     "gated_delta_rule_rows",
     "gather_kv",
     "gdn_gates",
@@ -70,10 +73,20 @@ def _lookup(
     return _TABLE.get((op, weight_format, x.device.type), fallback)
 
 
-def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, w: Tensor | QuantTensor, bias: Tensor | None = None) -> Tensor:
     """``x [..., in] @ w [out, in].T + bias``."""
-    result: Tensor = _lookup("linear", x, reference.linear)(x, w, bias)
+    result: Tensor = _lookup("linear", x, reference.linear, _format_of(w))(x, w, bias)
     return result
+
+
+def embed(ids: Tensor, w: Tensor | QuantTensor) -> Tensor:
+    """Rows ``ids [T]`` of ``w [V, H]``."""
+    result: Tensor = _lookup("embed", ids, F.embedding, _format_of(w))(ids, w)
+    return result
+
+
+def _format_of(w: Tensor | QuantTensor) -> str:
+    return w.format if isinstance(w, QuantTensor) else "dense"
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, zero_centered: bool) -> Tensor:

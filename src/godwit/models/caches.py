@@ -58,12 +58,16 @@ CacheSpec = PagedKVSpec | RecurrentSpec
 
 
 class PagedKV:
-    """Blocks of one attention layer: ``k`` and ``v`` are ``[blocks, 16, kv_heads, D]``."""
+    """Blocks of one attention layer: ``k`` and ``v`` are ``[blocks, 16, kv_heads, D]``.
+
+    The native kernels order the bytes inside a block their own way (``csrc/kernels.h``, PagedCache).
+    """
 
     def __init__(self, spec: PagedKVSpec, num_blocks: int, device: torch.device | str) -> None:
         shape = (num_blocks, BLOCK_SIZE, spec.num_kv_heads, spec.head_dim)
         self.k = torch.zeros(shape, dtype=spec.dtype, device=device)
         self.v = torch.zeros(shape, dtype=spec.dtype, device=device)
+        self.native: object | None = None  # the native kernels' view, made at the first use
 
 
 class RecurrentState:
@@ -87,6 +91,7 @@ class RecurrentState:
         self.journal_g = torch.zeros(num_rows, max_rollback, heads, device=device)
         self.journal_k = torch.zeros(num_rows, max_rollback, heads, dk, device=device)
         self.journal_delta = torch.zeros(num_rows, max_rollback, heads, dv, device=device)
+        self.native: object | None = None  # the native kernels' view, made at the first use
 
 
 @dataclass

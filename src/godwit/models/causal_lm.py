@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +14,10 @@ from godwit.config import LayerSpec, ModelConfig
 from godwit.errors import UsageError
 from godwit.kernels import ops
 from godwit.models.batch import ForwardBatch
-from godwit.models.caches import Caches, CacheSpec
-from godwit.models.layers import Experts, Linear, build_ffn, build_norm
+from godwit.models.caches import Caches, CacheSpec, PagedKV, RecurrentState
+from godwit.models.layers import Embedding, Experts, Linear, build_ffn, build_norm
 from godwit.models.mixers import GatedDeltaNet, build_mixer
+from godwit.qtensor import QuantTensor
 
 
 class DecoderLayer(nn.Module):
@@ -40,11 +43,28 @@ class DecoderLayer(nn.Module):
         return out
 
 
+class Stack(Protocol):
+    """A way to run decoder layers other than one module after the other."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        batch: ForwardBatch,
+        caches: Sequence[PagedKV | RecurrentState] | None,
+        pending: Sequence[int],
+        router_logits: list[Tensor] | None,
+    ) -> Tensor:
+        """``x [T, H]`` through all layers; ``pending`` counts the journaled tokens of each sequence's row."""
+        ...
+
+
 class MTPHead(nn.Module):
     """Predicts one token further: the trunk's normed state joined with the next embedding, one layer, a norm.
 
     Embedding and head are the trunk's. DeepSeek-V3 (2024) describes the module; sizes follow Qwen3-Next.
     """
+
+    stack: Stack | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -65,6 +85,10 @@ class MTPHead(nn.Module):
         """Slot p joins ``hidden [T, H]`` of token p with the embedding of token p + 1; result ``[T, H]``."""
         joined = torch.cat((self.embedding_norm(next_embeddings), self.hidden_norm(hidden)), -1)
         x = self.fc(joined)
+        if self.stack is not None:
+            x = self.stack(x, batch, caches.mtp if caches else None, (), router_logits)
+            normed: Tensor = self.norm(x)
+            return normed
         for index, layer in enumerate(self.layers):
             x = layer(x, batch, caches, caches.mtp[index] if caches else None, router_logits)
         out: Tensor = self.norm(x)
@@ -77,13 +101,18 @@ class CausalLM(nn.Module):
     Args:
         config: what to build.
         num_mtp: MTP layers; None takes the config's count (0 where it states none).
+
+    Attributes:
+        stack: runs the layers of a model of packed weights; None: its modules do.
     """
+
+    stack: Stack | None = None
 
     def __init__(self, config: ModelConfig, num_mtp: int | None = None) -> None:
         super().__init__()
         self.config = config
         num_mtp = config.num_mtp_layers or 0 if num_mtp is None else num_mtp
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([DecoderLayer(spec, config) for spec in config.layers])
         self.norm = build_norm(config.hidden_size, config)
         self.mtp = MTPHead(config) if num_mtp else None
@@ -91,14 +120,17 @@ class CausalLM(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embedding.weight.dtype
+        """Of the activations; packed weights are multiplied with float32."""
+        weight = self.embedding.weight
+        return torch.float32 if isinstance(weight, QuantTensor) else weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.embedding.weight.device
+        weight = self.embedding.weight
+        return weight.data.device if isinstance(weight, QuantTensor) else weight.device
 
     @property
-    def head_weight(self) -> Tensor:
+    def head_weight(self) -> Tensor | QuantTensor:
         """``[V, H]``, the embedding's where they are tied."""
         return self.embedding.weight if self.head is None else self.head.weight
 
@@ -115,8 +147,12 @@ class CausalLM(nn.Module):
         if caches is not None:
             self._check_tentative(batch, caches)
         x = self.embedding(batch.input_ids)
-        for index, layer in enumerate(self.layers):
-            x = layer(x, batch, caches, caches.layers[index] if caches else None, router_logits)
+        if self.stack is not None:
+            pending = [caches.pending[row] for row in batch.state_indices] if caches else []
+            x = self.stack(x, batch, caches.layers if caches else None, pending, router_logits)
+        else:
+            for index, layer in enumerate(self.layers):
+                x = layer(x, batch, caches, caches.layers[index] if caches else None, router_logits)
         if caches is not None:
             for row, count in zip(batch.state_indices, batch.num_tentative, strict=True):
                 caches.pending[row] = count
@@ -174,7 +210,7 @@ class CausalLM(nn.Module):
         """Fresh weights: normal with the config's deviation, neutral norms, decays from U(0.01, 16)."""
         std = self.config.initializer_range
         for module in self.modules():
-            if isinstance(module, Linear | nn.Embedding):
+            if isinstance(module, Linear | Embedding):
                 module.weight.normal_(0.0, std, generator=generator)
             elif isinstance(module, Experts):
                 module.w13.normal_(0.0, std, generator=generator)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from godwit.config import DenseSpec, FfnSpec, ModelConfig, MoeSpec, RotarySpec
 from godwit.kernels import ops
+from godwit.qtensor import QuantExperts
 
 
 class Linear(nn.Module):
@@ -19,6 +20,17 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Module):
+    """Rows of ``weight [V, H]``."""
+
+    def __init__(self, num_rows: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_rows, size))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return ops.embed(ids, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -66,7 +78,12 @@ class SwiGLU(nn.Module):
 
 
 class Experts(nn.Module):
-    """Stacked experts: ``w13 [E, 2 I, H]`` (gate rows, then up rows) and ``w2 [E, H, I]``."""
+    """Stacked experts: ``w13 [E, 2 I, H]`` (gate rows, then up rows) and ``w2 [E, H, I]``.
+
+    In a model of packed weights both are in ``packed``, and the parameters are gone.
+    """
+
+    packed: QuantExperts | None = None
 
     def __init__(self, spec: MoeSpec, hidden: int) -> None:
         super().__init__()

@@ -19,6 +19,8 @@ class Attention(nn.Module):
     has one.
     """
 
+    cache_dtype: torch.dtype | None = None  # of keys and values; None: that of the weights
+
     def __init__(self, spec: AttentionSpec, config: ModelConfig) -> None:
         super().__init__()
         self.spec = spec
@@ -31,7 +33,7 @@ class Attention(nn.Module):
         self.rotary = RotaryEmbedding(spec.rotary)
 
     def cache_spec(self, dtype: torch.dtype) -> CacheSpec:
-        return PagedKVSpec(self.spec.num_kv_heads, self.spec.head_dim, dtype)
+        return PagedKVSpec(self.spec.num_kv_heads, self.spec.head_dim, self.cache_dtype or dtype)
 
     def forward(self, x: Tensor, batch: ForwardBatch, caches: Caches | None, cache: object | None) -> Tensor:
         """``x [T, H]`` normalised hidden states to ``[T, H]``."""
@@ -71,6 +73,8 @@ class GatedDeltaNet(nn.Module):
     natural order, ``in_proj_ba`` rows b | a; the convolution sees query | key | value.
     """
 
+    cache_dtype: torch.dtype | None = None  # of the convolution's window; None: that of the weights
+
     def __init__(self, spec: GatedDeltaNetSpec, config: ModelConfig) -> None:
         super().__init__()
         self.spec = spec
@@ -86,7 +90,12 @@ class GatedDeltaNet(nn.Module):
     def cache_spec(self, dtype: torch.dtype) -> CacheSpec:
         spec = self.spec
         return RecurrentSpec(
-            spec.conv_dim, spec.conv_kernel - 1, spec.num_v_heads, spec.head_k_dim, spec.head_v_dim, dtype
+            spec.conv_dim,
+            spec.conv_kernel - 1,
+            spec.num_v_heads,
+            spec.head_k_dim,
+            spec.head_v_dim,
+            self.cache_dtype or dtype,
         )
 
     def forward(self, x: Tensor, batch: ForwardBatch, caches: Caches | None, cache: object | None) -> Tensor:

@@ -1,0 +1,224 @@
+// Products of packed weights with rows of activations: loops written once over
+// the tile product of a target.
+
+// Rows of activations, ready for weights of any format. Columns beyond `cols`
+// are zero up to groups(cols) * 32.
+struct Rows {
+  int64_t m = 0, cols = 0;
+  const float* f = nullptr;      // [m, f_stride]
+  int64_t f_stride = 0;          // at least groups(cols) * 32
+  const int8_t* q = nullptr;     // [m, groups(cols) * 32] x / scale, -127 to 127
+  const float* scale = nullptr;  // [m, groups(cols)]; NaN where the group has a
+                                 // NaN or an infinity
+  const int32_t* sum = nullptr;  // [m, groups(cols)] sums of q over a group
+};
+
+// What a target's tiles_*.h defines, the same bits on all of them:
+
+// One group: scale = max |x| / 127 and q = x * (127 / max |x|), to the nearest,
+// halves to even. A group below kLeast counts as zero, since 127 / max |x|
+// would overflow near the bottom; any NaN or infinity makes the scale NaN and
+// with it every product of the row.
+constexpr float kLeast = 0x1p-120F;
+inline void quantize_group(const float* x, int8_t* q, float* scale, int32_t* sum);
+
+// out [x.m, out_stride], its first `width` <= 16 columns: products of the rows
+// of one tile with the rows of x. q4 and q8 add fma(float(dot of a group),
+// scale_w * scale_x, total) from the first group to the last; bf16 adds even
+// and odd columns apart, each from the first to the last, and then both.
+inline void tile_product(Format format, const uint8_t* tile, const Rows& x, float* out, int64_t out_stride,
+                         int64_t width);
+
+// One row of groups(cols) groups.
+inline void quantize_row(const float* x, int64_t cols, int8_t* q, float* scale, int32_t* sum) {
+  const int64_t whole = cols / kGroup;
+  for (int64_t g = 0; g < whole; ++g) quantize_group(x + g * kGroup, q + g * kGroup, scale + g, sum + g);
+  for (int64_t g = whole; g < groups(cols); ++g) {
+    float rest[kGroup] = {};
+    for (int64_t i = g * kGroup; i < cols; ++i) rest[i - g * kGroup] = x[i];
+    quantize_group(rest, q + g * kGroup, scale + g, sum + g);
+  }
+}
+
+// Rows from m x cols floats at distance `stride`. What is made lies in the
+// arena; where cols is a multiple of 64 the floats are x itself, so x must
+// outlive the rows. Uses the pool.
+inline Rows quantize(const float* x, int64_t m, int64_t cols, int64_t stride) {
+  const int64_t n = groups(cols), padded = n * kGroup;
+  float* copy = padded == cols ? nullptr : take<float>(m * padded);
+  int8_t* q = take<int8_t>(m * padded);
+  float* scale = take<float>(m * n);
+  int32_t* sum = take<int32_t>(m * n);
+  parallel(m, 1 + 16384 / (padded + 1), [=](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; ++r) {
+      const float* row = x + r * stride;
+      if (copy != nullptr) {
+        std::memcpy(copy + r * padded, row, static_cast<size_t>(cols) * sizeof(float));
+        std::memset(copy + r * padded + cols, 0, static_cast<size_t>(padded - cols) * sizeof(float));
+      }
+      quantize_row(row, cols, q + r * padded, scale + r * n, sum + r * n);
+    }
+  });
+  return {m, cols, copy != nullptr ? copy : x, copy != nullptr ? padded : stride, q, scale, sum};
+}
+
+// Rows [first, first + m) of x.
+inline Rows slice(const Rows& x, int64_t first, int64_t m) {
+  const int64_t n = groups(x.cols);
+  return {m,
+          x.cols,
+          x.f + first * x.f_stride,
+          x.f_stride,
+          x.q + first * n * kGroup,
+          x.scale + first * n,
+          x.sum + first * n};
+}
+
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000U) << 16, body = h & 0x7fffU;
+  float value;
+  if (body < 0x400U) {
+    value = static_cast<float>(body) * 5.9604644775390625e-8F;
+  } else {
+    const uint32_t bits = body >= 0x7c00U ? (body << 13) + 0x70000000U : (body << 13) + 0x38000000U;
+    std::memcpy(&value, &bits, sizeof(value));
+  }
+  return sign != 0 ? -value : value;
+}
+
+inline int tile_code(Format format, const uint8_t* group, int64_t r, int64_t c) {
+  if (format == Format::q8) return group[64 * (c / 4) + 4 * r + c % 4] - 128;
+  const uint8_t byte = group[64 * (c % 16 / 4) + 4 * r + c % 4];
+  return (c < 16 ? byte & 15 : byte >> 4) - 8;
+}
+
+// Rows of activations that stay in a core's own cache while tiles pass by: at
+// most about 640 KB of them.
+inline int64_t rows_at_a_time(int64_t cols) {
+  const int64_t rows = 655360 / (groups(cols) * (kGroup + 8)) / 16 * 16;
+  return rows < 16 ? 16 : rows;
+}
+
+// Tiles that a thread takes at once: some ten microseconds of work, and yet
+// several turns for every thread.
+inline int64_t tiles_at_a_time(int64_t bytes_of_tile, int64_t m, int64_t tiles) {
+  const int64_t enough = 1 + 262144 / (bytes_of_tile * (1 + m / 8)), fair = tiles / (4 * num_threads());
+  const int64_t least = 1 + 32768 / (bytes_of_tile * (1 + m / 8));  // less than this is not worth a hand-over
+  const int64_t grain = enough < fair ? enough : fair;
+  return grain > least ? grain : least;
+}
+
+// out [x.m, out_stride], its first w.rows columns = x w^T + bias. Uses the
+// pool.
+inline void product(const Weight& w, const Rows& x, const float* bias, float* out, int64_t out_stride) {
+  const int64_t bytes = tile_bytes(w.format, w.cols), tiles = num_tiles(w.rows),
+                rows = rows_at_a_time(w.cols);
+  const int64_t blocks = (x.m + rows - 1) / rows;
+  parallel(blocks * tiles, tiles_at_a_time(bytes, x.m < rows ? x.m : rows, blocks * tiles),
+           [&](int64_t begin, int64_t end, int) {
+             for (int64_t item = begin; item < end; ++item) {
+               const int64_t from = item / tiles * rows, m = x.m - from < rows ? x.m - from : rows;
+               const int64_t t = item % tiles, first = t * kTileRows;
+               const int64_t width = w.rows - first < kTileRows ? w.rows - first : kTileRows;
+               float* place = out + from * out_stride + first;
+               tile_product(w.format, w.data + t * bytes, slice(x, from, m), place, out_stride, width);
+               for (int64_t i = 0; bias != nullptr && i < m; ++i) {
+                 for (int64_t r = 0; r < width; ++r) place[i * out_stride + r] += bias[first + r];
+               }
+             }
+           });
+}
+
+inline void linear(const float* x, int64_t m, const Weight& w, const float* bias, float* out) {
+  const Timed timed("linear");
+  arena().reset();
+  product(w, quantize(x, m, w.cols, w.cols), bias, out, w.rows);
+}
+
+// Row `id` of w.
+inline void embed_row(const Weight& w, int64_t id, float* out) {
+  const int64_t r = id % kTileRows, n = groups(w.cols);
+  const uint8_t* tile = w.data + id / kTileRows * tile_bytes(w.format, w.cols);
+  const auto* scales = reinterpret_cast<const uint16_t*>(tile + n * code_bytes(w.format));
+  for (int64_t c = 0; c < w.cols; ++c) {
+    const int64_t g = c / kGroup, column = c % kGroup;
+    const uint8_t* group = tile + g * code_bytes(w.format);
+    if (w.format == Format::bf16) {
+      out[c] = from_bf16(reinterpret_cast<const uint16_t*>(group)[32 * (column / 2) + 2 * r + column % 2]);
+    } else {
+      out[c] = static_cast<float>(tile_code(w.format, group, r, column)) *
+               half_to_float(scales[g * kTileRows + r]);
+    }
+  }
+}
+
+inline void embed(const Weight& w, const int64_t* ids, int64_t m, float* out) {
+  const Timed timed("embed");
+  parallel(m, 1 + 16384 / (w.cols + 1), [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) embed_row(w, ids[i], out + i * w.cols);
+  });
+}
+
+inline void rms_norm(const float* x, const float* factor, int64_t m, int64_t n, float eps, float* out) {
+  const Timed timed("rms_norm");
+  parallel(m, 1 + 32768 / (n + 1), [=](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; ++r) norm_row(x + r * n, factor, n, eps, out + r * n);
+  });
+}
+
+// A heap of the k best so far with the worst at its root.
+struct Best {
+  float* values;
+  int64_t* ids;
+
+  bool worse(int64_t a, int64_t b) const {
+    return values[a] < values[b] || (values[a] == values[b] && ids[a] > ids[b]);
+  }
+  void swap(int64_t a, int64_t b) const {
+    const float value = values[a];
+    const int64_t id = ids[a];
+    values[a] = values[b], ids[a] = ids[b];
+    values[b] = value, ids[b] = id;
+  }
+  void sift_down(int64_t at, int64_t count) const {
+    for (int64_t child = 2 * at + 1; child < count; child = 2 * at + 1) {
+      if (child + 1 < count && worse(child + 1, child)) ++child;
+      if (!worse(child, at)) return;
+      swap(at, child);
+      at = child;
+    }
+  }
+};
+
+// NaN counts as minus infinity. Whatever comes later is in only if greater than
+// the worst: ties go to the first.
+inline void top_k(const float* values, int64_t n, int64_t k, float* top, int64_t* ids) {
+  const Timed timed("top_k");
+  if (k <= 0) return;
+  const Best best{top, ids};
+  for (int64_t i = 0; i < k; ++i) {
+    top[i] = values[i] == values[i] ? values[i] : -HUGE_VALF;
+    ids[i] = i;
+  }
+  for (int64_t i = k / 2 - 1; i >= 0; --i) best.sift_down(i, k);
+  const auto offer = [&](int64_t i) {
+    if (!(values[i] > top[0])) return;
+    top[0] = values[i], ids[0] = i;
+    best.sift_down(0, k);
+  };
+  int64_t i = k;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    const V worst = set1(top[0]);
+    const V a = load(values + i), b = load(values + i + W), c = load(values + i + 2 * W);
+    if (!any_greater(a, worst) && !any_greater(b, worst) && !any_greater(c, worst) &&
+        !any_greater(load(values + i + 3 * W), worst)) {
+      continue;
+    }
+    for (int64_t j = i; j < i + 4 * W; ++j) offer(j);
+  }
+  for (; i < n; ++i) offer(i);
+  for (int64_t count = k - 1; count > 0; --count) {
+    best.swap(0, count);
+    best.sift_down(0, count);
+  }
+}

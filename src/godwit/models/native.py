@@ -1,0 +1,354 @@
+"""Models of packed weights: the same :class:`CausalLM`, its layers run by the native CPU kernels.
+
+Packing replaces each matrix by a :class:`QuantTensor` (and an expert stack by :class:`QuantExperts`); what is
+left as parameters is float32. One native call does a mixer or a feed-forward part with its norm and residual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from godwit import _native
+from godwit.checkpoint.packed import PackedFile
+from godwit.errors import CheckpointError, UsageError
+from godwit.kernels import native
+from godwit.models.batch import BLOCK_SIZE, ForwardBatch
+from godwit.models.caches import Caches, PagedKV, RecurrentState
+from godwit.models.causal_lm import CausalLM, DecoderLayer
+from godwit.models.layers import DenseMlp, Experts, Linear, RMSNorm, SparseMoeBlock, SwiGLU
+from godwit.models.mixers import Attention, GatedDeltaNet
+from godwit.qtensor import QuantExperts, QuantTensor, expert_layout, quantize
+
+Value = Tensor | QuantTensor | QuantExperts
+#: Small matrices whose errors move whole tokens elsewhere: which experts, how fast to forget.
+EXACT = ("router.weight", "in_proj_ba.weight")
+
+
+def load_packed(source: str | Path | PackedFile) -> CausalLM:
+    """A model from a packed file, its weights mapped and not copied.
+
+    Raises:
+        CheckpointError: the file is damaged, or its tensors are not those of its config, all listed at once.
+    """
+    file = source if isinstance(source, PackedFile) else PackedFile.open(source)
+    names = list(file.names())
+    num_mtp = int(any(name.startswith("mtp.") for name in names))
+    with torch.device("meta"):
+        model = CausalLM(file.config, num_mtp)
+    _assign_all(model, ((name, file.tensor(name)) for name in names), str(source))
+    return _finish(model)
+
+
+def pack_model(model: CausalLM, format: str, *, release: bool = False) -> CausalLM:
+    """Pack every matrix of ``model`` in memory; routers and gate projections stay bf16.
+
+    Args:
+        model: with ordinary parameters on the CPU.
+        format: one of :data:`godwit.qtensor.FORMATS`.
+        release: free each parameter of ``model`` once it is packed, which spares a second copy of it.
+    """
+    with torch.device("meta"):
+        packed = CausalLM(model.config, int(model.mtp is not None))
+
+    def values() -> Iterable[tuple[str, Value]]:
+        for module_name, module in list(model.named_modules()):
+            if isinstance(module, Experts):
+                yield module_name, _pack_experts(module, format)
+            else:
+                for leaf, param in module.named_parameters(recurse=False):
+                    name = f"{module_name}.{leaf}"
+                    matrix = leaf == "weight" and param.dim() == 2 and not name.endswith("shared_gate.weight")
+                    exact = name.endswith(EXACT)
+                    yield (
+                        name,
+                        (quantize(param, "bf16" if exact else format) if matrix else param.detach().float()),
+                    )
+            if release:
+                for param in module.parameters(recurse=False):
+                    param.data = param.data.new_empty(0)
+
+    _assign_all(packed, values(), "the model")
+    return _finish(packed)
+
+
+def count_parameters(model: CausalLM) -> int:
+    """Weights of a model, packed or not; padding does not count."""
+    total = sum(param.numel() for param in model.parameters())
+    for module in model.modules():
+        packed = getattr(module, "packed", None)
+        if isinstance(packed, QuantExperts):
+            total += 3 * packed.num_experts * packed.hidden * packed.intermediate
+        weight = vars(module).get("weight")
+        if isinstance(weight, QuantTensor):
+            total += weight.shape[0] * weight.shape[1]
+    return total
+
+
+def formats(model: CausalLM) -> list[str]:
+    """The formats of the packed weights, most bytes first."""
+    sizes: dict[str, int] = {}
+    for module in model.modules():
+        for value in (getattr(module, "packed", None), vars(module).get("weight")):
+            if isinstance(value, QuantTensor | QuantExperts):
+                name = value.format if isinstance(value, QuantTensor) else value.format13
+                sizes[name] = sizes.get(name, 0) + value.nbytes
+    return sorted(sizes, key=lambda name: -sizes[name])
+
+
+def _pack_experts(experts: Experts, format: str) -> QuantExperts:
+    count, double, hidden = experts.w13.shape
+    offset2, stride = expert_layout(format, format, hidden, double // 2)
+    data = torch.zeros(count * stride, dtype=torch.uint8)
+    stack = QuantExperts(format, format, count, hidden, double // 2, stride, offset2, data)
+    for index in range(count):
+        for target, source in zip(stack.expert(index), (experts.w13[index], experts.w2[index]), strict=True):
+            target.data.copy_(quantize(source, format).data)
+    return stack
+
+
+def _assign_all(model: CausalLM, values: Iterable[tuple[str, Value]], source: str) -> None:
+    """Put ``values`` where their names say.
+
+    Raises:
+        CheckpointError: names or shapes that are not the model's, or parameters that got none.
+    """
+    wanted = {name: tuple(param.shape) for name, param in model.named_parameters()}
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            hidden, double = wanted[f"{name}.w13"][2], wanted[f"{name}.w13"][1]
+            wanted[name] = (wanted.pop(f"{name}.w13")[0], hidden, double // 2)
+            del wanted[f"{name}.w2"]
+    problems = []
+    for name, value in values:
+        shape = tuple(value.shape) if not isinstance(value, QuantExperts) else (
+            value.num_experts, value.hidden, value.intermediate)  # fmt: skip
+        expected = wanted.pop(name, None)
+        if expected != shape:
+            problems.append(
+                f"{name} {'is not expected' if expected is None else f'is {shape}, not {expected}'}"
+            )
+            continue
+        _assign(model, name, value)
+    problems += [f"{name} is missing" for name in wanted]
+    if problems:
+        raise CheckpointError(f"{source} does not fit its config: {'; '.join(problems)}")
+
+
+def _assign(model: CausalLM, name: str, value: Value) -> None:
+    if isinstance(value, QuantExperts):
+        experts = model.get_submodule(name)
+        del experts.w13, experts.w2
+        experts.packed = value
+        return
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    delattr(module, leaf)
+    if isinstance(value, QuantTensor):
+        object.__setattr__(module, leaf, value)
+    else:
+        setattr(module, leaf, nn.Parameter(value.float().contiguous(), requires_grad=False))
+
+
+def _finish(model: CausalLM) -> CausalLM:
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.cache_dtype = torch.bfloat16
+        elif isinstance(module, GatedDeltaNet):
+            module.cache_dtype = torch.float32
+        elif isinstance(module, CausalLM) or hasattr(module, "fc"):
+            module.stack = NativeStack([layer for layer in module.layers if isinstance(layer, DecoderLayer)])
+    return model.requires_grad_(False)
+
+
+class NativeStack:
+    """Runs decoder layers of packed weights; a :class:`~godwit.models.causal_lm.Stack`."""
+
+    def __init__(self, layers: Sequence[DecoderLayer]) -> None:
+        self.layers = layers
+        self.mixers = [_mixer(layer) for layer in layers]
+        self.ffns = [_ffn(layer) for layer in layers]
+
+    def __call__(
+        self,
+        x: Tensor,
+        batch: ForwardBatch,
+        caches: Sequence[PagedKV | RecurrentState] | None,
+        pending: Sequence[int],
+        router_logits: list[Tensor] | None,
+    ) -> Tensor:
+        """``x [T, H]`` through all layers; without caches in ones made for this call."""
+        x = x.float().clone(memory_format=torch.contiguous_format)
+        if caches is None:
+            batch, caches, pending = self._own_caches(batch)
+        step = _step(batch, pending)
+        for layer, mixer, ffn, cache in zip(self.layers, self.mixers, self.ffns, caches, strict=True):
+            mixer(step, cache, x)
+            logits = None
+            if router_logits is not None and isinstance(layer.ffn, SparseMoeBlock):
+                logits = torch.empty(x.shape[0], layer.ffn.spec.num_experts)
+                router_logits.append(logits)
+            _native.ffn(ffn, x, logits)
+        return x
+
+    def _own_caches(
+        self, batch: ForwardBatch
+    ) -> tuple[ForwardBatch, list[PagedKV | RecurrentState], list[int]]:
+        """Caches for whole sequences that nothing follows: training's view of a batch, for scoring."""
+        needed = [-(-length // BLOCK_SIZE) for length in batch.lengths]
+        first = 0
+        tables = []
+        for count in needed:
+            tables.append(list(range(first, first + count)))
+            first += count
+        pieces = [piece.tolist() for piece in torch.split(batch.input_ids, batch.lengths)]
+        numbers = list(range(len(pieces)))
+        own = ForwardBatch.cached(pieces, [0] * len(pieces), tables, numbers)
+        specs = [layer.mixer.cache_spec(torch.float32) for layer in self.layers]
+        caches = Caches.allocate(specs, max(first, 1), max(len(pieces), 1))
+        return own, caches.layers, [0] * len(pieces)
+
+
+def _step(batch: ForwardBatch, pending: Sequence[int]) -> _native.Batch:
+    """The native view of a batch with caches."""
+    if batch.slot_mapping is None or batch.block_tables is None:
+        raise UsageError("a batch for caches needs slots and block tables")
+
+    def whole(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long)
+
+    num_seqs = len(batch.seq_lens)
+    return _native.Batch(
+        batch.positions,
+        whole(batch.cu_seqlens),
+        whole(batch.seq_lens),
+        batch.slot_mapping,
+        batch.block_tables,
+        whole(batch.state_indices),
+        whole(batch.num_tentative),
+        whole(pending if len(pending) == num_seqs else [0] * num_seqs),
+    )
+
+
+MixerCall = Callable[[_native.Batch, "PagedKV | RecurrentState", Tensor], None]
+
+
+def _mixer(layer: DecoderLayer) -> MixerCall:
+    if isinstance(layer.mixer, GatedDeltaNet):
+        return _delta_call(_delta(layer.mixer, _factor(layer.input_norm)))
+    return _attention_call(_attention(layer.mixer, _factor(layer.input_norm), layer.input_norm.eps))
+
+
+def _delta_call(native_layer: _native.GatedDeltaNet) -> MixerCall:
+    def call(step: _native.Batch, cache: PagedKV | RecurrentState, x: Tensor) -> None:
+        if not isinstance(cache, RecurrentState):
+            raise UsageError("a delta layer needs a recurrent cache")
+        if cache.native is None:
+            cache.native = _native.RecurrentCache(
+                cache.conv, cache.state, cache.journal_g, cache.journal_k, cache.journal_delta, cache.history
+            )
+        _native.gated_delta_net(native_layer, step, cache.native, x)
+
+    return call
+
+
+def _attention_call(native_layer: _native.Attention) -> MixerCall:
+    def call(step: _native.Batch, cache: PagedKV | RecurrentState, x: Tensor) -> None:
+        if not isinstance(cache, PagedKV):
+            raise UsageError("an attention layer needs a paged cache")
+        if cache.native is None:
+            cache.native = _native.PagedCache(cache.k, cache.v)
+        _native.attention(native_layer, step, cache.native, x)
+
+    return call
+
+
+def _factor(norm: RMSNorm) -> Tensor:
+    """What a normed vector is multiplied with."""
+    weight = norm.weight.detach().float()
+    return (1.0 + weight if norm.zero_centered else weight).contiguous()
+
+
+def _packed(module: Linear) -> _native.Weight:
+    weight: object = module.weight
+    if not isinstance(weight, QuantTensor):
+        raise UsageError("a matrix of a packed model is not packed")
+    return native.weight(weight)
+
+
+def _vector(param: Tensor | None) -> Tensor | None:
+    return None if param is None else param.detach().float().flatten().contiguous()
+
+
+def _delta(mixer: GatedDeltaNet, norm: Tensor) -> _native.GatedDeltaNet:
+    spec = mixer.spec
+    return _native.GatedDeltaNet(
+        norm,
+        _packed(mixer.in_proj_qkvz),
+        _packed(mixer.in_proj_ba),
+        _packed(mixer.out_proj),
+        mixer.conv_weight.detach().float().contiguous(),
+        -mixer.A_log.detach().float().exp(),
+        mixer.dt_bias.detach().float().contiguous(),
+        mixer.norm_weight.detach().float().contiguous(),
+        spec.num_k_heads,
+        spec.num_v_heads,
+        spec.head_k_dim,
+        spec.head_v_dim,
+        mixer.eps,
+    )
+
+
+def _attention(mixer: Attention, norm: Tensor, eps: float) -> _native.Attention:
+    spec = mixer.spec
+    return _native.Attention(
+        norm,
+        _packed(mixer.in_proj),
+        _packed(mixer.out_proj),
+        _vector(mixer.in_proj.bias),
+        _vector(mixer.out_proj.bias),
+        None if mixer.q_norm is None else _factor(mixer.q_norm),
+        None if mixer.k_norm is None else _factor(mixer.k_norm),
+        mixer.rotary.frequencies.float().contiguous(),
+        spec.num_heads,
+        spec.num_kv_heads,
+        spec.head_dim,
+        spec.output_gate,
+        eps,
+        mixer.rotary.scale,
+    )
+
+
+def _mlp(module: SwiGLU) -> _native.Mlp:
+    return _native.Mlp(
+        _packed(module.w13), _packed(module.w2), _vector(module.w13.bias), _vector(module.w2.bias)
+    )
+
+
+def _ffn(layer: DecoderLayer) -> _native.Ffn:
+    norm, eps = _factor(layer.ffn_norm), layer.ffn_norm.eps
+    ffn = layer.ffn
+    if isinstance(ffn, DenseMlp):
+        return _native.Ffn(norm, eps, _mlp(ffn), None, None, None, 0, 0, "q4", "q4", 0, 0, 0, False)
+    if not isinstance(ffn, SparseMoeBlock) or ffn.experts.packed is None:
+        raise UsageError("the experts of a packed model are not packed")
+    experts, spec = ffn.experts.packed, ffn.spec
+    return _native.Ffn(
+        norm,
+        eps,
+        None if ffn.shared_expert is None else _mlp(ffn.shared_expert),
+        None if ffn.shared_gate is None else _vector(ffn.shared_gate.weight),
+        _packed(ffn.router),
+        experts.data,
+        experts.stride,
+        experts.offset2,
+        experts.format13,
+        experts.format2,
+        spec.num_experts,
+        spec.top_k,
+        spec.intermediate,
+        spec.renormalize,
+    )
