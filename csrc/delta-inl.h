@@ -1,10 +1,9 @@
-// Gated DeltaNet (Yang, Kautz, Hatamizadeh 2024): projections, convolution, gates, the delta rule, the gated
-// norm.
+// Gated DeltaNet (Yang, Kautz, Hatamizadeh 2024): projections, convolution, gates, delta rule, gated norm.
 //
 // The recurrence goes token by token in prefill as in decode, so that any cut of a sequence into steps leaves
-// the same bits. A task owns some columns of one head's state: columns never meet, each fits the nearest
-// cache, and one pass over it per token is enough, since the pass that writes token t also reads for token t
-// + 1.
+// the same bits. A task owns some columns of one head's state: columns never meet, those of a task fit the
+// nearest cache, and one pass over them per token is enough, since the pass that writes a token also reads
+// what the next token's key sees.
 
 constexpr int64_t kDeltaTokens = 512;       // tokens computed together: bounds the scratch memory
 constexpr int64_t kConvTokens = 16;         // tokens of a task of the convolution
@@ -32,8 +31,8 @@ struct DeltaBlock {
   Piece* pieces = nullptr;
   float* mixed = nullptr;  // [n, stride] query | key | value | z before the convolution
   float* ba = nullptr;     // [n, 2 V] b | a
-  float* heads =
-      nullptr;  // [n, width] of each unit after it, queries and keys normalised; outputs replace values
+  // [n, width] of one unit after the other; queries and keys normalised, values replaced by the outputs.
+  float* heads = nullptr;
   float* log_decay = nullptr;  // [V, n], as are decay and beta
   float* decay = nullptr;
   float* beta = nullptr;

@@ -43,7 +43,7 @@ inline Rows rows_of(const RowBuffer& b, int64_t first, int64_t m) {
 // weights.
 inline int64_t row_block(int64_t cols) {
   const int64_t fit = kRowBytes / (groups(cols) * kGroup) / 16 * 16;
-  return fit < 32 ? 32 : fit > 512 ? 512 : fit;
+  return fit < 32 ? 32 : fit > 256 ? 256 : fit;
 }
 
 // What one expert has to do.

@@ -1,10 +1,10 @@
 // The whole native interface: what the machine offers, the layout of packed weights, and the kernels.
 // Plain C++ and raw pointers; only bindings.cpp knows Python. All activations are float32 and contiguous.
 //
-// One arithmetic: a row's result never depends on how many rows are computed with it, on how a sequence is cut
-// into steps, or on the number of threads. Products with q4 and q8 weights are exact integers inside a group of
-// 32 inputs and are added in ascending order of groups with one fused multiply-add each, so there every
-// instruction set gives the same bits.
+// One arithmetic: a row's result never depends on how many rows are computed with it, on how a sequence is
+// cut into steps, or on the number of threads. Products with q4 and q8 weights are exact integers inside a
+// group of 32 inputs and are added in ascending order of groups with one fused multiply-add each, so there
+// every instruction set gives the same bits.
 #pragma once
 
 #include <cstddef>
@@ -25,8 +25,8 @@ struct CpuFeature {
 // Every feature this build knows to ask for on its architecture, present or not, in a fixed order.
 const std::vector<CpuFeature>& cpu_features();
 
-// From the plainest to the widest; a wider one implies all before it. avx512 needs VNNI and BF16 too; amx adds
-// the tile unit for int8 and bf16.
+// From the plainest to the widest; a wider one implies all before it. avx512 needs VNNI and BF16 too; amx
+// adds the tile unit for int8 and bf16.
 enum class InstructionSet { scalar, avx2, avx512, amx };
 
 const char* name_of(InstructionSet set);
@@ -52,12 +52,14 @@ using Task = void (*)(void* context, int64_t begin, int64_t end, int thread);
 int num_threads();
 void set_num_threads(int count);  // at least 1; throws std::invalid_argument otherwise
 
-// Runs `task` over [0, count) in chunks of `grain` items that threads take one after the other, and returns when
-// all are done. The caller works too and needs no other thread to come along: a thread that has lost its core
-// delays the chunk in its hands and nothing else. Waiting spins for a bounded time, then sleeps. Not re-entrant.
+// Runs `task` over [0, count) in chunks of `grain` items that threads take one after the other, and returns
+// when all are done. The caller works too and needs no other thread to come along: a thread that has lost its
+// core delays the chunk in its hands and nothing else. Waiting spins for a bounded time, then sleeps. Not
+// re-entrant.
 void parallel_for(int64_t count, int64_t grain, Task task, void* context);
 
-// The same for any callable f(begin, end, thread). Lambdas keep this template apart in every translation unit.
+// The same for any callable f(begin, end, thread). Lambdas keep this template apart in every translation
+// unit.
 template <typename F>
 static inline void parallel(int64_t count, int64_t grain, const F& f) {
   parallel_for(
@@ -68,8 +70,9 @@ static inline void parallel(int64_t count, int64_t grain, const F& f) {
       const_cast<F*>(&f));
 }
 
-// Memory for one op, 64-byte aligned and uninitialised; it stays allocated for the next op and is given out anew
-// after reset. Only the calling thread takes from it. A new block leaves earlier ones of the same op in place.
+// Memory for one op, 64-byte aligned and uninitialised; it stays allocated for the next op and is given out
+// anew after reset. Only the calling thread takes from it. A new block leaves earlier ones of the same op in
+// place.
 class Arena {
  public:
   void reset();
@@ -86,8 +89,8 @@ static inline T* take(int64_t count) {
 // At least `bytes` of 64-byte aligned scratch of this thread, kept between calls; contents are undefined.
 void* thread_scratch(size_t bytes);
 
-// Where time goes. Names are string literals; nothing is measured until profiling is on. Only op-level code on
-// the calling thread uses it.
+// Where time goes. Names are string literals; nothing is measured until profiling is on. Only op-level code
+// on the calling thread uses it.
 class Timed {
  public:
   explicit Timed(const char* name);
@@ -116,9 +119,11 @@ enum class Format : int { bf16 = 0, q8 = 1, q4 = 2 };
 constexpr int64_t kTileRows = 16;  // output rows side by side in a tile
 constexpr int64_t kGroup = 32;     // inputs that share a scale
 
-// A matrix [rows, cols] as tiles of 16 rows over all columns, one after the other. Missing rows of the last tile
-// and missing columns are zero. G = groups(cols) groups of 32 columns, rounded up to an even number. A tile is
-//   q4:   G x 256 bytes of codes, then G x 16 half-precision scales [group][row]. Weight = (code - 8) * scale.
+// A matrix [rows, cols] as tiles of 16 rows over all columns, one after the other. Missing rows of the last
+// tile and missing columns are zero. G = groups(cols) groups of 32 columns, rounded up to an even number. A
+// tile is
+//   q4:   G x 256 bytes of codes, then G x 16 half-precision scales [group][row]. Weight = (code - 8) *
+//   scale.
 //         In a group's 256 bytes, byte 64 v + 4 r + j holds of row r column 4 v + j in its low and column
 //         16 + 4 v + j in its high nibble, v < 4, j < 4.
 //   q8:   G x 512 bytes of codes, then scales as in q4. Weight = (code - 128) * scale, codes 1 to 255.
@@ -163,14 +168,15 @@ struct Batch {  // the tokens of S sequences packed on one axis of T
 
 constexpr int64_t kBlock = 16;  // tokens of a KV block
 
-// Keys and values of one attention layer in bf16. Of a block, the keys of a head are [D / 2][16 tokens][2 dims]
-// and its values [8 token pairs][D][2 tokens], heads one after the other: what the dot products load as it is.
+// Keys and values of one attention layer in bf16. Of a block, the keys of a head are [D / 2][16 tokens][2
+// dims] and its values [8 token pairs][D][2 tokens], heads one after the other: what the dot products load as
+// it is.
 struct PagedCache {
   uint16_t* k = nullptr;
   uint16_t* v = nullptr;
 };
 
-struct RecurrentCache {  // of one delta layer; see godwit.models.caches
+struct RecurrentCache {            // of one delta layer; see godwit.models.caches
   float* conv = nullptr;           // [rows, history + max_rollback, C] raw inputs, the newest last
   float* state = nullptr;          // [rows, V, Dk, Dv] without the journal's tokens
   float* journal_g = nullptr;      // [rows, max_rollback, V] log decay
@@ -180,8 +186,8 @@ struct RecurrentCache {  // of one delta layer; see godwit.models.caches
 };
 
 struct GatedDeltaNet {
-  const float* norm = nullptr;  // [H] the layer's input norm
-  Weight qkvz, ba, out;         // rows query | key | value | z and b | a; heads in natural order
+  const float* norm = nullptr;      // [H] the layer's input norm
+  Weight qkvz, ba, out;             // rows query | key | value | z and b | a; heads in natural order
   const float* conv = nullptr;      // [C, kernel], C = 2 K Dk + V Dv
   const float* decay = nullptr;     // [V] -exp(A_log)
   const float* dt_bias = nullptr;   // [V]
@@ -209,23 +215,26 @@ struct Mlp {  // SwiGLU; w13 has the gate's rows, then up's
   const float* bias2 = nullptr;   // or null
 };
 
-struct Ffn {  // dense: `shared` alone and shared_gate null; sparse: router, experts and perhaps a shared expert
+struct Ffn {  // dense: `shared` alone and shared_gate null; sparse: router, experts and perhaps a shared
+              // expert
   const float* norm = nullptr;  // [H]
   int64_t hidden = 0;
-  Mlp shared;                            // w13.data null where there is none
-  const float* shared_gate = nullptr;    // [H] factors of the sigmoid gate; null: ungated
-  Weight router;                         // [E, H]; data null in a dense layer
+  Mlp shared;                          // w13.data null where there is none
+  const float* shared_gate = nullptr;  // [H] factors of the sigmoid gate; null: ungated
+  Weight router;                       // [E, H]; data null in a dense layer
   int64_t num_experts = 0, top_k = 0, intermediate = 0;
   float eps = 0;
   bool renormalize = false;
   Format format13 = Format::q4, format2 = Format::q4;  // of the experts' w13 [2 I, H] and w2 [H, I]
-  const uint8_t* experts = nullptr;      // expert e begins at experts + e * expert_stride: w13, then w2 at offset2
+  const uint8_t* experts =
+      nullptr;  // expert e begins at experts + e * expert_stride: w13, then w2 at offset2
   int64_t expert_stride = 0, offset2 = 0;
 };
 
 // ---- The kernels -----------------------------------------------------------------------------------
 
-// Every instruction set has one table. All ops run on the thread pool; one op at a time (callers hold a lock).
+// Every instruction set has one table. All ops run on the thread pool; one op at a time (callers hold a
+// lock).
 struct KernelTable {
   // out [M, rows] = x [M, cols] w^T + bias [rows] (null: none).
   void (*linear)(const float* x, int64_t m, const Weight& w, const float* bias, float* out);
@@ -234,7 +243,8 @@ struct KernelTable {
   // out [M, n] = x / rms(x) * factor; out may be x.
   void (*rms_norm)(const float* x, const float* factor, int64_t m, int64_t n, float eps, float* out);
   // x [T, H] += mixer(norm(x)); the caches advance.
-  void (*gated_delta_net)(const GatedDeltaNet& layer, const Batch& batch, const RecurrentCache& cache, float* x);
+  void (*gated_delta_net)(const GatedDeltaNet& layer, const Batch& batch, const RecurrentCache& cache,
+                          float* x);
   void (*attention)(const Attention& layer, const Batch& batch, const PagedCache& cache, float* x);
   // x [T, H] += ffn(norm(x)); router_logits [T, E] or null receives the router's logits.
   void (*ffn)(const Ffn& layer, int64_t num_tokens, float* x, float* router_logits);

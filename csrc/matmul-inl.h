@@ -1,33 +1,36 @@
-// Products of packed weights with rows of activations: loops written once over
-// the tile product of a target.
+// Products of packed weights with rows of activations: loops written once over the tile product of a
+// target.
 
-// Rows of activations, ready for weights of any format. Columns beyond `cols`
-// are zero up to groups(cols) * 32.
+// Rows of activations, ready for weights of any format. Columns beyond `cols` are zero up to groups(cols)
+// * 32.
 struct Rows {
   int64_t m = 0, cols = 0;
   const float* f = nullptr;      // [m, f_stride]
   int64_t f_stride = 0;          // at least groups(cols) * 32
   const int8_t* q = nullptr;     // [m, groups(cols) * 32] x / scale, -127 to 127
-  const float* scale = nullptr;  // [m, groups(cols)]; NaN where the group has a
-                                 // NaN or an infinity
+  const float* scale = nullptr;  // [m, groups(cols)]; NaN where the group has a NaN or an infinity
   const int32_t* sum = nullptr;  // [m, groups(cols)] sums of q over a group
 };
 
 // What a target's tiles_*.h defines, the same bits on all of them:
 
-// One group: scale = max |x| / 127 and q = x * (127 / max |x|), to the nearest,
-// halves to even. A group below kLeast counts as zero, since 127 / max |x|
-// would overflow near the bottom; any NaN or infinity makes the scale NaN and
-// with it every product of the row.
+// One group: scale = max |x| / 127 and q = x * (127 / max |x|), to the nearest, halves to even. A group
+// below kLeast counts as zero, since 127 / max |x| would overflow near the bottom; any NaN or infinity
+// makes the scale NaN and with it every product of the row.
 constexpr float kLeast = 0x1p-120F;
 inline void quantize_group(const float* x, int8_t* q, float* scale, int32_t* sum);
 
-// out [x.m, out_stride], its first `width` <= 16 columns: products of the rows
-// of one tile with the rows of x. q4 and q8 add fma(float(dot of a group),
-// scale_w * scale_x, total) from the first group to the last; bf16 adds even
-// and odd columns apart, each from the first to the last, and then both.
+// out [x.m, out_stride], its first `width` columns: products of `width` rows of a matrix, held by `count`
+// tiles one after the other, with the rows of x. q4 and q8 add fma(float(dot of a group), scale_w *
+// scale_x, total) from the first group to the last; bf16 adds even and odd columns apart, each from the
+// first to the last, and then both.
+inline void tile_products(Format format, const uint8_t* tiles, int64_t count, const Rows& x, float* out,
+                          int64_t out_stride, int64_t width);
+
 inline void tile_product(Format format, const uint8_t* tile, const Rows& x, float* out, int64_t out_stride,
-                         int64_t width);
+                         int64_t width) {
+  tile_products(format, tile, 1, x, out, out_stride, width);
+}
 
 // One row of groups(cols) groups.
 inline void quantize_row(const float* x, int64_t cols, int8_t* q, float* scale, int32_t* sum) {
@@ -40,9 +43,8 @@ inline void quantize_row(const float* x, int64_t cols, int8_t* q, float* scale, 
   }
 }
 
-// Rows from m x cols floats at distance `stride`. What is made lies in the
-// arena; where cols is a multiple of 64 the floats are x itself, so x must
-// outlive the rows. Uses the pool.
+// Rows from m x cols floats at distance `stride`. What is made lies in the arena; where cols is a multiple
+// of 64 the floats are x itself, so x must outlive the rows. Uses the pool.
 inline Rows quantize(const float* x, int64_t m, int64_t cols, int64_t stride) {
   const int64_t n = groups(cols), padded = n * kGroup;
   float* copy = padded == cols ? nullptr : take<float>(m * padded);
@@ -67,7 +69,7 @@ inline Rows slice(const Rows& x, int64_t first, int64_t m) {
   const int64_t n = groups(x.cols);
   return {m,
           x.cols,
-          x.f + first * x.f_stride,
+          x.f == nullptr ? nullptr : x.f + first * x.f_stride,
           x.f_stride,
           x.q + first * n * kGroup,
           x.scale + first * n,
@@ -92,41 +94,45 @@ inline int tile_code(Format format, const uint8_t* group, int64_t r, int64_t c) 
   return (c < 16 ? byte & 15 : byte >> 4) - 8;
 }
 
-// Rows of activations that stay in a core's own cache while tiles pass by: at
-// most about 640 KB of them.
+// Rows of activations that stay in a core's own cache while tiles pass by: at most about 640 KB of them.
 inline int64_t rows_at_a_time(int64_t cols) {
   const int64_t rows = 655360 / (groups(cols) * (kGroup + 8)) / 16 * 16;
   return rows < 16 ? 16 : rows;
 }
 
-// Tiles that a thread takes at once: some ten microseconds of work, and yet
-// several turns for every thread.
+// Tiles that a thread takes at once: some ten microseconds of work, and yet several turns for every
+// thread.
 inline int64_t tiles_at_a_time(int64_t bytes_of_tile, int64_t m, int64_t tiles) {
-  const int64_t enough = 1 + 262144 / (bytes_of_tile * (1 + m / 8)), fair = tiles / (4 * num_threads());
-  const int64_t least = 1 + 32768 / (bytes_of_tile * (1 + m / 8));  // less than this is not worth a hand-over
-  const int64_t grain = enough < fair ? enough : fair;
+  const int64_t work = bytes_of_tile * (1 + m / 8);  // in bytes to be read: computing 8 rows takes as long
+  const int64_t least = 1 + 32768 / work;            // less is not worth a hand-over
+  const int64_t enough = 1 + 262144 / work, together = m < 16 ? 1 : 4, fair = tiles / (4 * num_threads());
+  int64_t grain = enough > together ? enough : together;
+  grain = grain < fair ? grain : fair;
   return grain > least ? grain : least;
 }
 
-// out [x.m, out_stride], its first w.rows columns = x w^T + bias. Uses the
-// pool.
+// Columns [first, first + width) of product, `first` a multiple of 16, for all rows of x.
+inline void product_columns(const Weight& w, const Rows& x, const float* bias, float* out, int64_t out_stride,
+                            int64_t first, int64_t width) {
+  const uint8_t* tiles = w.data + first / kTileRows * tile_bytes(w.format, w.cols);
+  tile_products(w.format, tiles, num_tiles(width), x, out + first, out_stride, width);
+  for (int64_t i = 0; bias != nullptr && i < x.m; ++i) {
+    for (int64_t r = first; r < first + width; ++r) out[i * out_stride + r] += bias[r];
+  }
+}
+
+// out [x.m, out_stride], its first w.rows columns = x w^T + bias. Uses the pool.
 inline void product(const Weight& w, const Rows& x, const float* bias, float* out, int64_t out_stride) {
-  const int64_t bytes = tile_bytes(w.format, w.cols), tiles = num_tiles(w.rows),
-                rows = rows_at_a_time(w.cols);
-  const int64_t blocks = (x.m + rows - 1) / rows;
-  parallel(blocks * tiles, tiles_at_a_time(bytes, x.m < rows ? x.m : rows, blocks * tiles),
-           [&](int64_t begin, int64_t end, int) {
-             for (int64_t item = begin; item < end; ++item) {
-               const int64_t from = item / tiles * rows, m = x.m - from < rows ? x.m - from : rows;
-               const int64_t t = item % tiles, first = t * kTileRows;
-               const int64_t width = w.rows - first < kTileRows ? w.rows - first : kTileRows;
-               float* place = out + from * out_stride + first;
-               tile_product(w.format, w.data + t * bytes, slice(x, from, m), place, out_stride, width);
-               for (int64_t i = 0; bias != nullptr && i < m; ++i) {
-                 for (int64_t r = 0; r < width; ++r) place[i * out_stride + r] += bias[first + r];
-               }
-             }
-           });
+  const int64_t tiles = num_tiles(w.rows), rows = rows_at_a_time(w.cols);
+  for (int64_t from = 0; from < x.m; from += rows) {
+    const Rows some = slice(x, from, x.m - from < rows ? x.m - from : rows);
+    parallel(tiles, tiles_at_a_time(tile_bytes(w.format, w.cols), some.m, tiles),
+             [&](int64_t begin, int64_t end, int) {
+               const int64_t first = begin * kTileRows, after = end * kTileRows;
+               product_columns(w, some, bias, out + from * out_stride, out_stride, first,
+                               (after < w.rows ? after : w.rows) - first);
+             });
+  }
 }
 
 inline void linear(const float* x, int64_t m, const Weight& w, const float* bias, float* out) {
@@ -190,8 +196,8 @@ struct Best {
   }
 };
 
-// NaN counts as minus infinity. Whatever comes later is in only if greater than
-// the worst: ties go to the first.
+// NaN counts as minus infinity. Whatever comes later is in only if greater than the worst: ties go to the
+// first.
 inline void top_k(const float* values, int64_t n, int64_t k, float* top, int64_t* ids) {
   const Timed timed("top_k");
   if (k <= 0) return;

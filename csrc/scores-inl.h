@@ -1,112 +1,80 @@
-// Queries times keys and probabilities times values, for blocks of a partition:
-// loops over the pairs of bf16 of a target. In both products the lanes are
-// independent results, so nothing is summed across a register, and what a
-// masked key or a missing row holds reaches no other lane.
+// Queries times keys and probabilities times values, for blocks of a partition: loops over the pairs of bf16
+// of a target. In both products the lanes are independent results, so nothing is summed across a register,
+// and what a masked key or a missing row holds reaches no other lane.
 
-constexpr int64_t kPartition = 256; // positions whose softmax is taken as one
+constexpr int64_t kPartition = 256;  // positions whose softmax is taken as one
 constexpr int64_t kPartitionBlocks = kPartition / kBlock;
 
-// Blocks that come after the ones in hand, fetched line by line as these are
-// used up.
-struct Ahead {
-  const uint16_t *const *blocks = nullptr; // or null: nothing to fetch
-  int64_t num_blocks = 0;
-  int64_t lines = 1; // of 64 bytes in a block
-
-  void fetch(int64_t line, int64_t count) const {
-    if (blocks == nullptr)
-      return;
-    const int64_t end =
-        line + count < num_blocks * lines ? line + count : num_blocks * lines;
-    int64_t b = line / lines, at = line % lines;
-    for (; line < end; ++line) {
-      fetch_line(blocks[b] + at * 32);
-      if (++at == lines)
-        ++b, at = 0;
-    }
-  }
-};
-
-constexpr int kLaneRows = W == 16 ? 8 : 4; // rows whose sums are in registers
-constexpr int kBlockVectors = 16 / W;      // vectors of a block's 16 keys
-constexpr int kScoreBlocks = W == 16 ? 2 : 1; // blocks of keys side by side
-constexpr int kValueVectors = W == 1 ? 8 : 2; // vectors of dims side by side
+constexpr int kLaneRows = W == 16 ? 8 : 4;     // rows whose sums are in registers
+constexpr int kBlockVectors = 16 / W;          // vectors of a block's 16 keys
+constexpr int kScoreBlocks = W == 16 ? 2 : 1;  // blocks of keys side by side
+constexpr int kValueVectors = W == 1 ? 8 : 2;  // vectors of dims side by side
 static_assert(kPartitionBlocks % kScoreBlocks == 0);
 
 template <int R>
-inline void score_rows(const Half *q, int64_t dim, const uint16_t *const *keys,
-                       const uint16_t *const *ahead, float *out) {
+inline void score_rows(const Half* q, int64_t dim, const uint16_t* const* keys, const uint16_t* const* ahead,
+                       float* out) {
   constexpr int C = kScoreBlocks * kBlockVectors;
   V sum[R][C];
   for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c)
-      sum[r][c] = set1(0.0F);
+    for (int c = 0; c < C; ++c) sum[r][c] = set1(0.0F);
   }
   for (int64_t d = 0; d < dim; d += 2) {
     Pairs k[C];
     for (int c = 0; c < C; ++c)
-      k[c] = pairs(keys[c / kBlockVectors] + d * kBlock +
-                   c % kBlockVectors * 2 * W);
-    for (int b = 0; b < kScoreBlocks && ahead != nullptr; ++b)
-      fetch_line(ahead[b] + d * kBlock);
+      k[c] = pairs(keys[c / kBlockVectors] + d * kBlock + c % kBlockVectors * 2 * W);
+    for (int b = 0; b < kScoreBlocks && ahead != nullptr; ++b) __builtin_prefetch(ahead[b] + d * kBlock);
     for (int r = 0; r < R; ++r) {
       const Pairs both = same_pair(q + r * dim + d);
-      for (int c = 0; c < C; ++c)
-        sum[r][c] = dot2(both, k[c], sum[r][c]);
+      for (int c = 0; c < C; ++c) sum[r][c] = dot2(both, k[c], sum[r][c]);
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c)
-      store(out + r * kPartition + c * W, sum[r][c]);
+    for (int c = 0; c < C; ++c) store(out + r * kPartition + c * W, sum[r][c]);
   }
 }
 
-// out [rows, kPartition] = q [rows, dim] times the keys of the blocks. Reads
-// blocks up to the next multiple of kScoreBlocks.
-inline void lane_scores(const Half *q, int64_t rows, int64_t dim,
-                        const uint16_t *const *keys, int64_t num_blocks,
-                        Ahead ahead, float *out) {
+// out [rows, kPartition] = q [rows, dim] times the keys of the blocks. Reads blocks up to the next multiple
+// of kScoreBlocks. Meanwhile the values, which come next in an order that suits registers rather than memory,
+// are fetched line by line: that alone doubles the speed of a long context.
+inline void lane_scores(const Half* q, int64_t rows, int64_t dim, const uint16_t* const* keys,
+                        const uint16_t* const* values, int64_t num_blocks, float* out) {
   for (int64_t b = 0; b < num_blocks; b += kScoreBlocks) {
-    const uint16_t *const *next =
-        b + kScoreBlocks <= ahead.num_blocks ? ahead.blocks + b : nullptr;
+    const uint16_t* const* ahead = values + b;
     for (int64_t r = 0; r < rows;) {
-      const Half *from = q + r * dim;
-      float *to = out + r * kPartition + b * kBlock;
+      const Half* from = q + r * dim;
+      float* to = out + r * kPartition + b * kBlock;
       const int64_t left = rows - r;
       if (left >= kLaneRows) {
-        score_rows<kLaneRows>(from, dim, keys + b, next, to), r += kLaneRows;
+        score_rows<kLaneRows>(from, dim, keys + b, ahead, to), r += kLaneRows;
       } else if (left >= 4) {
-        score_rows<4>(from, dim, keys + b, next, to), r += 4;
+        score_rows<4>(from, dim, keys + b, ahead, to), r += 4;
       } else if (left >= 2) {
-        score_rows<2>(from, dim, keys + b, next, to), r += 2;
+        score_rows<2>(from, dim, keys + b, ahead, to), r += 2;
       } else {
-        score_rows<1>(from, dim, keys + b, next, to), r += 1;
+        score_rows<1>(from, dim, keys + b, ahead, to), r += 1;
       }
-      next = nullptr;
+      ahead = nullptr;
     }
   }
 }
 
 // C vectors of dims of R rows; a single vector may have fewer than W lanes.
 template <int R, int C>
-inline void value_rows(const Half *p, int64_t dim,
-                       const uint16_t *const *values, int64_t num_blocks,
-                       int64_t d, int64_t lanes, float *out) {
+inline void value_rows(const Half* p, int64_t dim, const uint16_t* const* values, int64_t num_blocks,
+                       int64_t d, int64_t lanes, float* out) {
   V sum[R][C];
   for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c)
-      sum[r][c] = set1(0.0F);
+    for (int c = 0; c < C; ++c) sum[r][c] = set1(0.0F);
   }
   for (int64_t b = 0; b < num_blocks; ++b) {
     for (int64_t t = 0; t < kBlock; t += 2) {
-      const uint16_t *row = values[b] + t * dim + 2 * d;
+      const uint16_t* row = values[b] + t * dim + 2 * d;
       Pairs v[C];
-      for (int c = 0; c < C; ++c)
-        v[c] = C == 1 ? pairs(row, lanes) : pairs(row + c * 2 * W);
+      for (int c = 0; c < C; ++c) v[c] = C == 1 ? pairs(row, lanes) : pairs(row + c * 2 * W);
       for (int r = 0; r < R; ++r) {
         const Pairs both = same_pair(p + r * kPartition + b * kBlock + t);
-        for (int c = 0; c < C; ++c)
-          sum[r][c] = dot2(both, v[c], sum[r][c]);
+        for (int c = 0; c < C; ++c) sum[r][c] = dot2(both, v[c], sum[r][c]);
       }
     }
   }
@@ -115,47 +83,37 @@ inline void value_rows(const Half *p, int64_t dim,
       store(out + r * dim + d, sum[r][0], lanes);
       continue;
     }
-    for (int c = 0; c < C; ++c)
-      store(out + r * dim + d + c * W, sum[r][c]);
+    for (int c = 0; c < C; ++c) store(out + r * dim + d + c * W, sum[r][c]);
   }
 }
 
 template <int C>
-inline void value_columns(const Half *p, int64_t rows, int64_t dim,
-                          const uint16_t *const *values, int64_t num_blocks,
-                          int64_t d, int64_t lanes, float *out) {
+inline void value_columns(const Half* p, int64_t rows, int64_t dim, const uint16_t* const* values,
+                          int64_t num_blocks, int64_t d, int64_t lanes, float* out) {
   int64_t r = 0;
   for (; r + kLaneRows <= rows; r += kLaneRows) {
-    value_rows<kLaneRows, C>(p + r * kPartition, dim, values, num_blocks, d,
-                             lanes, out + r * dim);
+    value_rows<kLaneRows, C>(p + r * kPartition, dim, values, num_blocks, d, lanes, out + r * dim);
   }
   for (; r + 4 <= rows; r += 4) {
-    value_rows<4, C>(p + r * kPartition, dim, values, num_blocks, d, lanes,
-                     out + r * dim);
+    value_rows<4, C>(p + r * kPartition, dim, values, num_blocks, d, lanes, out + r * dim);
   }
   for (; r + 2 <= rows; r += 2) {
-    value_rows<2, C>(p + r * kPartition, dim, values, num_blocks, d, lanes,
-                     out + r * dim);
+    value_rows<2, C>(p + r * kPartition, dim, values, num_blocks, d, lanes, out + r * dim);
   }
   for (; r < rows; ++r) {
-    value_rows<1, C>(p + r * kPartition, dim, values, num_blocks, d, lanes,
-                     out + r * dim);
+    value_rows<1, C>(p + r * kPartition, dim, values, num_blocks, d, lanes, out + r * dim);
   }
 }
 
 // out [rows, dim] = p [rows, kPartition] times the values of the blocks.
-inline void lane_values(const Half *p, int64_t rows, int64_t dim,
-                        const uint16_t *const *values, int64_t num_blocks,
-                        Ahead ahead, float *out) {
+inline void lane_values(const Half* p, int64_t rows, int64_t dim, const uint16_t* const* values,
+                        int64_t num_blocks, float* out) {
   constexpr int64_t kWidth = kValueVectors * W;
   int64_t d = 0;
   for (; d + kWidth <= dim; d += kWidth) {
-    const int64_t lines = num_blocks * kWidth / 2;
-    ahead.fetch(d / kWidth * lines, lines);
     value_columns<kValueVectors>(p, rows, dim, values, num_blocks, d, W, out);
   }
   for (; d < dim; d += W) {
-    value_columns<1>(p, rows, dim, values, num_blocks, d,
-                     dim - d < W ? dim - d : W, out);
+    value_columns<1>(p, rows, dim, values, num_blocks, d, dim - d < W ? dim - d : W, out);
   }
 }

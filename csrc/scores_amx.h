@@ -1,30 +1,18 @@
-// Queries times keys and probabilities times values on tiles: tile registers of
-// 16 rows of 64 bytes. A product takes 16 rows of the left side; two of them
-// share every tile of keys or values loaded. The numbers of tile registers must
-// be literals: 0 to 3 hold results, 4 and 5 the left side, 6 and 7 the right
-// one.
+// Queries times keys and probabilities times values on tiles: tile registers of 16 rows of 64 bytes. A
+// product takes 16 rows of the left side; two of them share every tile of keys or values loaded. The numbers
+// of tile registers must be literals: 0 to 3 hold results, 4 and 5 the left side, 6 and 7 the right one.
+// Included after tiles_amx.h.
 
-// For `rows` <= 32 rows of `left_bytes` on the left and tiles of left_bytes / 4
-// rows on the right.
+// For `rows` <= 32 rows of `left_bytes` on the left and tiles of left_bytes / 4 rows on the right.
 inline void configure_tiles(int64_t rows, int left_bytes) {
   TileConfig config;
-  const auto upper = static_cast<uint8_t>(rows < 16 ? rows : 16),
-             lower = static_cast<uint8_t>(rows - upper);
-  const uint8_t second =
-      lower > 0 ? lower
-                : upper; // of results: the second half's rows, or more columns
-  const uint8_t height[8] = {upper,
-                             upper,
-                             second,
-                             second,
-                             upper,
-                             second,
-                             static_cast<uint8_t>(left_bytes / 4),
-                             static_cast<uint8_t>(left_bytes / 4)};
+  const auto upper = static_cast<uint8_t>(rows < 16 ? rows : 16), lower = static_cast<uint8_t>(rows - upper);
+  const uint8_t second = lower > 0 ? lower : upper;  // of results: the second half's rows, or more columns
+  const auto depth = static_cast<uint8_t>(left_bytes / 4);
+  const uint8_t height[8] = {upper, upper, second, second, upper, second, depth, depth};
   for (int i = 0; i < 8; ++i) {
     config.rows[i] = height[i];
-    config.row_bytes[i] =
-        static_cast<uint16_t>(i == 4 || i == 5 ? left_bytes : 64);
+    config.row_bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? left_bytes : 64);
   }
   // The intrinsics of some compilers do not say what memory they read.
   __asm__ volatile("" : : "r"(&config) : "memory");
@@ -33,12 +21,12 @@ inline void configure_tiles(int64_t rows, int left_bytes) {
 
 inline bool tiles_fit(int64_t dim) { return dim % 32 == 0; }
 
-// As lane_scores. Reads blocks up to the next multiple of 4.
-inline void tile_scores(const Half *q, int64_t rows, int64_t dim,
-                        const uint16_t *const *keys, int64_t num_blocks,
-                        Ahead ahead, float *out) {
+// As lane_scores. Reads blocks up to the next multiple of 4; fetches values for few rows only, since many
+// take their time over each.
+inline void tile_scores(const Half* q, int64_t rows, int64_t dim, const uint16_t* const* keys,
+                        const uint16_t* const* values, int64_t num_blocks, float* out) {
   constexpr int64_t kStride = kPartition * sizeof(float);
-  const int64_t q_stride = dim * 2, lines = dim / 2;
+  const int64_t q_stride = dim * 2;
   configure_tiles(rows, 64);
   if (rows <= 16) {
     for (int64_t b = 0; b < num_blocks; b += 4) {
@@ -47,8 +35,9 @@ inline void tile_scores(const Half *q, int64_t rows, int64_t dim,
       _tile_zero(2);
       _tile_zero(3);
       for (int64_t d = 0; d < dim; d += 32) {
-        ahead.fetch(b * lines + d * 2, 64);
         const int64_t at = d * kBlock;
+        for (int64_t i = b; i < b + 4; ++i)
+          prefetch(reinterpret_cast<const uint8_t*>(values[i] + at), 16 * 64);
         _tile_loadd(4, q + d, q_stride);
         _tile_loadd(6, keys[b] + at, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -72,7 +61,6 @@ inline void tile_scores(const Half *q, int64_t rows, int64_t dim,
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t d = 0; d < dim; d += 32) {
-      ahead.fetch(b * lines + d, 32);
       const int64_t at = d * kBlock;
       _tile_loadd(4, q + d, q_stride);
       _tile_loadd(6, keys[b] + at, 64);
@@ -91,12 +79,10 @@ inline void tile_scores(const Half *q, int64_t rows, int64_t dim,
 }
 
 // As lane_values.
-inline void tile_values(const Half *p, int64_t rows, int64_t dim,
-                        const uint16_t *const *values, int64_t num_blocks,
-                        Ahead ahead, float *out) {
+inline void tile_values(const Half* p, int64_t rows, int64_t dim, const uint16_t* const* values,
+                        int64_t num_blocks, float* out) {
   constexpr int64_t kStride = kPartition * sizeof(Half);
-  const int64_t v_stride = dim * 4,
-                out_stride = dim * static_cast<int64_t>(sizeof(float));
+  const int64_t v_stride = dim * 4, out_stride = dim * static_cast<int64_t>(sizeof(float));
   configure_tiles(rows, 32);
   int64_t d = 0;
   for (; rows <= 16 && d + 64 <= dim; d += 64) {
@@ -105,8 +91,7 @@ inline void tile_values(const Half *p, int64_t rows, int64_t dim,
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t b = 0; b < num_blocks; ++b) {
-      ahead.fetch((d / 64 * num_blocks + b) * 32, 32);
-      const uint16_t *v = values[b] + d * 2;
+      const uint16_t* v = values[b] + d * 2;
       _tile_loadd(4, p + b * kBlock, kStride);
       _tile_loadd(6, v, v_stride);
       _tile_dpbf16ps(0, 4, 6);
@@ -128,8 +113,7 @@ inline void tile_values(const Half *p, int64_t rows, int64_t dim,
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t b = 0; b < num_blocks; ++b) {
-      ahead.fetch((d / 32 * num_blocks + b) * 16, 16);
-      const uint16_t *v = values[b] + d * 2;
+      const uint16_t* v = values[b] + d * 2;
       _tile_loadd(4, p + b * kBlock, kStride);
       _tile_loadd(6, v, v_stride);
       _tile_dpbf16ps(0, 4, 6);

@@ -20,7 +20,7 @@ inline V min(V a, V b) { return {a.v < b.v ? a.v : b.v}; }
 inline V round_even(V a) { return {std::nearbyint(a.v)}; }
 inline V pow2i(V n) {
   return {n.v == n.v ? std::ldexp(1.0F, static_cast<int>(n.v)) : n.v};
-}                                                        // 2^n of whole n
+}  // 2^n of whole n
 inline bool any_greater(V a, V b) { return a.v > b.v; }  // in any lane; never where one is NaN
 inline float reduce_add(V a) { return a.v; }
 inline float reduce_max(V a) { return a.v; }

@@ -1,9 +1,11 @@
-// Products of tiles with the tile unit. Included after tiles_avx512.h, which
-// computes what is too small for it.
+// Products of tiles with the tile unit. Included after tiles_avx512.h, which computes what is too small
+// for it.
 
-// Groups unpacked at a time: 16 KB of signed codes, which stay in the
-// first-level cache while all rows pass by.
+// Groups unpacked at a time: 16 KB of signed codes, which stay in the first-level cache while all rows
+// pass by.
 constexpr int64_t kUnpacked = 32;
+constexpr int64_t kTogether = 4;  // tiles unpacked at a time
+constexpr int64_t kFewest = 8;    // rows from which on the unit is faster than vectors
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0;
@@ -12,14 +14,15 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// Registers 0 to 3 hold sums [rows][16], 4 and 5 activations [rows][32], 6 and
-// 7 codes [8][16 rows x 4 columns].
+// Registers 0 to 3 hold sums [rows][16], 4 and 5 activations [rows][32], 6 and 7 codes [8][16 rows x 4
+// columns].
 inline void configure(int64_t rows) {
   TileConfig config;
   for (int i = 0; i < 8; ++i) {
     config.row_bytes[i] = i == 4 || i == 5 ? 32 : 64;
     config.rows[i] = i < 6 ? static_cast<uint8_t>(rows) : 8;
   }
+  __asm__ volatile("" ::"r"(&config) : "memory");  // gcc takes the instruction to read 8 bytes of it
   _tile_loadconfig(&config);
 }
 
@@ -78,6 +81,7 @@ template <int R>
 __attribute__((always_inline)) inline void add_group(const int32_t* sums, const uint8_t* w_scales,
                                                      const float* x_scales, __m512* total) {
   const __m512 s = scales_of(w_scales, 0);
+  __asm__("" : "+r"(sums));  // one pointer; gcc would keep a register for every row
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i) {
     const __m512 value = _mm512_maskz_cvtepi32_ps(0xffff, _mm512_load_si512(sums + 16 * i));
@@ -91,7 +95,7 @@ template <int R>
 inline void tile_rows(const TilePiece& p, float* out, int64_t out_stride, __mmask16 mask) {
   alignas(64) int32_t sums[4][16 * 16];
   __m512 total[R];
-  const int64_t skip = p.rows - R;
+  const int64_t skip = p.rows - R, q_stride = p.q_stride;
   const int8_t *q = p.q, *codes = p.codes;
   const float* x_scales = p.x_scales + skip;
   const uint8_t* w_scales = p.w_scales;
@@ -102,11 +106,11 @@ inline void tile_rows(const TilePiece& p, float* out, int64_t out_stride, __mmas
     total[i] = p.first ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, out + i * out_stride);
   }
   _tile_zero(0);
-  _tile_loadd(4, q, p.q_stride);
+  _tile_loadd(4, q, q_stride);
   _tile_loadd(6, codes, 64);
   _tile_dpbssd(0, 4, 6);
   _tile_zero(1);
-  _tile_loadd(5, q + kGroup, p.q_stride);
+  _tile_loadd(5, q + kGroup, q_stride);
   _tile_loadd(7, codes + 512, 64);
   _tile_dpbssd(1, 5, 7);
   _tile_stored(0, even, 64);
@@ -114,13 +118,13 @@ inline void tile_rows(const TilePiece& p, float* out, int64_t out_stride, __mmas
     q += 2 * kGroup;
     codes += 1024;
     _tile_zero(0);
-    _tile_loadd(4, q, p.q_stride);
+    _tile_loadd(4, q, q_stride);
     _tile_loadd(6, codes, 64);
     _tile_dpbssd(0, 4, 6);
     add_group<R>(even + 16 * skip, w_scales, x_scales, total);
     _tile_stored(1, odd, 64);
     _tile_zero(1);
-    _tile_loadd(5, q + kGroup, p.q_stride);
+    _tile_loadd(5, q + kGroup, q_stride);
     _tile_loadd(7, codes + 512, 64);
     _tile_dpbssd(1, 5, 7);
     add_group<R>(odd + 16 * skip, w_scales + 32, x_scales + 16, total);
@@ -139,17 +143,19 @@ inline void tile_rows(const TilePiece& p, float* out, int64_t out_stride, __mmas
   }
 }
 
+// Some of the tiles of a matrix side by side, `width` columns in all: rows of activations and their scales
+// come once for all of them.
 template <Format F>
-inline void unit_product(const uint8_t* tile, const Rows& x, float* out, int64_t out_stride, __mmask16 mask) {
+inline void unit_product(const uint8_t* tiles, int64_t num, const Rows& x, float* out, int64_t out_stride,
+                         int64_t width) {
   using Some = void (*)(const TilePiece&, float*, int64_t, __mmask16);
   static constexpr Some kSome[] = {tile_rows<1>,  tile_rows<2>,  tile_rows<3>,  tile_rows<4>,
                                    tile_rows<5>,  tile_rows<6>,  tile_rows<7>,  tile_rows<8>,
                                    tile_rows<9>,  tile_rows<10>, tile_rows<11>, tile_rows<12>,
                                    tile_rows<13>, tile_rows<14>, tile_rows<15>, tile_rows<16>};
-  alignas(64) int8_t codes[kUnpacked * 512];
-  alignas(64) TilePiece p;
-  const int64_t n = groups(x.cols);
-  p.codes = codes;
+  alignas(64) int8_t codes[kTogether][kUnpacked * 512];
+  TilePiece p;
+  const int64_t n = groups(x.cols), bytes = tile_bytes(F, x.cols);
   p.q_stride = n * kGroup;
   p.rows = x.m < 16 ? x.m : 16;
   configure(p.rows);
@@ -157,8 +163,9 @@ inline void unit_product(const uint8_t* tile, const Rows& x, float* out, int64_t
     p.count = n - from < kUnpacked ? n - from : kUnpacked;
     p.first = from == 0;
     p.last = from + p.count == n;
-    p.w_scales = tile + n * code_bytes(F) + from * 2 * kTileRows;
-    unpack_signed<F>(tile + from * code_bytes(F), p.count, codes);
+    for (int64_t t = 0; t < num; ++t) {
+      unpack_signed<F>(tiles + t * bytes + from * code_bytes(F), p.count, codes[t]);
+    }
     __asm__ volatile("" ::: "memory");  // the tile loads do not say that they read memory
     for (int64_t done = 0; done < x.m; done += 16) {
       // What is left is computed as the last of 16 rows, so that one shape of registers serves all.
@@ -167,16 +174,31 @@ inline void unit_product(const uint8_t* tile, const Rows& x, float* out, int64_t
       for (int64_t g = 0; g < p.count; g += 16) {
         transpose_scales(x.scale + top * n + from + g, n, p.rows, p.count - g, p.x_scales + 16 * g);
       }
-      kSome[left - 1](p, out + top * out_stride, out_stride, mask);
+      for (int64_t t = 0; t < num; ++t) {
+        p.codes = codes[t];
+        p.w_scales = tiles + t * bytes + n * code_bytes(F) + from * 2 * kTileRows;
+        float* place = out + top * out_stride + t * kTileRows;
+        kSome[left - 1](p, place, out_stride, columns(width - t * kTileRows));
+      }
     }
   }
   _tile_release();
 }
 
-inline void tile_product(Format format, const uint8_t* tile, const Rows& x, float* out, int64_t out_stride,
-                         int64_t width) {
-  if (format == Format::bf16 || x.m < 4) return vector_product(format, tile, x, out, out_stride, width);
-  const auto mask = static_cast<__mmask16>((1U << width) - 1);
-  if (format == Format::q4) return unit_product<Format::q4>(tile, x, out, out_stride, mask);
-  unit_product<Format::q8>(tile, x, out, out_stride, mask);
+inline void tile_products(Format format, const uint8_t* tiles, int64_t count, const Rows& x, float* out,
+                          int64_t out_stride, int64_t width) {
+  const int64_t bytes = tile_bytes(format, x.cols);
+  const bool vectors = format == Format::bf16 || x.m < kFewest;
+  const int64_t step = vectors || x.m <= 32 ? 1 : kTogether;  // few rows: one tile's codes stay close
+  for (int64_t t = 0; t < count; t += step) {
+    const uint8_t* tile = tiles + t * bytes;
+    const int64_t left = width - t * kTileRows, num = count - t < step ? count - t : step;
+    if (vectors) {
+      vector_product(format, tile, x, out + t * kTileRows, out_stride, left < kTileRows ? left : kTileRows);
+    } else if (format == Format::q4) {
+      unit_product<Format::q4>(tile, num, x, out + t * kTileRows, out_stride, left);
+    } else {
+      unit_product<Format::q8>(tile, num, x, out + t * kTileRows, out_stride, left);
+    }
+  }
 }

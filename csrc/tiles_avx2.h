@@ -1,10 +1,10 @@
-// Products of tiles with AVX2. Included after matmul-inl.h. A register holds 8
-// rows x 4 columns, half a tile's rows.
+// Products of tiles with AVX2. Included after matmul-inl.h. A register holds 8 rows x 4 columns, half a
+// tile's rows.
 
-constexpr int64_t kAhead = 2048;  // bytes from what is used to what is fetched
+constexpr int64_t kAhead = 4096;  // bytes from what is used to what is fetched into the second-level cache
 
 inline void prefetch(const uint8_t* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T0);
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);
 }
 
 inline void quantize_group(const float* x, int8_t* q, float* scale, int32_t* sum) {
@@ -52,9 +52,8 @@ inline __m256i half_register(const uint8_t* p) {
   return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
 }
 
-// Adds the products of 8 rows x 32 columns to dot [R] as pairs of 32 bits or,
-// where they fit, of 16. q4: 15 x 127 x 16 columns fit in 16 bits. q8: |w| x (x
-// with w's sign), since 255 x 127 x 2 would not.
+// Adds the products of 8 rows x 32 columns to dot [R] as pairs of 32 bits or, where they fit, of 16. q4:
+// 15 x 127 x 16 columns fit in 16 bits. q8: |w| x (x with w's sign), since 255 x 127 x 2 would not.
 template <int R>
 inline void dots_q4(const uint8_t* group, const int8_t* q, int64_t stride, __m256i* dot) {
   const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
@@ -92,8 +91,7 @@ inline void dots_q8(const uint8_t* group, const int8_t* q, int64_t stride, __m25
   }
 }
 
-// Both halves of the tile's rows times R rows of x from `first` on; out16
-// [R][16].
+// Both halves of the tile's rows times R rows of x from `first` on; out16 [R][16].
 template <Format F, int R>
 inline void integer_rows(const uint8_t* tile, const Rows& x, int64_t first, float* out16) {
   const int64_t n = groups(x.cols);
@@ -143,7 +141,7 @@ inline void bf16_rows(const uint8_t* tile, const Rows& x, int64_t first, float* 
     for (int i = 0; i < R; ++i) even[h][i] = odd[h][i] = _mm256_setzero_ps();
   }
   for (int64_t v = 0; v < groups(x.cols) * kGroup / 2; ++v) {
-    _mm_prefetch(reinterpret_cast<const char*>(tile + v * 64 + kAhead), _MM_HINT_T0);
+    prefetch(tile + v * 64 + kAhead, 64);
 #pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
       const __m256i pair = half_register(tile + v * 64 + 32 * h);
@@ -163,8 +161,8 @@ inline void bf16_rows(const uint8_t* tile, const Rows& x, int64_t first, float* 
   }
 }
 
-inline void tile_product(Format format, const uint8_t* tile, const Rows& x, float* out, int64_t out_stride,
-                         int64_t width) {
+inline void vector_product(Format format, const uint8_t* tile, const Rows& x, float* out, int64_t out_stride,
+                           int64_t width) {
   using Some = void (*)(const uint8_t*, const Rows&, int64_t, float*);
   static constexpr Some kSome[3][4] = {
       {bf16_rows<1>, bf16_rows<2>, nullptr, nullptr},
@@ -181,5 +179,14 @@ inline void tile_product(Format format, const uint8_t* tile, const Rows& x, floa
     for (int64_t i = 0; i < count; ++i) {
       std::memcpy(out + (first + i) * out_stride, out16 + 16 * i, static_cast<size_t>(width) * sizeof(float));
     }
+  }
+}
+
+inline void tile_products(Format format, const uint8_t* tiles, int64_t count, const Rows& x, float* out,
+                          int64_t out_stride, int64_t width) {
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t left = width - t * kTileRows;
+    vector_product(format, tiles + t * tile_bytes(format, x.cols), x, out + t * kTileRows, out_stride,
+                   left < kTileRows ? left : kTileRows);
   }
 }

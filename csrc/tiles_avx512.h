@@ -1,10 +1,10 @@
-// Products of tiles with AVX-512 and VNNI. Included after matmul-inl.h. A
-// register holds 16 rows x 4 columns.
+// Products of tiles with AVX-512 and VNNI. Included after matmul-inl.h. A register holds 16 rows x 4
+// columns.
 
-constexpr int64_t kAhead = 2048;  // bytes from what is used to what is fetched
+constexpr int64_t kAhead = 4096;  // bytes from what is used to what is fetched into the second-level cache
 
 inline void prefetch(const uint8_t* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T0);
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);
 }
 
 inline void quantize_group(const float* x, int8_t* q, float* scale, int32_t* sum) {
@@ -50,6 +50,10 @@ inline void unpack(const uint8_t* group, __m512i* w) {
 template <Format F>
 constexpr int32_t kZero = F == Format::q4 ? 8 : 128;  // the code of a zero
 
+inline __mmask16 columns(int64_t width) {
+  return static_cast<__mmask16>(width < 16 ? (1U << width) - 1 : 0xffffU);
+}
+
 inline __m512 scales_of(const uint8_t* scales, int64_t g) {
   return _mm512_maskz_cvtph_ps(
       0xffff, _mm256_load_si256(reinterpret_cast<const __m256i*>(scales + g * 2 * kTileRows)));
@@ -76,7 +80,7 @@ inline void integer_rows(const uint8_t* tile, const Rows& x, int64_t first, floa
   for (int64_t g = 0; g < n; ++g) {
     const uint8_t* group = tile + g * code_bytes(F);
     prefetch(group + kAhead, code_bytes(F));
-    _mm_prefetch(reinterpret_cast<const char*>(scales + n * (code_bytes(F) + 32) + g * 32), _MM_HINT_T0);
+    prefetch(scales + tile_bytes(F, x.cols) + g * 2 * kTileRows, 2 * kTileRows);  // of the next tile
     __m512i w[8];
     unpack<F>(group, w);
     const __m512 s = scales_of(scales, g);
@@ -106,7 +110,7 @@ inline void bf16_rows(const uint8_t* tile, const Rows& x, int64_t first, float* 
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i) even[i] = odd[i] = _mm512_setzero_ps();
   for (int64_t v = 0; v < groups(x.cols) * kGroup / 2; ++v) {
-    _mm_prefetch(reinterpret_cast<const char*>(tile + v * 64 + kAhead), _MM_HINT_T0);
+    prefetch(tile + v * 64 + kAhead, 64);
     const __m512i pair = _mm512_load_si512(tile + v * 64);
     const __m512 w0 = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
     const __m512 w1 = _mm512_castsi512_ps(_mm512_and_si512(pair, upper));
@@ -145,15 +149,19 @@ inline void all_rows(const uint8_t* tile, const Rows& x, float* out, int64_t out
 
 inline void vector_product(Format format, const uint8_t* tile, const Rows& x, float* out, int64_t out_stride,
                            int64_t width) {
-  const auto mask = static_cast<__mmask16>((1U << width) - 1);
+  const __mmask16 mask = columns(width);
   if (format == Format::q4) return all_rows<Format::q4>(tile, x, out, out_stride, mask);
   if (format == Format::q8) return all_rows<Format::q8>(tile, x, out, out_stride, mask);
   all_rows<Format::bf16>(tile, x, out, out_stride, mask);
 }
 
 #ifndef GODWIT_AMX
-inline void tile_product(Format format, const uint8_t* tile, const Rows& x, float* out, int64_t out_stride,
-                         int64_t width) {
-  vector_product(format, tile, x, out, out_stride, width);
+inline void tile_products(Format format, const uint8_t* tiles, int64_t count, const Rows& x, float* out,
+                          int64_t out_stride, int64_t width) {
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t left = width - t * kTileRows;
+    vector_product(format, tiles + t * tile_bytes(format, x.cols), x, out + t * kTileRows, out_stride,
+                   left < kTileRows ? left : kTileRows);
+  }
 }
 #endif

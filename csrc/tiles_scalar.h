@@ -1,5 +1,4 @@
-// The plain meaning of quantize_group and tile_product. Included after
-// matmul-inl.h.
+// The plain meaning of quantize_group and tile_products. Included after matmul-inl.h.
 
 inline void quantize_group(const float* x, int8_t* q, float* scale, int32_t* sum) {
   float top = 0;
@@ -42,9 +41,12 @@ inline float plain_product(Format format, const uint8_t* tile, const Rows& x, in
   return even + odd;
 }
 
-inline void tile_product(Format format, const uint8_t* tile, const Rows& x, float* out, int64_t out_stride,
-                         int64_t width) {
+inline void tile_products(Format format, const uint8_t* tiles, int64_t, const Rows& x, float* out,
+                          int64_t out_stride, int64_t width) {
   for (int64_t i = 0; i < x.m; ++i) {
-    for (int64_t r = 0; r < width; ++r) out[i * out_stride + r] = plain_product(format, tile, x, i, r);
+    for (int64_t r = 0; r < width; ++r) {
+      const uint8_t* tile = tiles + r / kTileRows * tile_bytes(format, x.cols);
+      out[i * out_stride + r] = plain_product(format, tile, x, i, r % kTileRows);
+    }
   }
 }

@@ -95,17 +95,17 @@ class Layer:
         )
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rotated queries ``[T, heads, D]``, gate ``[T, heads D]``, keys and values ``[T, kv_heads, D]``."""
+        """Queries ``[T, heads, D]`` and keys ``[T, kv_heads, D]``, rotated; gate and values."""
         normed = reference.rms_norm(x, self.norm, EPS, zero_centered=False)
         projected = reference.linear(normed, self.in_weight.dequantize(), self.in_bias)
-        q, gate, k, v = projected.split(self.split, -1)
-        q, k, v = (part.unflatten(-1, (-1, self.shape.dim)) for part in (q, k, v))
+        q, gate, k, v = torch.split(projected, self.split, -1)
+        q, k, v = (torch.unflatten(part, -1, (-1, self.shape.dim)) for part in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q = reference.rms_norm(q, self.q_norm, EPS, zero_centered=False)
             k = reference.rms_norm(k, self.k_norm, EPS, zero_centered=False)
         cos, sin = reference.rotary_cos_sin(positions, self.inv_freq, self.shape.rope_scale, torch.float32)
-        rotated = (reference.apply_rotary_emb(part, cos, sin) for part in (q, k))
-        return (*rotated, gate, v)  # type: ignore[return-value]
+        q, k = (reference.apply_rotary_emb(part, cos, sin) for part in (q, k))
+        return q, k, gate, v
 
 
 class Sequences:
@@ -133,7 +133,7 @@ class Sequences:
         _native.attention(self.layer.native, to_native(batch), self.native, x)
         for seq, piece in pieces.items():
             self.past[seq] += piece.shape[0]
-        return list(x.split([piece.shape[0] for piece in pieces.values()]))
+        return list(torch.split(x, [piece.shape[0] for piece in pieces.values()]))
 
 
 def to_native(batch: ForwardBatch) -> _native.Batch:
@@ -169,12 +169,12 @@ def expected(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
     keys, values = (part.bfloat16().double() for part in (k, v))
     queries = q.double()
     out = reference.attention(queries, [keys], [values], [x.shape[0]], shape.dim**-0.5)
-    queries, keys = queries.unflatten(1, (shape.kv_heads, -1)), keys[:, :, None]
+    queries, keys = torch.unflatten(queries, 1, (shape.kv_heads, -1)), keys[:, :, None]
     scores = (queries.norm(dim=-1) * keys.norm(dim=-1).amax(0)).flatten(1) * shape.dim**-0.5
     spread = torch.expm1(4 * BF16 * scores) + 4 * BF16
     largest = values.abs().amax(0).repeat_interleave(shape.ratio, 0)
     slack = spread[..., None] * largest
-    opened = gate.double().sigmoid().unflatten(-1, (-1, shape.dim)) if shape.gate else 1.0
+    opened = torch.unflatten(gate.double().sigmoid(), -1, (-1, shape.dim)) if shape.gate else torch.ones(())
     weight = layer.out_weight.dequantize().double()
     bias = 0 if layer.out_bias is None else layer.out_bias.double()
     result = x.double() + (out * opened).flatten(1) @ weight.T + bias

@@ -76,7 +76,7 @@ class Layer:
             self.shared = self._mlp(width)
             if shape.bias:
                 self.biases = (torch.randn(2 * width) * 0.3, torch.randn(hidden))
-            mlp = _native.Mlp(*(native(w) for w in self.shared), *self.biases)
+            mlp = _native.Mlp(native(self.shared[0]), native(self.shared[1]), *self.biases)
         self.gate = torch.randn(hidden) * hidden**-0.5 if shape.gate else None
         if not shape.num_experts:
             self.native = _native.Ffn(self.norm, EPS, mlp, self.gate)
@@ -150,10 +150,9 @@ class Approx:
 
 def quantized(x: Approx) -> Approx:
     """As int8 in groups of 32. An error shifts a code only where the value lies close to a half."""
-    cols = x.value.shape[1]
-    value, error = (
-        F.pad(t, (0, groups(cols) * GROUP - cols)).unflatten(1, (-1, GROUP)) for t in (x.value, x.error)
-    )
+    num_rows, cols = x.value.shape
+    padding, shape = (0, groups(cols) * GROUP - cols), (num_rows, groups(cols), GROUP)
+    value, error = (F.pad(t, padding).view(shape) for t in (x.value, x.error))
     top, top_error = value.abs().amax(-1, keepdim=True), error.amax(-1, keepdim=True)
     scale = (top / 127).clamp_min(1e-300)
     exact = value / scale

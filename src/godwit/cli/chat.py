@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from godwit.cli import common
-from godwit.cli.options import DtypeName, SamplingOptions
+from godwit.cli.options import DtypeName, QuantizeName, SamplingOptions
 from godwit.cli.terminal import Terminal, harmless
 from godwit.errors import GodwitError, TemplateError, UsageError
 
@@ -46,6 +46,7 @@ def run(
     sampling: SamplingOptions,
     threads: int | None,
     dtype: DtypeName,
+    quantize: QuantizeName | None,
 ) -> None:
     """Talk until the input ends.
 
@@ -56,7 +57,7 @@ def run(
     if opened.tokenizer.chat_template is None:
         raise TemplateError("this model has no chat template; use godwit generate --raw for plain texts")
     params = common.sampling_params(sampling, opened.tokenizer.generation_defaults)
-    session = opened.start(threads=threads, dtype=dtype)
+    session = opened.start(threads=threads, dtype=dtype, quantize=quantize)
     chat = Chat(session, params, Terminal(), name=opened.name, system=opened.system(system), tools=listed)
     chat.talk()
 

@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from godwit.cli import doctor
-from godwit.cli.options import DtypeName, SamplingOptions
+from godwit.cli.options import DtypeName, QuantizeName, SamplingOptions
 from godwit.errors import CheckpointError, UsageError
 from godwit.measure.machine import memory
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from godwit.checkpoint import Checkpoint
+    from godwit.checkpoint.packed import PackedFile
     from godwit.engine import SamplingParams, Session
     from godwit.models.causal_lm import CausalLM
     from godwit.tokenizer import Tokenizer
@@ -38,10 +40,10 @@ _FROM_FILE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "p
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A checkpoint whose files are found and whose weights are not read yet."""
+    """A model whose files are found and whose weights are not read yet."""
 
     name: str
-    checkpoint: Checkpoint
+    source: Checkpoint | PackedFile
     tokenizer: Tokenizer
 
     def system(self, asked: str | None) -> str | None:
@@ -52,26 +54,23 @@ class OpenedModel:
             return None
         return f"{PERSONA} Today is {datetime.date.today().isoformat()}."
 
-    def start(self, *, threads: int | None, dtype: DtypeName) -> Session:
+    def start(
+        self, *, threads: int | None, dtype: DtypeName, quantize: QuantizeName | None = None
+    ) -> Session:
         """Load the weights and make a session, with progress on stderr.
 
         Raises: what loading raises; MemoryBudgetError where not even a short context fits.
         """
         from godwit.engine import Session
-        from godwit.models.loader import load_model
 
         num_threads = use_threads(threads)
         with loading(self.name) as progress:
-            model = load_model(
-                self.checkpoint, dtype=resolve_dtype(dtype, self.checkpoint), progress=progress
-            )
+            model = load_weights(self.source, dtype, quantize, progress)
         available = memory()["available"]
         budget = None if available is None else available // 2
         session = Session(model, self.tokenizer, resolve_context(model, budget), max_bytes=budget)
-        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        kind = str(model.dtype).removeprefix("torch.")
         print(
-            f"{self.name}: {millions:.1f}M parameters, {kind}, context {session.max_context}, "
+            f"{self.name}: {described(model)}, context {session.max_context}, "
             f"{num_threads} thread{'s' * (num_threads > 1)}",
             file=sys.stderr,
         )
@@ -86,10 +85,81 @@ def open_model(model: str | None) -> OpenedModel:
     """
     source = built_in() if model is None else model
     from godwit.checkpoint import open_checkpoint
+    from godwit.checkpoint.packed import PackedFile, is_packed
     from godwit.tokenizer import Tokenizer
 
+    if is_packed(source):
+        packed = PackedFile.open(source)
+        return OpenedModel(model or BUILT_IN, packed, embedded_tokenizer(packed))
     checkpoint = open_checkpoint(source)
     return OpenedModel(model or BUILT_IN, checkpoint, Tokenizer.from_dir(checkpoint.path))
+
+
+def embedded_tokenizer(packed: PackedFile) -> Tokenizer:
+    """The tokenizer inside a packed file.
+
+    Raises:
+        CheckpointError: there is none, as in files for benchmarks.
+    """
+    from godwit.tokenizer import Tokenizer
+
+    files = packed.files()
+    if "tokenizer.json" not in files:
+        raise CheckpointError(f"{packed.path}: holds no tokenizer, so it can be measured but not talked to")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            (Path(folder) / Path(name).name).write_bytes(content)
+        return Tokenizer.from_dir(folder)
+
+
+def load_weights(
+    source: Checkpoint | PackedFile,
+    dtype: DtypeName = "auto",
+    quantize: QuantizeName | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CausalLM:
+    """The model, ready to run: on the native kernels where that changes no weight, else on PyTorch.
+
+    Args:
+        source: packed weights are mapped as they are; bfloat16 ones are packed while loading.
+        dtype: anything but "auto" asks for PyTorch's kernels and this arithmetic.
+        quantize: pack the matrices in this format while loading.
+
+    Raises: what loading raises; UsageError for options that exclude each other.
+    """
+    from godwit.checkpoint.packed import PackedFile
+    from godwit.models.loader import load_model
+    from godwit.models.native import load_packed, pack_model
+
+    if (quantize or isinstance(source, PackedFile)) and dtype != "auto":
+        raise UsageError("--dtype is for weights that are not packed; leave it out")
+    if isinstance(source, PackedFile):
+        if quantize:
+            raise UsageError(f"{source.path} is packed already, so --quantize cannot go with it")
+        return load_packed(source)
+    if quantize or (dtype == "auto" and suits_native(source)):
+        return pack_model(load_model(source, progress=progress), quantize or "bf16", release=True)
+    return load_model(source, dtype=resolve_dtype(dtype, source), progress=progress)
+
+
+def suits_native(checkpoint: Checkpoint) -> bool:
+    """Whether packing as bf16 loses nothing and this CPU has vector kernels."""
+    import torch
+
+    from godwit import _native
+
+    return stored_dtype(checkpoint) == torch.bfloat16 and _native.instruction_set() != "scalar"
+
+
+def described(model: CausalLM) -> str:
+    """Size, weights and kernels of a loaded model in a few words."""
+    from godwit import _native
+    from godwit.models.native import count_parameters, formats
+
+    size = f"{count_parameters(model) / 1e6:.1f}M parameters"
+    if model.stack is None:
+        return f"{size}, {str(model.dtype).removeprefix('torch.')} on PyTorch"
+    return f"{size}, {'/'.join(formats(model))} on {_native.instruction_set()} kernels"
 
 
 def built_in() -> Path:
@@ -127,16 +197,20 @@ def use_threads(threads: int | None) -> int:
     """Give PyTorch this many threads, else all cores that this process may use; how many it has now."""
     import torch
 
+    native = doctor.native_report()
     if threads is None and "OMP_NUM_THREADS" not in os.environ:
-        native = doctor.native_report()
         threads = native["cores"] if native else None
     if threads is not None:
         torch.set_num_threads(threads)
+    if native is not None:
+        from godwit import _native
+
+        _native.set_num_threads(torch.get_num_threads())
     return torch.get_num_threads()
 
 
 def resolve_dtype(name: DtypeName, checkpoint: Checkpoint) -> torch.dtype:
-    """The arithmetic to use; auto is float32 unless the weights are of 16 bits and would not fit as float32.
+    """The arithmetic to use with PyTorch; auto is float32 unless the weights are of 16 bits and would not fit as float32.
 
     PyTorch multiplies one token's states with a bfloat16 matrix more slowly than with a float32 one, also on
     processors with units for bfloat16.
@@ -146,11 +220,17 @@ def resolve_dtype(name: DtypeName, checkpoint: Checkpoint) -> torch.dtype:
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
-    infos = [checkpoint.info(tensor) for tensor in checkpoint.names()]
-    stored = max(infos, key=lambda info: info.nbytes).dtype if infos else torch.float32
     available = memory()["available"]
     fits = available is None or 4 * checkpoint.num_parameters < available // 2
-    return torch.float32 if fits else stored
+    return torch.float32 if fits else stored_dtype(checkpoint)
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Of the largest tensor."""
+    import torch
+
+    infos = [checkpoint.info(tensor) for tensor in checkpoint.names()]
+    return max(infos, key=lambda info: info.nbytes).dtype if infos else torch.float32
 
 
 def resolve_context(model: CausalLM, budget: int | None) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from godwit.cli import common
-from godwit.cli.options import DtypeName, SamplingOptions
+from godwit.cli.options import DtypeName, QuantizeName, SamplingOptions
 from godwit.cli.terminal import harmless, tolerate_any_text
 from godwit.errors import TemplateError, UsageError
 
@@ -31,6 +31,7 @@ def run(
     sampling: SamplingOptions,
     threads: int | None,
     dtype: DtypeName,
+    quantize: QuantizeName | None,
 ) -> None:
     """Answer `prompt` (None: stdin) on stdout, with one line break at the end.
 
@@ -46,7 +47,7 @@ def run(
     opened = common.open_model(model)
     params = common.sampling_params(sampling, opened.tokenizer.generation_defaults, logit_bias)
     ids = encode(opened.tokenizer, text, raw=raw, system=opened.system(system), tools=listed)
-    events = opened.start(threads=threads, dtype=dtype).stream(ids, params)
+    events = opened.start(threads=threads, dtype=dtype, quantize=quantize).stream(ids, params)
     if not as_json:
         write(events, at_once=not stream)
         return

@@ -11,10 +11,13 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from godwit.checkpoint import Checkpoint, open_checkpoint, read_raw_config
 from godwit.checkpoint.layout import INDEX
+from godwit.checkpoint.packed import PackedFile, is_packed
+from godwit.cli.packed import PackedSizes, bytes_of_parts, checked_blobs, weights_of
 from godwit.config import AttentionSpec, GatedDeltaNetSpec, ModelConfig, MoeSpec
 from godwit.errors import CheckpointError
 from godwit.measure.machine import memory
@@ -45,31 +48,65 @@ def run(model: str, *, context: int | None = None, as_json: bool = False) -> Non
 
 def examine(model: str, context: int | None = None) -> dict[str, Any]:
     """Collect the report; sizes are bytes, counts of parameters say so."""
+    if is_packed(model):
+        return _examine_packed(PackedFile.open(model), model, context)
     checkpoint = _with_weights(model)
     config = ModelConfig.from_dict(read_raw_config(model)) if checkpoint is None else checkpoint.config
     num_mtp = _count_mtp(config, checkpoint)
     sizes = sizes_of(config, num_mtp or 0)
     possible = sizes_of(config, 1) if num_mtp is None else None
-    machine = memory()
-    budget = machine["total"] if machine["available"] is None else machine["available"]
     return {
         "model": model,
         **_shape(config, num_mtp),
-        "parameters": {
-            "total": sizes.total,
-            "active": sizes.active,
-            "parts": {name: asdict(part) for name, part in sizes.parts.items()},
-            "mtp_if_present": possible and possible.parts["mtp"].total,
-        },
-        "cache": {
-            "kv_per_token": sizes.kv_per_token,
-            "mtp_kv_per_token": sizes.mtp_kv_per_token,
-            "mtp_kv_per_token_if_present": possible and possible.mtp_kv_per_token,
-            "state": sizes.state,
-            "conv": sizes.conv,
-        },
+        "parameters": _parameters(sizes, possible),
+        "cache": _cache(sizes, possible),
         "weights": None if checkpoint is None else _weights(checkpoint),
         "resident_bfloat16": sizes.weights,
+        **_room(sizes, config, context),
+    }
+
+
+def _examine_packed(packed: PackedFile, model: str, context: int | None) -> dict[str, Any]:
+    num_mtp = int(any(name.startswith("mtp.") for name in packed.names()))
+    sizes = sizes_of(packed.config, num_mtp)
+    blobs = checked_blobs(packed, num_mtp)
+    parts = bytes_of_parts(blobs, packed.config)
+    sizes = PackedSizes.of(sizes, parts)
+    return {
+        "model": model,
+        **_shape(packed.config, num_mtp),
+        "parameters": _parameters(sizes, None),
+        "packed": {"parts": parts, "metadata": packed.metadata, "files": sorted(packed.files())},
+        "cache": _cache(sizes, None),
+        "weights": weights_of(blobs),
+        "resident_packed": sizes.weights,
+        **_room(sizes, packed.config, context),
+    }
+
+
+def _parameters(sizes: Sizes, possible: Sizes | None) -> dict[str, Any]:
+    return {
+        "total": sizes.total,
+        "active": sizes.active,
+        "parts": {name: asdict(part) for name, part in sizes.parts.items()},
+        "mtp_if_present": possible and possible.parts["mtp"].total,
+    }
+
+
+def _cache(sizes: Sizes, possible: Sizes | None) -> dict[str, Any]:
+    return {
+        "kv_per_token": sizes.kv_per_token,
+        "mtp_kv_per_token": sizes.mtp_kv_per_token,
+        "mtp_kv_per_token_if_present": possible and possible.mtp_kv_per_token,
+        "state": sizes.state,
+        "conv": sizes.conv,
+    }
+
+
+def _room(sizes: Sizes, config: ModelConfig, context: int | None) -> dict[str, Any]:
+    machine = memory()
+    budget = machine["total"] if machine["available"] is None else machine["available"]
+    return {
         "memory": machine,
         "spare_without_context": None if budget is None else budget - sizes.resident(0),
         "contexts": [_context(sizes, tokens, budget) for tokens in _contexts(config, context)],
@@ -228,7 +265,13 @@ def _weight_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     if weights["beside_the_text_model"]:
         rows.append(("", f"{weights['beside_the_text_model']:,} of them are not of the text model"))
     verdict = "they are not those of the config: see the end" if weights["problem"] else "those of the config"
-    return [*rows, ("names and shapes", verdict)]
+    rows.append(("names and shapes", verdict))
+    packed = report.get("packed")
+    if packed:
+        metadata = packed["metadata"].items()
+        rows += [(name, escape(text)) for name, text in metadata if name in ("recipe", "source")]
+        rows.append(("files inside", ", ".join(packed["files"]) or "none"))
+    return rows
 
 
 def _parts(report: dict[str, Any]) -> Table:
@@ -237,9 +280,16 @@ def _parts(report: dict[str, Any]) -> Table:
     table.add_column("parameters", "in all")
     table.add_column("total", f"{parameters['total']:,}", justify="right", no_wrap=True)
     table.add_column("read per token", f"{parameters['active']:,}", justify="right", no_wrap=True)
+    packed = report["packed"]["parts"] if "packed" in report else {}
+    for title in ("size", "bits a weight") if packed else ():
+        table.add_column(title, justify="right", no_wrap=True)
     for name, part in parameters["parts"].items():
         if part["total"] or part["active"]:
-            table.add_row(PARTS[name], f"{part['total']:,}", f"{part['active']:,}" if part["active"] else "")
+            own = packed.get(name)
+            sizes = (size_text(own["bytes"]), f"{own['bits']:.2f}") if own else ()
+            table.add_row(
+                PARTS[name], f"{part['total']:,}", f"{part['active']:,}" if part["active"] else "", *sizes
+            )
     if parameters["mtp_if_present"]:
         table.add_row("(prediction module, if there)", f"({parameters['mtp_if_present']:,})", "")
     return table
@@ -276,7 +326,8 @@ def _machine_text(report: dict[str, Any]) -> str:
 
 def _verdict(report: dict[str, Any]) -> str:
     longest, most = report["longest_context"], report["max_context"]
-    note = " (weights in bfloat16 and one sequence; 1 GB is 10^9 bytes)"
+    weights = "packed weights" if "packed" in report else "weights in bfloat16"
+    note = f" ({weights} and one sequence; 1 GB is 10^9 bytes)"
     if longest is None:
         return f"Whether it fits is unknown{note}."
     if report["spare_without_context"] < 0:

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,6 +18,7 @@ from godwit.cli.options import (
     AsJson,
     Dtype,
     Model,
+    Quantize,
     SamplingOptions,
     System,
     Threads,
@@ -102,12 +103,21 @@ def chat(
     sampling: SamplingOptions,
     threads: Threads = None,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
 ) -> None:
     """Talk with a model in the terminal."""
     with one_sentence(ctx):
         from godwit.cli.chat import run
 
-        run(model, system=system, tools=tools, sampling=sampling, threads=threads, dtype=dtype)
+        run(
+            model,
+            system=system,
+            tools=tools,
+            sampling=sampling,
+            threads=threads,
+            dtype=dtype,
+            quantize=quantize,
+        )
 
 
 @app.command()
@@ -131,6 +141,7 @@ def generate(
     sampling: SamplingOptions,
     threads: Threads = None,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
 ) -> None:
     """Answer one prompt and exit."""
     with one_sentence(ctx):
@@ -148,6 +159,7 @@ def generate(
             sampling=sampling,
             threads=threads,
             dtype=dtype,
+            quantize=quantize,
         )
 
 
@@ -175,7 +187,7 @@ def _is_bias(text: str) -> bool:
 @app.command()
 def inspect(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="A directory or a Hugging Face repository.")],
+    model: Annotated[str, typer.Argument(help="A directory, a packed file or a Hugging Face repository.")],
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens of context to reckon the memory for.", metavar="N")
     ] = None,
@@ -195,6 +207,144 @@ def doctor(ctx: typer.Context, as_json: AsJson = False) -> None:
         from godwit.cli.doctor import run
 
         raise typer.Exit(run(as_json=as_json))
+
+
+@app.command()
+def bench(
+    ctx: typer.Context,
+    model: Model = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option("-p", help="Prompts to read, such as 512,4096 tokens; 0 for none.", metavar="N,N..."),
+    ] = None,
+    new_tokens: Annotated[
+        int, typer.Option("-n", min=0, help="Steps of decoding in each case; 0 for none.", metavar="N")
+    ] = 128,
+    depths: Annotated[
+        str | None,
+        typer.Option("-d", help="Tokens in the caches before decoding, such as 0,4096.", metavar="N,N..."),
+    ] = None,
+    batches: Annotated[
+        str, typer.Option("-b", help="Sequences decoded together, such as 1,4,8.", metavar="N,N...")
+    ] = "1",
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds in which all cases take turns.")] = 5,
+    chunk: Annotated[
+        int, typer.Option(min=1, help="Tokens of a prompt that are read in one step.", metavar="N")
+    ] = 512,
+    threads: Threads = None,
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Show the share of each native op.")] = False,
+    as_json: AsJson = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Write the JSON to this file too.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Measure speed and memory beside what the machine can do at that moment."""
+    with one_sentence(ctx):
+        from godwit.cli.bench import run
+
+        run(
+            model,
+            prompts=prompts,
+            new_tokens=new_tokens,
+            depths=depths,
+            batches=batches,
+            repeats=repeats,
+            chunk=chunk,
+            threads=threads,
+            dtype=dtype,
+            quantize=quantize,
+            profile=profile,
+            as_json=as_json,
+            output=output,
+        )
+
+
+@app.command()
+def quantize(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(help="A directory or a Hugging Face repository.")],
+    out: Annotated[Path, typer.Argument(help="The packed file to create.", metavar="OUT.godwit")],
+    recipe: Annotated[
+        str, typer.Option(help="q4, q8, bf16, or a TOML file with formats.", metavar="NAME|FILE")
+    ] = "q4",
+    importance: Annotated[
+        Path | None,
+        typer.Option(help="How much each column of a matrix matters, as safetensors.", metavar="FILE"),
+    ] = None,
+    evaluate: Annotated[
+        Path | None, typer.Option(help="Compare with the original on this text.", metavar="TEXT")
+    ] = None,
+    threads: Threads = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew where OUT.partial is of something else.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Pack a model into one file of fewer bits; a run that was cut off goes on."""
+    with one_sentence(ctx):
+        from godwit.cli.quantize import run_quantize
+
+        run_quantize(
+            model,
+            out,
+            recipe=recipe,
+            importance=importance,
+            evaluate=evaluate,
+            threads=threads,
+            restart=restart,
+            as_json=as_json,
+        )
+
+
+@app.command()
+def synth(
+    ctx: typer.Context,
+    config: Annotated[str, typer.Argument(help="A config.json, or a directory or repository with one.")],
+    out: Annotated[Path, typer.Argument(help="The packed file to create.", metavar="OUT.godwit")],
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Only the first of the model's layers.", metavar="N")
+    ] = None,
+    format: Annotated[
+        Literal["q4", "q8", "bf16"], typer.Option(help="What the weights are stored as.")
+    ] = "q4",
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same file.")] = 0,
+    skew: Annotated[
+        Literal["uniform", "real"],
+        typer.Option(help="Whether experts are equally popular, or as in real models."),
+    ] = "uniform",
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew where OUT.partial is of something else.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a packed model of random weights, to measure speed and memory with."""
+    with one_sentence(ctx):
+        from godwit.cli.quantize import run_synth
+
+        run_synth(
+            config,
+            out,
+            layers=layers,
+            format=format,
+            seed=seed,
+            skew=skew == "real",
+            restart=restart,
+            as_json=as_json,
+        )
+
+
+@app.command()
+def verify(
+    ctx: typer.Context,
+    file: Annotated[Path, typer.Argument(help="A packed file.", metavar="FILE.godwit")],
+) -> None:
+    """Recompute the checksums of a packed file."""
+    with one_sentence(ctx):
+        from godwit.cli.quantize import run_verify
+
+        run_verify(file)
 
 
 @app.command()

@@ -12,10 +12,13 @@ from typing import Annotated, Any, Literal, get_type_hints
 import typer
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+QuantizeName = Literal["q8", "q4"]
 
 Model = Annotated[
     str | None,
-    typer.Argument(help="A directory or a Hugging Face repository; without it, the built-in model."),
+    typer.Argument(
+        help="A directory, a packed file or a Hugging Face repository; without it, the built-in model."
+    ),
 ]
 System = Annotated[str | None, typer.Option(help="The system message.", metavar="TEXT")]
 Tools = Annotated[
@@ -24,7 +27,14 @@ Tools = Annotated[
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Cores to use; without it, all that this process may use.")
 ]
-Dtype = Annotated[DtypeName, typer.Option(help="Arithmetic of the model; auto picks what is fast here.")]
+Dtype = Annotated[
+    DtypeName,
+    typer.Option(help="auto takes the native kernels where they fit; others are PyTorch's arithmetic."),
+]
+Quantize = Annotated[
+    QuantizeName | None,
+    typer.Option(help="Pack the weights in 8 or 4 bits while loading; see godwit quantize."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")]
 
 

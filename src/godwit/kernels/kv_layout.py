@@ -7,6 +7,7 @@ the other; the keys of a head are ``[D / 2][16 tokens][2 dims]`` and its values
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 _TOKENS = 16  # of a block
@@ -14,7 +15,7 @@ _TOKENS = 16  # of a block
 
 def keys_to_native(keys: Tensor) -> Tensor:
     """Plain keys ``[blocks, 16, kv_heads, D]`` as the bytes of native blocks, in the same shape."""
-    return keys.unflatten(3, (-1, 2)).permute(0, 2, 3, 1, 4).reshape(keys.shape)
+    return torch.unflatten(keys, 3, (-1, 2)).permute(0, 2, 3, 1, 4).reshape(keys.shape)
 
 
 def keys_from_native(keys: Tensor) -> Tensor:
@@ -25,7 +26,7 @@ def keys_from_native(keys: Tensor) -> Tensor:
 
 def values_to_native(values: Tensor) -> Tensor:
     """Plain values ``[blocks, 16, kv_heads, D]`` as the bytes of native blocks, in the same shape."""
-    return values.unflatten(1, (-1, 2)).permute(0, 3, 1, 4, 2).reshape(values.shape)
+    return torch.unflatten(values, 1, (-1, 2)).permute(0, 3, 1, 4, 2).reshape(values.shape)
 
 
 def values_from_native(values: Tensor) -> Tensor:

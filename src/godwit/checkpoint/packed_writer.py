@@ -1,0 +1,245 @@
+"""Writing a packed file: it appears whole or not at all, and a killed writer goes on where it was.
+
+The file grows as ``NAME.partial``; ``NAME.journal`` beside it says what it will be and which tensors are on
+the disk, each line added only after its tensor. The prefix is written last, and then the file is renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from godwit.checkpoint import publish
+from godwit.checkpoint.packed_layout import (
+    PREFIX,
+    FileBlob,
+    TensorBlob,
+    arrange,
+    data_start,
+    header_text,
+    prefix_of,
+)
+from godwit.errors import CheckpointError
+
+#: Bytes after which what is written is forced to the disk; a kill loses at most that much and one tensor.
+SYNC_BYTES = 256 << 20
+_KEY = "sha256"
+
+
+class PackedWriter:
+    """Writes the tensors of a packed file one after the other, in any order; use it in a ``with`` statement.
+
+    Args:
+        path: the file to create.
+        config: becomes the model's config.
+        files: embedded files.
+        tensors: what will be written.
+        metadata: text for the reader's information.
+        identity: what the tensors are made from; a partial file of another identity is not continued.
+        restart: begin anew in that case.
+
+    Raises:
+        CheckpointError: the file exists, another process writes it, a partial file is of something else, or
+            the disk refuses or lacks the space.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        config: Mapping[str, Any],
+        files: Mapping[str, bytes],
+        tensors: Mapping[str, TensorBlob],
+        *,
+        metadata: Mapping[str, str],
+        identity: str,
+        restart: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.partial = self.path.with_name(self.path.name + ".partial")
+        self.journal = self.path.with_name(self.path.name + ".journal")
+        blobs = {name: FileBlob(len(data)) for name, data in files.items()}
+        self._table = (config, metadata, blobs, dict(tensors))
+        draft = header_text(*self._table, {})
+        start = data_start(len(draft))
+        self._offsets = {key: start + offset for key, offset in arrange(blobs, tensors).items()}
+        self._sizes = {("files", name): blob.nbytes for name, blob in blobs.items()}
+        self._sizes |= {("tensors", name): blob.nbytes for name, blob in tensors.items()}
+        self.nbytes = max(offset + self._sizes[key] for key, offset in self._offsets.items())
+        self._identity = _digest(draft, identity.encode(), *files.values())
+        self._sums: dict[tuple[str, str], str] = {}
+        self._unrecorded: dict[str, int] = {}
+        with self._explained():
+            self._file = self._claim(restart)
+            try:
+                for name, data in files.items():
+                    self._sums["files", name] = self._put(("files", name), [data])
+            except BaseException:
+                os.close(self._file)
+                raise
+
+    def __enter__(self) -> PackedWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is not None:
+                with suppress(OSError):
+                    self._record()  # of a run that was interrupted as much as possible counts
+        finally:
+            os.close(self._file)
+
+    def missing(self) -> list[str]:
+        """Tensors that are not written yet, in the order of the file."""
+        return [name for name in self._table[3] if ("tensors", name) not in self._sums]
+
+    def write(self, name: str, parts: Iterable[torch.Tensor]) -> None:
+        """Write a tensor from the uint8 tensors that make it up."""
+        key = ("tensors", name)
+        with self._explained():
+            self._sums[key] = self._put(key, (_bytes(part) for part in parts))
+            self._unrecorded[name] = self._sizes[key]
+            if sum(self._unrecorded.values()) >= SYNC_BYTES:
+                self._record()
+
+    def _record(self) -> None:
+        """Wait until the tensors written lately are on the disk, and say so in the journal."""
+        os.fsync(self._file)
+        with open(self.journal, "ab") as journal:
+            for name in self._unrecorded:
+                journal.write(_line({"name": name, _KEY: self._sums["tensors", name]}))
+            journal.flush()
+            os.fsync(journal.fileno())
+        self._unrecorded.clear()
+
+    def finish(self) -> None:
+        """Put the header before the tensors and the file in its place."""
+        if self.missing():
+            raise ValueError(f"{self.path}: {', '.join(self.missing()[:5])} not written yet")
+        header = header_text(*self._table, self._sums)
+        with self._explained():
+            _write_at(self._file, header, PREFIX.size)
+            os.fsync(self._file)
+            _write_at(self._file, prefix_of(header), 0)
+            os.fsync(self._file)
+            os.rename(self.partial, self.path)
+            publish._sync_directory(self.path.parent)
+            self.journal.unlink(missing_ok=True)
+
+    def _put(self, key: tuple[str, str], parts: Iterable[Any]) -> str:
+        begin = at = self._offsets[key]
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part)
+            _write_at(self._file, part, at)
+            at += len(part)
+        if at - begin != self._sizes[key]:
+            raise ValueError(f"{key[1]} came with {at - begin} bytes, announced were {self._sizes[key]}")
+        return digest.hexdigest()
+
+    def _claim(self, restart: bool) -> int:
+        """Open the partial file for this process alone, and learn what it holds already."""
+        if os.path.lexists(self.path):
+            raise CheckpointError(f"{self.path}: is there already; remove it or choose another name")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            if not publish._lock(file) or not publish._is_still(self.partial, file):
+                raise CheckpointError(
+                    f"{self.path}: another process is writing it; wait, or choose another name"
+                )
+            self._resume(file, restart)
+        except BaseException:
+            os.close(file)
+            raise
+        return file
+
+    def _resume(self, file: int, restart: bool) -> None:
+        identity, sums = self._read_journal() if os.fstat(file).st_size else ("", {})
+        if identity not in ("", self._identity) and not restart:
+            raise CheckpointError(
+                f"{self.partial}: was begun from another model or recipe, so it cannot be continued; ask for "
+                "a restart, or choose another name"
+            )
+        known = identity == self._identity and os.fstat(file).st_size == self.nbytes and not restart
+        if known:
+            self._sums = {("tensors", name): digest for name, digest in sums.items()}
+        else:
+            os.ftruncate(file, 0)
+        self._check_space(os.fstat(file).st_blocks * 512)
+        self._start_journal(sums if known else {})
+        os.ftruncate(file, self.nbytes)
+
+    def _start_journal(self, sums: Mapping[str, str]) -> None:
+        lines = [{"identity": self._identity}, *({"name": name, _KEY: sums[name]} for name in sums)]
+        fresh = self.journal.with_name(self.journal.name + ".new")
+        publish.write_file(fresh, b"".join(map(_line, lines)))
+        os.replace(fresh, self.journal)
+
+    def _read_journal(self) -> tuple[str, dict[str, str]]:
+        """The identity and the checksums of the tensors written; the last line may be cut off."""
+        identity, sums = "", dict[str, str]()
+        with suppress(OSError, UnicodeDecodeError):
+            for line in self.journal.read_text(encoding="ascii").splitlines(keepends=True):
+                try:
+                    fields = json.loads(line)
+                except ValueError:
+                    break
+                if not line.endswith("\n") or not isinstance(fields, dict):
+                    break
+                identity = identity or str(fields.get("identity", ""))
+                if isinstance(fields.get("name"), str) and isinstance(fields.get(_KEY), str):
+                    sums[fields["name"]] = fields[_KEY]
+        return identity, sums
+
+    def _check_space(self, taken: int) -> None:
+        free = shutil.disk_usage(self.partial.parent).free
+        if self.nbytes - taken > free:
+            raise CheckpointError(
+                f"{self.path}: will take {self.nbytes / 1e9:,.1f} GB, and the disk has {free / 1e9:,.1f} GB "
+                "free; make room or choose another place"
+            )
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: could not be written ({error.strerror or error}); what there is so far stays "
+                f"in {self.partial.name}"
+            ) from error
+
+
+def _digest(*parts: bytes) -> str:
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(len(part).to_bytes(8, "little") + part)
+    return whole.hexdigest()
+
+
+def _line(fields: Mapping[str, str]) -> bytes:
+    return json.dumps(fields).encode() + b"\n"
+
+
+def _bytes(part: torch.Tensor) -> memoryview:
+    data: np.ndarray[tuple[int], np.dtype[np.uint8]] = part.contiguous().view(-1).numpy()
+    return data.data
+
+
+def _write_at(file: int, data: bytes | memoryview, offset: int) -> None:
+    left = memoryview(data)
+    while left:
+        written = os.pwrite(file, left, offset)
+        left, offset = left[written:], offset + written

@@ -1,0 +1,100 @@
+"""What a packed file holds, part by part and format by format, for the verbs that report it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from godwit.checkpoint.packed import PackedFile
+from godwit.checkpoint.packed_layout import ExpertStack, Matrix, Plain, TensorBlob
+from godwit.config import ModelConfig
+from godwit.errors import CheckpointError
+from godwit.measure import planner
+from godwit.measure.planner import Sizes
+from godwit.shrink.recipe import Recipe, tensor_blobs
+
+
+@dataclass(frozen=True)
+class PackedSizes(Sizes):
+    """Sizes of a packed model: the file's own bytes in place of bfloat16's."""
+
+    stored: int
+    read: float
+
+    @staticmethod
+    def of(sizes: Sizes, parts: Mapping[str, Mapping[str, Any]]) -> PackedSizes:
+        read = 0.0
+        for name, part in sizes.parts.items():
+            own = parts.get(name) or parts.get("embedding")  # a tied head's bytes are the embedding's
+            read += own["bytes"] * part.active / own["weights"] if own and part.active else 0
+        stored = sum(part["bytes"] for part in parts.values())
+        return PackedSizes(**vars(sizes), stored=stored, read=read)
+
+    @property
+    def weights(self) -> int:
+        return self.stored
+
+    def read_per_token(self, context: int) -> int:
+        return super().read_per_token(context) - self.active * planner.DTYPE.itemsize + round(self.read)
+
+
+def bytes_of_parts(blobs: Mapping[str, TensorBlob], config: ModelConfig) -> dict[str, dict[str, Any]]:
+    """Weights, bytes and bits a weight (scales and padding included) of each part, the largest first."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, blob in blobs.items():
+        # The rule goes by parameters, of which a stack of experts holds two.
+        part = found.setdefault(planner._part_of(f"{name}.", config), {"weights": 0, "bytes": 0})
+        part["weights"] += blob.num_weights
+        part["bytes"] += blob.nbytes
+    for part in found.values():
+        part["bits"] = 8 * part["bytes"] / part["weights"]
+    return dict(sorted(found.items(), key=lambda item: -int(item[1]["bytes"])))
+
+
+def weights_of(blobs: Mapping[str, TensorBlob]) -> dict[str, Any]:
+    """What the file holds by format."""
+    kinds: dict[str, dict[str, int]] = {}
+    for blob in blobs.values():
+        kind = kinds.setdefault(_format_of(blob), {"tensors": 0, "parameters": 0, "bytes": 0})
+        for field, more in (("tensors", 1), ("parameters", blob.num_weights), ("bytes", blob.nbytes)):
+            kind[field] += more
+    return {
+        "tensors": len(blobs),
+        "beside_the_text_model": 0,
+        "bytes": sum(blob.nbytes for blob in blobs.values()),
+        "dtypes": dict(sorted(kinds.items())),
+        "problem": None,
+    }
+
+
+def checked_blobs(packed: PackedFile, num_mtp: int) -> dict[str, TensorBlob]:
+    """The tensors of a packed file, which are those of its config.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    found = {name: packed.blob(name) for name in packed.names()}
+    wanted = tensor_blobs(packed.config, num_mtp, Recipe.find("q4"))
+    odd = {(name, _sizes_in(blob)) for name, blob in found.items()}
+    odd ^= {(name, _sizes_in(blob)) for name, blob in wanted.items()}
+    if odd:
+        names = ", ".join(sorted({name for name, _ in odd})[:10])
+        raise CheckpointError(
+            f"{packed.path} does not fit its config; missing, unexpected or misshapen: {names}"
+        )
+    return found
+
+
+def _format_of(blob: TensorBlob) -> str:
+    if isinstance(blob, Plain):
+        return blob.dtype
+    if isinstance(blob, Matrix):
+        return blob.format
+    return blob.format13 if blob.format13 == blob.format2 else f"{blob.format13}/{blob.format2}"
+
+
+def _sizes_in(blob: TensorBlob) -> tuple[str | int, ...]:
+    if isinstance(blob, ExpertStack):
+        return "experts", blob.num_experts, blob.hidden, blob.intermediate
+    return "plain" if isinstance(blob, Plain) else "matrix", *blob.shape

@@ -1,0 +1,193 @@
+"""`godwit quantize`, `synth` and `verify`: making packed files, and checking that one is whole."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from godwit.checkpoint import Checkpoint, open_checkpoint, read_raw_config
+from godwit.checkpoint.packed import PackedFile
+from godwit.cli import common
+from godwit.cli.inspect import size_text
+from godwit.cli.packed import bytes_of_parts
+from godwit.config import ModelConfig
+from godwit.errors import MemoryBudgetError, UsageError
+from godwit.measure import planner
+from godwit.measure.machine import memory
+from godwit.shrink.quantize import Report, quantize_checkpoint, read_importance
+from godwit.shrink.recipe import Recipe
+from godwit.shrink.synth import synthesize
+
+if TYPE_CHECKING:
+    from godwit.measure.quality import Quality
+
+MAX_TEXT_BYTES = 64 << 20
+
+
+def run_quantize(
+    model: str,
+    out: Path,
+    *,
+    recipe: str,
+    importance: Path | None,
+    evaluate: Path | None,
+    threads: int | None,
+    restart: bool,
+    as_json: bool,
+) -> None:
+    """Pack `model` into the file `out`, compare the two on the text `evaluate`, and print a report.
+
+    Raises: what reading and packing raise; MemoryBudgetError where the original is too large to compare with.
+    """
+    common.use_threads(threads)
+    rules = Recipe.find(recipe)
+    checkpoint = open_checkpoint(model)
+    ids = None if evaluate is None else _read_text(evaluate, checkpoint)
+    values = None if importance is None else read_importance(importance)
+    with working("packing") as progress:
+        report = quantize_checkpoint(
+            checkpoint, out, rules, importance=values, progress=progress, restart=restart
+        )
+    quality = None if ids is None else _compare(checkpoint, out, ids)
+    _print(report, checkpoint.config, quality, as_json=as_json)
+
+
+def run_synth(
+    config: str,
+    out: Path,
+    *,
+    layers: int | None,
+    format: str,
+    seed: int,
+    skew: bool,
+    restart: bool,
+    as_json: bool,
+) -> None:
+    """Write a random model of the shape in `config` to the file `out`, and print a report."""
+    raw = read_raw_config(config)
+    with working("drawing") as progress:
+        report = synthesize(
+            raw,
+            out,
+            num_layers=layers,
+            format=format,
+            seed=seed,
+            skew=skew,
+            progress=progress,
+            restart=restart,
+        )
+    _print(report, PackedFile.open(out).config, None, as_json=as_json)
+
+
+def run_verify(path: Path) -> None:
+    """Recompute the checksums of a packed file and say that they are right.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    packed = PackedFile.open(path)
+    with working("reading") as progress:
+        packed.verify(progress)
+    print(f"{path}: whole; {len(packed.names()):,} tensors, {size_text(packed.nbytes)}")
+
+
+@contextmanager
+def working(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with the time left on stderr, where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _read_text(path: Path, checkpoint: Checkpoint) -> list[int]:
+    """The tokens of a text; refused before the long work where a comparison could not follow it."""
+    from godwit.tokenizer import Tokenizer
+
+    try:
+        if path.stat().st_size > MAX_TEXT_BYTES:
+            raise UsageError(
+                f"{path}: larger than {MAX_TEXT_BYTES >> 20} MiB; a few thousand words are enough"
+            )
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read as UTF-8 text ({error}); name another file") from None
+    ids = Tokenizer.from_dir(checkpoint.path).encode(text)
+    if len(ids) < 2:
+        raise UsageError(f"{path}: holds {len(ids)} tokens, and a comparison takes two at least")
+    needed = 2 * checkpoint.num_parameters
+    available = memory()["available"]
+    if available is not None and needed > available:
+        raise MemoryBudgetError(
+            f"--evaluate loads the original, which takes {size_text(needed)} or more, and "
+            f"{size_text(available)} are available; leave it out here"
+        )
+    return ids
+
+
+def _compare(checkpoint: Checkpoint, out: Path, ids: list[int]) -> Quality:
+    from godwit.measure.quality import compare
+    from godwit.models.loader import load_model
+    from godwit.models.native import load_packed
+
+    original = load_model(checkpoint, dtype=common.resolve_dtype("auto", checkpoint))
+    with working("comparing") as progress:
+        return compare(original, load_packed(out), ids, progress=progress)
+
+
+def _print(report: Report, config: ModelConfig, quality: Quality | None, *, as_json: bool) -> None:
+    weights = sum(blob.num_weights for blob in report.blobs.values())
+    content: dict[str, Any] = {
+        "path": str(report.path),
+        "bytes": report.nbytes,
+        "weights": weights,
+        "bits": 8 * report.nbytes / weights,
+        "seconds": report.seconds,
+        "resumed_tensors": report.resumed,
+        "parts": bytes_of_parts(report.blobs, config),
+        "quality": quality and asdict(quality),
+    }
+    if as_json:
+        print(json.dumps(content, indent=2))
+    else:
+        _show(content)
+
+
+def _show(content: dict[str, Any]) -> None:
+    table = Table(box=box.SIMPLE, show_footer=True)
+    table.add_column("part", "in all")
+    table.add_column("weights", f"{content['weights']:,}", justify="right", no_wrap=True)
+    table.add_column("size", size_text(content["bytes"]), justify="right", no_wrap=True)
+    table.add_column("bits a weight", f"{content['bits']:.2f}", justify="right", no_wrap=True)
+    for name, part in content["parts"].items():
+        row = (f"{part['weights']:,}", size_text(part["bytes"]), f"{part['bits']:.2f}")
+        table.add_row(planner.PARTS[name], *row)
+    console = Console(highlight=False)
+    console.print(table)
+    resumed = content["resumed_tensors"]
+    went_on = f", {resumed:,} tensors having been there" if resumed else ""
+    console.print(
+        f"{content['path']}: written in {content['seconds']:,.1f} s{went_on}.", soft_wrap=True, markup=False
+    )
+    quality = content["quality"]
+    if quality:
+        console.print(
+            f"Against the original over {quality['tokens']:,} tokens: perplexity {quality['perplexity']:.3f} "
+            f"-> {quality['perplexity_changed']:.3f}, mean KL divergence {quality['kl']:.4f} nats (99 % "
+            f"below {quality['kl_99']:.3f}), same likeliest token {100 * quality['same_top']:.1f} %.",
+            soft_wrap=True,
+        )

@@ -1,0 +1,193 @@
+"""What the machine can do at this moment: memory bandwidth, arithmetic, and who else is using it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from godwit import _native
+from godwit.measure.machine import memory
+
+ROWS, INNER, COLS = 1024, 2048, 2048  # of the matrix products: [ROWS, INNER] times [INNER, COLS]
+MIN_BYTES = 256 << 20
+NOISY_BANDWIDTH = 0.15  # (largest - smallest) / median of the bandwidths of one run
+NOISY_SHARE = 0.05  # of the processors' time, taken by others
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Read bandwidth in GB/s; int8 and bfloat16 matrix products of PyTorch in 10^9 operations a second."""
+
+    read_bandwidth: float
+    int8: float
+    bfloat16: float
+
+
+def measure_ceilings(num_bytes: int | None = None, seconds: float = 0.3) -> Ceilings:
+    """The best of a few tries each, with the numbers of threads that are set now.
+
+    Args:
+        num_bytes: how much memory to read; None: more than the caches hold.
+        seconds: for each layout of each product.
+    """
+    return Ceilings(
+        _native.read_bandwidth(bytes_beyond_cache() if num_bytes is None else num_bytes, 5),
+        max(_rate(run, seconds) for run in _products(torch.int8)),
+        max(_rate(run, seconds) for run in _products(torch.bfloat16)),
+    )
+
+
+def _products(dtype: torch.dtype) -> Iterator[Callable[[], Tensor]]:
+    """The product with the second matrix stored by rows and by columns: which is faster depends on torch."""
+    multiply: Callable[[Tensor, Tensor], Tensor] = torch._int_mm if dtype == torch.int8 else torch.mm
+    a, b = (
+        torch.randint(-127, 128, shape, dtype=torch.int8).to(dtype)
+        for shape in ((ROWS, INNER), (INNER, COLS))
+    )
+    yield partial(multiply, a, b)
+    yield partial(multiply, a, b.t().contiguous().t())
+
+
+def _rate(run: Callable[[], Tensor], seconds: float) -> float:
+    run()
+    best, end = float("inf"), perf_counter() + seconds
+    while True:
+        began = perf_counter()
+        run()
+        now = perf_counter()
+        best = min(best, now - began)
+        if now >= end:
+            return 2e-9 * ROWS * INNER * COLS / best
+
+
+def bytes_beyond_cache(root: Path = Path("/")) -> int:
+    """Twice the last-level cache, at least 256 MiB, but no more than a quarter of the free memory."""
+    wanted = max(MIN_BYTES, 2 * last_level_cache(root))
+    available = memory(root)["available"]
+    return wanted if available is None else min(wanted, available // 4)
+
+
+def last_level_cache(root: Path = Path("/")) -> int:
+    """Bytes of the largest cache of the first processor; 0 where the system does not tell."""
+    sizes = [0]
+    for file in (root / "sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        number, unit = text[:-1], text[-1:]
+        if number.isdigit() and unit in ("K", "M"):
+            sizes.append(int(number) << (10 if unit == "K" else 20))
+    return max(sizes)
+
+
+@dataclass(frozen=True)
+class CpuTimes:
+    """Seconds since boot of the processors that this process may use, and its own."""
+
+    total: float
+    busy: float
+    steal: float
+    own: float
+
+    @staticmethod
+    def now(root: Path = Path("/")) -> CpuTimes | None:
+        """None where the system does not tell."""
+        cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+        names = {f"cpu{core}" for core in cores}
+        try:
+            lines = (root / "proc/stat").read_text().splitlines()
+        except OSError:
+            return None
+        ticks = [[int(x) for x in line.split()[1:9]] for line in lines if line.split(" ")[0] in names]
+        if not ticks:
+            return None
+        user, nice, system, idle, iowait, irq, softirq, steal = map(sum, zip(*ticks, strict=True))
+        busy = user + nice + system + irq + softirq
+        own = os.times()
+        hertz = os.sysconf("SC_CLK_TCK")
+        return CpuTimes(
+            (busy + idle + iowait + steal) / hertz, busy / hertz, steal / hertz, own.user + own.system
+        )
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How steady a run was; shares of the processors' time are None where the system does not tell.
+
+    Attributes:
+        bandwidth_spread: (largest - smallest) / median of the repeated measurement.
+        steal: share that the hypervisor gave to others.
+        others: share that other processes of this system used.
+    """
+
+    bandwidth_spread: float
+    steal: float | None
+    others: float | None
+
+    @staticmethod
+    def between(before: CpuTimes | None, after: CpuTimes | None, bandwidths: list[float]) -> Noise:
+        """What happened between two moments."""
+        spread = (max(bandwidths) - min(bandwidths)) / median(bandwidths)
+        if before is None or after is None or after.total <= before.total:
+            return Noise(spread, None, None)
+        total = after.total - before.total
+        others = after.busy - before.busy - (after.own - before.own)
+        return Noise(spread, (after.steal - before.steal) / total, max(0.0, others / total))
+
+    def warnings(self) -> list[str]:
+        """One sentence for each sign that the figures depend on more than this program."""
+        found = []
+        if self.bandwidth_spread > NOISY_BANDWIDTH:
+            found.append(f"the memory bandwidth varied by {self.bandwidth_spread:.0%} during the run")
+        if (self.steal or 0.0) > NOISY_SHARE:
+            found.append(f"the hypervisor gave {self.steal:.0%} of the processors' time to other machines")
+        if (self.others or 0.0) > NOISY_SHARE:
+            found.append(f"other processes took {self.others:.0%} of the processors' time")
+        return found
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes of this process; None where the system does not tell.
+
+    Attributes:
+        peak: most resident memory so far, pages of mapped files included.
+        resident: resident now.
+        proportional: resident now, pages shared with other processes divided among them.
+    """
+
+    peak: int | None
+    resident: int | None
+    proportional: int | None
+
+    @staticmethod
+    def now(root: Path = Path("/")) -> MemoryUse:
+        """Of this process, at this moment."""
+        status = _kib(root / "proc/self/status")
+        rollup = _kib(root / "proc/self/smaps_rollup")
+        return MemoryUse(status.get("VmHWM"), status.get("VmRSS"), rollup.get("Pss"))
+
+
+def _kib(path: Path) -> dict[str, int]:
+    """The lines ``Name:  123 kB`` of a file of /proc, in bytes."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return {}
+    words = [line.split() for line in lines if line.endswith(" kB")]
+    return {w[0].rstrip(":"): int(w[1]) * 1024 for w in words if len(w) == 3}
+
+
+def reset_peak(root: Path = Path("/")) -> bool:
+    """Let the peak of resident memory begin anew; False where the system does not offer that."""
+    try:
+        (root / "proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True

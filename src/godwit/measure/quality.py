@@ -1,0 +1,123 @@
+"""What a changed model lost: two models read the same text, and their predictions are compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from godwit.errors import UsageError
+from godwit.models.batch import BLOCK_SIZE, ForwardBatch
+from godwit.models.caches import Caches
+from godwit.models.causal_lm import CausalLM
+
+WINDOW = 512  # tokens of a step
+CONTEXT = 4096  # tokens after which the text is taken for a new one
+_ROWS = 64  # of logits at a time: the vocabulary may be large
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How far predictions lie apart, over all tokens that have one before them.
+
+    Attributes:
+        tokens: predicted.
+        perplexity: of the original.
+        perplexity_changed: of the other model.
+        kl: mean divergence of the other's distribution from the original's, in nats.
+        kl_99: what 99 % of the tokens stay below.
+        same_top: share of tokens for which both find the same one likeliest.
+    """
+
+    tokens: int
+    perplexity: float
+    perplexity_changed: float
+    kl: float
+    kl_99: float
+    same_top: float
+
+
+@torch.no_grad()
+def compare(
+    original: CausalLM,
+    changed: CausalLM,
+    ids: Sequence[int],
+    *,
+    window: int = WINDOW,
+    context: int = CONTEXT,
+    progress: Callable[[int, int], None] | None = None,
+) -> Quality:
+    """Read ``ids`` with both models, in steps of ``window`` tokens with caches.
+
+    Args:
+        original: what is taken for right.
+        changed: the same model in another form.
+        ids: a text of both models' vocabulary.
+        window: tokens of a step.
+        context: tokens after which both forget what they read.
+        progress: called with (tokens done, tokens in all).
+
+    Raises:
+        UsageError: fewer than two tokens.
+    """
+    if len(ids) < 2:
+        raise UsageError("a text to measure with must have two tokens at least")
+    readers = [_Reader(model, min(context, len(ids))) for model in (original, changed)]
+    found: list[Tensor] = []
+    for begin in range(0, len(ids), context):
+        text = ids[begin : begin + context]
+        for reader in readers:
+            reader.forget()
+        for at in range(0, len(text), window):
+            targets = torch.tensor(text[at + 1 : at + window + 1], dtype=torch.long)
+            first, second = (reader.read(text[at : at + window])[: len(targets)] for reader in readers)
+            for row in range(0, len(targets), _ROWS):
+                rows = torch.arange(row, min(row + _ROWS, len(targets)))
+                logits = original.compute_logits(first, rows), changed.compute_logits(second, rows)
+                found.append(_differences(*logits, targets[rows]))
+            if progress is not None:
+                progress(begin + at + min(window, len(text) - at), len(ids))
+    return _summary(torch.cat(found, 1))
+
+
+class _Reader:
+    """A model and its caches, which hold one sequence."""
+
+    def __init__(self, model: CausalLM, context: int) -> None:
+        self.model = model
+        self.blocks = list(range(-(-context // BLOCK_SIZE)))
+        self.caches: Caches = model.allocate_caches(len(self.blocks))
+        self.past = 0
+
+    def forget(self) -> None:
+        self.past = 0
+        self.caches.reset_row(0)
+
+    def read(self, ids: Sequence[int]) -> Tensor:
+        batch = ForwardBatch.cached([ids], [self.past], [self.blocks], [0], device=self.model.device)
+        self.past += len(ids)
+        hidden: Tensor = self.model(batch, self.caches)
+        return hidden
+
+
+def _differences(first: Tensor, second: Tensor, targets: Tensor) -> Tensor:
+    """Rows: both losses, KL divergence, same likeliest token; ``[4, T]`` in float64."""
+    p, q = (logits.cpu().float().log_softmax(-1) for logits in (first, second))
+    kl = (p.exp() * (p - q)).sum(-1)
+    losses = (-x.gather(1, targets[:, None]).squeeze(1) for x in (p, q))
+    return torch.stack((*losses, kl, (p.argmax(-1) == q.argmax(-1)).float())).double()
+
+
+def _summary(found: Tensor) -> Quality:
+    loss, changed, kl, same = found.mean(1).tolist()
+    return Quality(
+        tokens=found.shape[1],
+        perplexity=math.exp(loss),
+        perplexity_changed=math.exp(changed),
+        kl=kl,
+        kl_99=float(found[2].sort().values[math.ceil(0.99 * found.shape[1]) - 1]),
+        same_top=same,
+    )

@@ -1,0 +1,1 @@
+"""Making models smaller: quantised packed files, and random ones to measure with."""

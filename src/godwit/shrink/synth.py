@@ -1,0 +1,286 @@
+"""Random models of true width, made in packed form: for measuring speed and memory before weights are there.
+
+Codes are drawn directly, which is as fast as a disk writes. Matrices keep the size of what they are given,
+and layers add little to the hidden states, so that activations and logits stay in the usual range through any
+number of layers.
+
+Random routers choose experts almost uniformly, real ones do not. With ``skew`` every expert of a layer has a
+popularity of its own: the first 32 hidden dimensions carry the same constant for every token (the embedding
+puts it there, no layer writes to them, and only routers read them), so that the routers' weights for them act
+as a bias per expert. Popularities are normal with :data:`POPULARITY` times the deviation of the tokens' own
+part of the logits. That fits how often experts recur in real text, but not in which order: recent experts
+are not repeated, topics do not switch, and all layers are alike.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import godwit
+from godwit.checkpoint.packed_layout import ExpertStack, Matrix, Plain, TensorBlob
+from godwit.checkpoint.packed_writer import PackedWriter
+from godwit.config import AttentionSpec, ModelConfig
+from godwit.errors import UsageError
+from godwit.qtensor import (
+    CODE_BYTES,
+    GROUP,
+    TILE_ROWS,
+    QuantTensor,
+    groups,
+    join_expert,
+    quantize,
+    weight_bytes,
+)
+from godwit.shrink.quantize import Report
+from godwit.shrink.recipe import BUILT_IN, Recipe, tensor_blobs
+
+#: With 0.45, 300 tokens touch 440 of 512 experts, ten each; the 64 most used carry 45 %, and a cache of the
+#: experts used last with room for 18, 36, 54 or 73 % of them holds 35, 60, 75 or 83 % of those asked for.
+POPULARITY = 0.45
+_ROWS = 8192  # of a matrix drawn at a time; a multiple of the tile's 16
+_CONSTANT = 3.0  # the constant's square, summed over its dimensions, over that of the embedding's other ones
+_OUT = 0.5  # outputs over inputs in size, of the maps whose outputs are added to the hidden states
+_OUT_SKEWED = 0.15  # less, so that the constant keeps its share through many layers
+_GAINS = (("router.weight", 2.0), ("head.weight", 2.5))
+_RMS = {"q4": 4.637, "q8": 73.61}  # of uniform codes
+
+
+def synthesize(
+    raw_config: Mapping[str, Any],
+    out: str | Path,
+    *,
+    num_layers: int | None = None,
+    format: str = "q4",
+    seed: int = 0,
+    skew: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    restart: bool = False,
+) -> Report:
+    """Write a random model.
+
+    Args:
+        raw_config: the config of the model to imitate.
+        out: the packed file to create.
+        num_layers: its first layers only; None is all.
+        format: the name of a built-in recipe.
+        seed: the same seed gives the same bytes.
+        skew: make some experts more popular than others, see above.
+        progress: called with (weights done, weights in all).
+        restart: begin anew where a partial file is of something else.
+
+    Raises:
+        UsageError: more layers than there are, or an unknown format.
+        CheckpointError: the file exists or cannot be written; or a config that makes no sense.
+    """
+    started = time.monotonic()
+    if format not in BUILT_IN:
+        raise UsageError(f"{format!r:.40} is not a format; there are {', '.join(BUILT_IN)}")
+    raw = first_layers(raw_config, num_layers)
+    config = ModelConfig.from_dict(raw)
+    blobs = tensor_blobs(config, config.num_mtp_layers or 0, Recipe(format, BUILT_IN[format]))
+    source = f"synthetic, seed {seed}, {'skewed' if skew else 'uniform'} routing"
+    with PackedWriter(
+        out,
+        raw,
+        {},
+        blobs,
+        metadata={"godwit": godwit.__version__, "recipe": format, "source": source},
+        identity=source,
+        restart=restart,
+    ) as writer:
+        missing = writer.missing()
+        counter = _Counter(blobs, missing, progress)
+        for name in missing:
+            parts = _Maker(config, name, seed, skew).parts(blobs[name])
+            writer.write(name, counter.counted(parts, blobs[name]))
+        writer.finish()
+        return Report(
+            writer.path,
+            writer.nbytes,
+            blobs,
+            time.monotonic() - started,
+            len(blobs) - len(missing),
+        )
+
+
+def first_layers(raw_config: Mapping[str, Any], num_layers: int | None) -> dict[str, Any]:
+    """The config of a model of the first ``num_layers`` layers.
+
+    Raises:
+        UsageError: there are not as many.
+    """
+    whole = ModelConfig.from_dict(raw_config)
+    if num_layers is not None and not 1 <= num_layers <= len(whole.layers):
+        raise UsageError(f"--layers {num_layers}: this model has 1 to {len(whole.layers)} of them")
+    raw = {key: value for key, value in raw_config.items() if key != "quantization_config"}
+    if num_layers is None:
+        return raw
+    nested = isinstance(raw.get("text_config"), Mapping)
+    text = dict(raw["text_config"]) if nested else raw
+    text["num_hidden_layers"] = num_layers
+    if isinstance(text.get("layer_types"), list):
+        text["layer_types"] = text["layer_types"][:num_layers]
+    if not any(isinstance(layer.mixer, AttentionSpec) for layer in whole.layers[:num_layers]):
+        # The module for further tokens is an attention layer like the model's own.
+        text |= {name: 0 for name in ("mtp_num_hidden_layers", "num_nextn_predict_layers") if text.get(name)}
+    return {**raw, "text_config": text} if nested else text
+
+
+class _Counter:
+    """Tells the weights that are done from the bytes that come by."""
+
+    def __init__(
+        self, blobs: Mapping[str, TensorBlob], missing: list[str], progress: Callable[[int, int], None] | None
+    ) -> None:
+        self.total = sum(blob.num_weights for blob in blobs.values())
+        self.done = self.total - sum(blobs[name].num_weights for name in missing)
+        self.progress = progress
+
+    def counted(self, parts: Iterator[Tensor], blob: TensorBlob) -> Iterator[Tensor]:
+        sent = 0
+        for part in parts:
+            yield part
+            sent += part.numel()
+            if self.progress is not None:
+                self.progress(self.done + blob.num_weights * sent // blob.nbytes, self.total)
+        self.done += blob.num_weights
+
+
+class _Maker:
+    """Draws one tensor; its numbers depend on the seed and its name alone."""
+
+    def __init__(self, config: ModelConfig, name: str, seed: int, skew: bool) -> None:
+        self.config, self.name = config, name
+        # The constant needs dimensions of its own, and a module for further tokens would not pass it on.
+        self.skew = skew and config.hidden_size >= 4 * GROUP and not name.startswith("mtp.")
+        self.out = _OUT_SKEWED if self.skew else _OUT
+        self.random = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
+
+    def parts(self, blob: TensorBlob) -> Iterator[Tensor]:
+        """The uint8 tensors that make up a blob."""
+        if isinstance(blob, Plain):
+            yield self._plain(blob).float().contiguous().view(-1).view(torch.uint8)
+        elif isinstance(blob, Matrix):
+            yield from self._matrix(blob)
+        else:
+            yield from self._experts(blob)
+
+    def _plain(self, blob: Plain) -> Tensor:
+        last = self.name.rpartition(".")[2]
+        normal = torch.from_numpy(self.random.standard_normal(blob.shape, dtype=np.float32))
+        if last == "conv_weight":
+            return normal / math.sqrt(blob.shape[1])
+        if last == "A_log":  # states that forget within a few to some thousand tokens
+            return torch.from_numpy(self.random.uniform(math.log(1e-3), 0.0, blob.shape))
+        if last == "bias":
+            return torch.zeros(blob.shape)
+        if self.name.endswith("shared_gate.weight"):
+            return normal / math.sqrt(blob.shape[1])
+        zero_centered = self.config.family.norm == "zero_centered" and last == "weight"
+        return 0.05 * normal + (0.0 if zero_centered else 1.0)
+
+    def _matrix(self, blob: Matrix) -> Iterator[Tensor]:
+        rows, cols = blob.shape
+        adds = self.name.endswith((".out_proj.weight", ".w2.weight"))
+        gain = next((gain for end, gain in _GAINS if self.name.endswith(end)), self.out if adds else 1.0)
+        if self.name == "embedding.weight":
+            gain = 2.5 if self.config.tie_embeddings else math.sqrt(cols)
+        if self.skew and self.name.endswith("router.weight"):
+            yield self._biased(blob, gain)
+            return
+        reads = not adds and self.name != "embedding.weight" and cols == self.config.hidden_size
+        for begin in range(0, rows, _ROWS):
+            data = self._random(blob.format, min(_ROWS, rows - begin), cols, gain, reads=reads)
+            view = _View(data, blob.format, cols)
+            if self.skew and self.name == "embedding.weight":
+                view.fill_first_group(gain / math.sqrt(cols) * math.sqrt(_CONSTANT * cols / GROUP))
+            elif self.skew and reads:
+                view.clear_first_group()
+            elif self.skew and adds and begin == 0:
+                view.clear_first_rows()
+            yield data
+
+    def _experts(self, blob: ExpertStack) -> Iterator[Tensor]:
+        shape13, shape2 = (2 * blob.intermediate, blob.hidden), (blob.hidden, blob.intermediate)
+        for _ in range(blob.num_experts):
+            w13 = self._random(blob.format13, *shape13, 1.0, reads=True)
+            w2 = self._random(blob.format2, *shape2, self.out)
+            if self.skew:
+                _View(w13, blob.format13, blob.hidden).clear_first_group()
+                _View(w2, blob.format2, blob.intermediate).clear_first_rows()
+            yield join_expert(QuantTensor(blob.format13, shape13, w13), QuantTensor(blob.format2, shape2, w2))
+
+    def _random(self, format: str, rows: int, cols: int, gain: float, *, reads: bool = False) -> Tensor:
+        """Packed random weights that give outputs ``gain`` times the size of their inputs.
+
+        ``reads``: from a norm, of which the constant takes its share where there is one.
+        """
+        size = gain / math.sqrt(cols) * (math.sqrt(1 + _CONSTANT) if reads and self.skew else 1.0)
+        if format == "bf16" or rows % TILE_ROWS or cols % (2 * GROUP):
+            weights = self.random.standard_normal((rows, cols), dtype=np.float32)
+            return quantize(torch.from_numpy(weights) * size, format).data
+        words = self.random.integers(
+            0, 2**64 - 1, weight_bytes(format, rows, cols) // 8, np.uint64, endpoint=True
+        )
+        data = torch.from_numpy(words.view(np.uint8))
+        view = _View(data, format, cols)
+        if format == "q8":
+            view.codes[view.codes == 0] = 128
+        # A sign for each scale, since the mean of the codes of 4 bits is not zero.
+        shape = tuple(view.scales.shape)
+        scales = self.random.uniform(0.8, 1.2, shape) * self.random.choice((-1.0, 1.0), shape)
+        view.scales.copy_(torch.from_numpy(scales * size / _RMS[format]))
+        return data
+
+    def _biased(self, blob: Matrix, gain: float) -> Tensor:
+        rows, cols = blob.shape
+        weights = self.random.standard_normal((rows, cols), dtype=np.float32)
+        weights *= gain / math.sqrt(cols) * math.sqrt(1 + _CONSTANT)
+        # A norm turns the constant into about this much of each of its dimensions.
+        constant = math.sqrt(_CONSTANT / (1 + _CONSTANT) * cols / GROUP)
+        popularity = self.random.standard_normal((rows, 1)) * POPULARITY * gain
+        weights[:, :GROUP] = popularity / (GROUP * constant)
+        return quantize(torch.from_numpy(weights), blob.format).data
+
+
+class _View:
+    """Codes ``[tiles, groups, bytes]`` and scales ``[tiles, groups, 16]`` of packed bytes, to be changed."""
+
+    def __init__(self, data: Tensor, format: str, cols: int) -> None:
+        size, code_bytes = groups(cols), CODE_BYTES[format]
+        tiles = data.view(-1, weight_bytes(format, TILE_ROWS, cols))
+        self.format = format
+        self.codes = tiles[:, : size * code_bytes].view(-1, size, code_bytes)
+        tail = tiles[:, size * code_bytes :].view(torch.float16)  # empty for bf16
+        self.scales = tail.view(len(tiles), tail.shape[1] // TILE_ROWS, TILE_ROWS)
+
+    def clear_first_group(self) -> None:
+        """Make columns 0 to 31 zero."""
+        if self.format == "bf16":
+            self.codes[:, 0] = 0
+        else:
+            self.scales[:, 0] = 0
+
+    def clear_first_rows(self) -> None:
+        """Make rows 0 to 31 zero."""
+        if self.format == "bf16":
+            self.codes[:2] = 0
+        else:
+            self.scales[:2] = 0
+
+    def fill_first_group(self, value: float) -> None:
+        """Make all of columns 0 to 31 ``value``."""
+        if self.format == "bf16":
+            self.codes[:, 0].view(torch.bfloat16)[:] = value
+        else:  # the code of 4
+            self.codes[:, 0] = 0xCC if self.format == "q4" else 132
+            self.scales[:, 0] = value / 4
