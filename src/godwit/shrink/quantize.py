@@ -8,7 +8,6 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -100,7 +99,7 @@ def quantize_checkpoint(
         left = sum(blobs[name].num_weights for name in missing)
         total = sum(blob.num_weights for blob in blobs.values())
         counter = _Counter(progress, total - left, total)
-        with _pool() as pool:
+        with _Pool() as pool:
             work = _Work(checkpoint, _by_target(pieces), actual, importance, counter, pool)
             for name in missing:
                 writer.write(name, work.parts(name, blobs[name]))
@@ -129,16 +128,31 @@ def read_importance(path: Path) -> dict[str, Tensor]:
     return {name: file.tensor(name) for name in file.entries}
 
 
-@contextmanager
-def _pool() -> Iterator[ThreadPoolExecutor]:
+class _Pool:
     """A thread for each of PyTorch's, and one for each operation: they are too small to be shared out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(threads)
+
+    def __enter__(self) -> _Pool:
+        self.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        self.executor = ThreadPoolExecutor(self.threads)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.executor.shutdown(cancel_futures=True)
+        torch.set_num_threads(self.threads)
+
+    def ordered(
+        self, function: Callable[[Item], Tensor], items: Iterable[Item]
+    ) -> Iterator[tuple[Item, Tensor]]:
+        """Items with their results in order, computed a few ahead."""
+        ahead: deque[tuple[Item, Future[Tensor]]] = deque()
+        for item in items:
+            ahead.append((item, self.executor.submit(function, item)))
+            if len(ahead) > 2 * self.threads:
+                first, future = ahead.popleft()
+                yield first, future.result()
+        for first, future in ahead:
+            yield first, future.result()
 
 
 class _Counter:
@@ -163,7 +177,7 @@ class _Work:
         actual: Mapping[str, str],
         importance: Mapping[str, Tensor],
         counter: _Counter,
-        pool: ThreadPoolExecutor,
+        pool: _Pool,
     ) -> None:
         self.checkpoint, self.pieces, self.actual = checkpoint, pieces, actual
         self.importance, self.counter, self.pool = importance, counter, pool
@@ -184,7 +198,7 @@ class _Work:
         values = self._assembled(self.pieces[name], blob.shape).float()
         if not bool(torch.isfinite(values).all()):
             raise CheckpointError(
-                f"{self.checkpoint.path}: {name} holds infinite numbers or none; fetch it again"
+                f"{self.checkpoint.path}: {name} has values that are not finite numbers; fetch it again"
             )
         self.counter.add(blob.num_weights)
         return values.contiguous().view(-1).view(torch.uint8)
@@ -198,7 +212,7 @@ class _Work:
             return quantize(whole[begin : begin + _ROWS], blob.format, importance).data
 
         rows, cols = blob.shape
-        for begin, data in self._ordered(block, range(0, rows, _ROWS)):
+        for begin, data in self.pool.ordered(block, range(0, rows, _ROWS)):
             yield data
             self.counter.add(min(_ROWS, rows - begin) * cols)
             self._release(pieces)
@@ -214,7 +228,7 @@ class _Work:
                 quantize(read2(index), blob.format2, self._importance(f"{name}.w2", index)),
             )
 
-        for index, data in self._ordered(one, range(blob.num_experts)):
+        for index, data in self.pool.ordered(one, range(blob.num_experts)):
             yield data
             self.counter.add(blob.num_weights // blob.num_experts)
             self._release(p for p in (*pieces13, *pieces2) if not p.index or p.index[0] == index)
@@ -248,19 +262,6 @@ class _Work:
     def _release(self, pieces: Iterable[Piece]) -> None:
         for piece in pieces:
             self.checkpoint.release(self.actual[piece.source])
-
-    def _ordered(
-        self, function: Callable[[Item], Tensor], items: Iterable[Item]
-    ) -> Iterator[tuple[Item, Tensor]]:
-        """Items with their results in order, computed by the pool a few ahead."""
-        ahead: deque[tuple[Item, Future[Tensor]]] = deque()
-        for item in items:
-            ahead.append((item, self.pool.submit(function, item)))
-            if len(ahead) > 2 * self.pool._max_workers:
-                first, future = ahead.popleft()
-                yield first, future.result()
-        for first, future in ahead:
-            yield first, future.result()
 
 
 def _by_target(pieces: Iterable[Piece]) -> dict[str, list[Piece]]:

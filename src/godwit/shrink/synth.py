@@ -41,7 +41,7 @@ from godwit.qtensor import (
     weight_bytes,
 )
 from godwit.shrink.quantize import Report
-from godwit.shrink.recipe import BUILT_IN, Recipe, tensor_blobs
+from godwit.shrink.recipe import Recipe, tensor_blobs
 
 #: With 0.45, 300 tokens touch 440 of 512 experts, ten each; the 64 most used carry 45 %, and a cache of the
 #: experts used last with room for 18, 36, 54 or 73 % of them holds 35, 60, 75 or 83 % of those asked for.
@@ -71,22 +71,20 @@ def synthesize(
         raw_config: the config of the model to imitate.
         out: the packed file to create.
         num_layers: its first layers only; None is all.
-        format: the name of a built-in recipe.
+        format: a built-in recipe's name, or a recipe file.
         seed: the same seed gives the same bytes.
         skew: make some experts more popular than others, see above.
         progress: called with (weights done, weights in all).
         restart: begin anew where a partial file is of something else.
 
     Raises:
-        UsageError: more layers than there are, or an unknown format.
+        UsageError: more layers than there are, or an unknown recipe.
         CheckpointError: the file exists or cannot be written; or a config that makes no sense.
     """
     started = time.monotonic()
-    if format not in BUILT_IN:
-        raise UsageError(f"{format!r:.40} is not a format; there are {', '.join(BUILT_IN)}")
     raw = first_layers(raw_config, num_layers)
     config = ModelConfig.from_dict(raw)
-    blobs = tensor_blobs(config, config.num_mtp_layers or 0, Recipe(format, BUILT_IN[format]))
+    blobs = tensor_blobs(config, config.num_mtp_layers or 0, Recipe.find(format))
     source = f"synthetic, seed {seed}, {'skewed' if skew else 'uniform'} routing"
     with PackedWriter(
         out,
