@@ -6,7 +6,9 @@ private memory map.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import mmap
 import os
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -31,6 +33,17 @@ from godwit.config import ModelConfig
 from godwit.errors import CheckpointError
 
 _CHUNK = 1 << 20
+
+
+def _in_huge_pages(mapped: mmap.mmap) -> None:
+    """Ask for the file in pages of 2 MiB as it is read from disk.
+
+    Streaming weights through pages of 4 KiB costs a quarter of the memory's bandwidth. Where the system has no
+    such pages, or holds the file in small ones already, this changes nothing.
+    """
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            mapped.madvise(mmap.MADV_HUGEPAGE)
 
 
 def is_packed(path: str | Path) -> bool:
@@ -59,6 +72,7 @@ class PackedFile:
                 size = os.fstat(file.fileno()).st_size
                 table = read_table(file, size, path)
                 self._map = safetensors._map(file.fileno(), size)
+                _in_huge_pages(self._map)
         except OSError as error:
             raise CheckpointError(
                 f"{path}: cannot be read ({error.strerror or error}); check the file"

@@ -133,6 +133,8 @@ class PackedWriter:
             os.fsync(self._file)
             _write_at(self._file, prefix_of(header), 0)
             os.fsync(self._file)
+            if hasattr(os, "posix_fadvise"):  # out of small pages: the reader asks for large ones
+                os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
             os.rename(self.partial, self.path)
             publish._sync_directory(self.path.parent)
             self.journal.unlink(missing_ok=True)

@@ -44,7 +44,7 @@ class DecoderLayer(nn.Module):
 
 
 class Stack(Protocol):
-    """A way to run decoder layers other than one module after the other."""
+    """A way to run decoder layers and the norm after them other than one module after the other."""
 
     def __call__(
         self,
@@ -54,7 +54,7 @@ class Stack(Protocol):
         pending: Sequence[int],
         router_logits: list[Tensor] | None,
     ) -> Tensor:
-        """``x [T, H]`` through all layers; ``pending`` counts the journaled tokens of each sequence's row."""
+        """``x [T, H]`` through all layers, normed; ``pending`` counts journaled tokens of each sequence's row."""
         ...
 
 
@@ -86,9 +86,7 @@ class MTPHead(nn.Module):
         joined = torch.cat((self.embedding_norm(next_embeddings), self.hidden_norm(hidden)), -1)
         x = self.fc(joined)
         if self.stack is not None:
-            x = self.stack(x, batch, caches.mtp if caches else None, (), router_logits)
-            normed: Tensor = self.norm(x)
-            return normed
+            return self.stack(x, batch, caches.mtp if caches else None, (), router_logits)
         for index, layer in enumerate(self.layers):
             x = layer(x, batch, caches, caches.mtp[index] if caches else None, router_logits)
         out: Tensor = self.norm(x)
@@ -147,16 +145,17 @@ class CausalLM(nn.Module):
         if caches is not None:
             self._check_tentative(batch, caches)
         x = self.embedding(batch.input_ids)
+        out: Tensor
         if self.stack is not None:
             pending = [caches.pending[row] for row in batch.state_indices] if caches else []
-            x = self.stack(x, batch, caches.layers if caches else None, pending, router_logits)
+            out = self.stack(x, batch, caches.layers if caches else None, pending, router_logits)
         else:
             for index, layer in enumerate(self.layers):
                 x = layer(x, batch, caches, caches.layers[index] if caches else None, router_logits)
+            out = self.norm(x)
         if caches is not None:
             for row, count in zip(batch.state_indices, batch.num_tentative, strict=True):
                 caches.pending[row] = count
-        out: Tensor = self.norm(x)
         return out
 
     def forward_mtp(

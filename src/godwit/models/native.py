@@ -160,15 +160,17 @@ def _finish(model: CausalLM) -> CausalLM:
         elif isinstance(module, GatedDeltaNet):
             module.cache_dtype = torch.float32
         elif isinstance(module, CausalLM) or hasattr(module, "fc"):
-            module.stack = NativeStack([layer for layer in module.layers if isinstance(layer, DecoderLayer)])
+            layers = [layer for layer in module.layers if isinstance(layer, DecoderLayer)]
+            module.stack = NativeStack(layers, module.norm)
     return model.requires_grad_(False)
 
 
 class NativeStack:
-    """Runs decoder layers of packed weights; a :class:`~godwit.models.causal_lm.Stack`."""
+    """Runs decoder layers of packed weights and a norm; a :class:`~godwit.models.causal_lm.Stack`."""
 
-    def __init__(self, layers: Sequence[DecoderLayer]) -> None:
+    def __init__(self, layers: Sequence[DecoderLayer], norm: RMSNorm) -> None:
         self.layers = layers
+        self.norm, self.eps = _factor(norm), norm.eps
         self.mixers = [_mixer(layer) for layer in layers]
         self.ffns = [_ffn(layer) for layer in layers]
 
@@ -180,7 +182,7 @@ class NativeStack:
         pending: Sequence[int],
         router_logits: list[Tensor] | None,
     ) -> Tensor:
-        """``x [T, H]`` through all layers; without caches in ones made for this call."""
+        """``x [T, H]`` through all layers and normed; without caches in ones made for this call."""
         x = x.float().clone(memory_format=torch.contiguous_format)
         if caches is None:
             batch, caches, pending = self._own_caches(batch)
@@ -192,6 +194,7 @@ class NativeStack:
                 logits = torch.empty(x.shape[0], layer.ffn.spec.num_experts)
                 router_logits.append(logits)
             _native.ffn(ffn, x, logits)
+        _native.rms_norm(x, self.norm, self.eps, x)
         return x
 
     def _own_caches(
