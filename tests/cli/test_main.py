@@ -51,7 +51,7 @@ def test_help_and_version_stay_light() -> None:
     assert out.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("verb", ["chat", "generate", "inspect", "doctor", "train"])
+@pytest.mark.parametrize("verb", ["chat", "generate", "inspect", "doctor", "train", "quantize", "verify", "synth", "bench"])
 def test_every_verb_has_help(verb: str) -> None:
     assert verb in invoke("--help").stdout
     shown = invoke(verb, "--help")
@@ -91,6 +91,7 @@ def test_options_reach_the_verb(generate: Verb) -> None:
         ),
         "threads": 2,
         "dtype": "float32",
+        "quantize": None,
     }
 
 

@@ -19,8 +19,8 @@ from godwit.qtensor import FORMATS, QuantExperts, QuantTensor
 from tests.models.families import FAMILIES, Family
 from tests.models.harness import CachedRun, randomize, tokens
 
-#: Root mean square of rounding to bfloat16 (keys, values, queries and probabilities), and of rounding inputs to
-#: eight bits by groups of 32; a layer has four products one after the other, and the delta rule's norm may
+#: Root mean square of rounding to bfloat16 (keys, values, queries and probabilities), and of rounding inputs
+#: to eight bits by groups of 32; a layer has four products one after the other, and the delta rule's norm may
 #: double what reaches it.
 ROUNDING = {"bf16": 2.0**-9, "q8": 0.013, "q4": 0.013}
 

@@ -43,9 +43,9 @@ CONFIG = {
 def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CausalLM:
     """A model whose results for a token do not depend on how many tokens are computed with it.
 
-    That is what the native kernels promise, whatever the weights. PyTorch's products choose their algorithm by
-    shape, so on its kernels they run row by row; what is left to differ is the bookkeeping of the caches, which
-    must be exact.
+    That is what the native kernels promise, whatever the weights. PyTorch's products choose their algorithm
+    by shape, so on its kernels they run row by row; what is left to differ is the bookkeeping of the caches,
+    which must be exact.
     """
     if request.param != "plain":
         return pack_model(random_model(), request.param)

@@ -38,8 +38,8 @@ _CHUNK = 1 << 20
 def _in_huge_pages(mapped: mmap.mmap) -> None:
     """Ask for the file in pages of 2 MiB as it is read from disk.
 
-    Streaming weights through pages of 4 KiB costs a quarter of the memory's bandwidth. Where the system has no
-    such pages, or holds the file in small ones already, this changes nothing.
+    Streaming weights through pages of 4 KiB costs a quarter of the memory's bandwidth. Where the system has
+    no such pages, or holds the file in small ones already, this changes nothing.
     """
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them

@@ -130,6 +130,7 @@ def load_weights(
     from godwit.checkpoint.packed import PackedFile
     from godwit.models.loader import load_model
     from godwit.models.native import load_packed, pack_model
+    from godwit.shrink.recipe import Recipe
 
     if (quantize or isinstance(source, PackedFile)) and dtype != "auto":
         raise UsageError("--dtype is for weights that are not packed; leave it out")
@@ -138,7 +139,8 @@ def load_weights(
             raise UsageError(f"{source.path} is packed already, so --quantize cannot go with it")
         return load_packed(source)
     if quantize or (dtype == "auto" and suits_native(source)):
-        return pack_model(load_model(source, progress=progress), quantize or "bf16", release=True)
+        recipe = Recipe.find(quantize or "bf16")
+        return pack_model(load_model(source, progress=progress), recipe.format_of, release=True)
     return load_model(source, dtype=resolve_dtype(dtype, source), progress=progress)
 
 
@@ -210,7 +212,7 @@ def use_threads(threads: int | None) -> int:
 
 
 def resolve_dtype(name: DtypeName, checkpoint: Checkpoint) -> torch.dtype:
-    """The arithmetic to use with PyTorch; auto is float32 unless the weights are of 16 bits and would not fit as float32.
+    """The arithmetic to use with PyTorch; auto is float32, or that of 16-bit weights that would not fit so.
 
     PyTorch multiplies one token's states with a bfloat16 matrix more slowly than with a float32 one, also on
     processors with units for bfloat16.

@@ -185,6 +185,63 @@ def _is_bias(text: str) -> bool:
 
 
 @app.command()
+def serve(
+    ctx: typer.Context,
+    *,
+    model: Model = None,
+    host: Annotated[
+        str,
+        typer.Option(help="Where to listen; 0.0.0.0 is every address of this machine.", metavar="ADDRESS"),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(help="What requests may call the model, also with *; may be repeated.", metavar="NAME"),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help="Ask for one of the keys in this file, one a line; or set GODWIT_API_KEY."),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="A web page's origin that may use the server; may be repeated.", metavar="URL"),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of prompt and answer together.", metavar="N")
+    ] = None,
+    max_sequences: Annotated[int, typer.Option(min=1, help="Answers that run at a time.", metavar="N")] = 64,
+    memory: Annotated[
+        float | None,
+        typer.Option(min=0, help="For caches, in GiB; without it, half of what is free.", metavar="GIB"),
+    ] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Keep what was read here across restarts.", metavar="DIR")
+    ] = None,
+    threads: Threads = None,
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
+) -> None:
+    """Serve a model to programs that speak OpenAI's or Anthropic's API."""
+    with one_sentence(ctx):
+        from godwit.cli.serve import EngineOptions, run
+
+        run(
+            model,
+            host=host,
+            port=port,
+            names=name or [],
+            api_key_file=api_key_file,
+            cors_origins=cors_origin or [],
+            engine=EngineOptions(
+                context=context, memory_gib=memory, max_sequences=max_sequences, cache_dir=cache_dir
+            ),
+            threads=threads,
+            dtype=dtype,
+            quantize=quantize,
+        )
+
+
+@app.command()
 def inspect(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="A directory, a packed file or a Hugging Face repository.")],
@@ -230,7 +287,7 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Rounds in which all cases take turns.")] = 5,
     chunk: Annotated[
         int, typer.Option(min=1, help="Tokens of a prompt that are read in one step.", metavar="N")
-    ] = 512,
+    ] = 2048,
     threads: Threads = None,
     dtype: Dtype = "auto",
     quantize: Quantize = None,

@@ -1,7 +1,7 @@
 """The native CPU kernels for packed weights, behind the surface of :mod:`godwit.kernels.ops`.
 
-Importing this module registers them for the formats of :mod:`godwit.qtensor`. They take float32 activations and
-run on their own threads; a row's result depends on nothing but that row (see ``csrc/kernels.h``).
+Importing this module registers them for the formats of :mod:`godwit.qtensor`. They take float32 activations
+and run on their own threads; a row's result depends on nothing but that row (see ``csrc/kernels.h``).
 """
 
 from __future__ import annotations

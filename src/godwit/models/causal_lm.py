@@ -54,7 +54,7 @@ class Stack(Protocol):
         pending: Sequence[int],
         router_logits: list[Tensor] | None,
     ) -> Tensor:
-        """``x [T, H]`` through all layers, normed; ``pending`` counts journaled tokens of each sequence's row."""
+        """``x [T, H]`` through all layers, normed; ``pending`` counts the journaled tokens of each row."""
         ...
 
 
@@ -119,17 +119,17 @@ class CausalLM(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the activations; packed weights are multiplied with float32."""
-        weight = self.embedding.weight
+        weight = _held(self.embedding)
         return torch.float32 if isinstance(weight, QuantTensor) else weight.dtype
 
     @property
     def device(self) -> torch.device:
-        weight = self.embedding.weight
+        weight = _held(self.embedding)
         return weight.data.device if isinstance(weight, QuantTensor) else weight.device
 
     @property
-    def head_weight(self) -> Tensor | QuantTensor:
-        """``[V, H]``, the embedding's where they are tied."""
+    def head_weight(self) -> Tensor:
+        """``[V, H]``, the embedding's where they are tied, of a model whose weights are not packed."""
         return self.embedding.weight if self.head is None else self.head.weight
 
     def forward(
@@ -175,7 +175,10 @@ class CausalLM(nn.Module):
 
     def compute_logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
         """Logits ``[T or len(rows), V]`` in the activation dtype."""
-        return ops.linear(hidden if rows is None else hidden[rows], self.head_weight)
+        return ops.linear(
+            hidden if rows is None else hidden[rows],
+            _held(self.embedding if self.head is None else self.head),
+        )
 
     def cache_specs(self) -> list[CacheSpec]:
         """One spec a layer, the MTP layers' last."""
@@ -218,6 +221,12 @@ class CausalLM(nn.Module):
                 bound = 1.0 / math.sqrt(module.spec.conv_kernel)
                 module.conv_weight.uniform_(-bound, bound, generator=generator)
                 module.A_log.uniform_(0.01, 16.0, generator=generator).log_()
+
+
+def _held(module: Embedding | Linear) -> Tensor | QuantTensor:
+    """A module's weight, which in a packed model is no parameter."""
+    held: Tensor | QuantTensor = module.weight
+    return held
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from godwit.errors import CheckpointError, UsageError
 from godwit.kernels import native
 from godwit.models.batch import BLOCK_SIZE, ForwardBatch
 from godwit.models.caches import Caches, PagedKV, RecurrentState
-from godwit.models.causal_lm import CausalLM, DecoderLayer
+from godwit.models.causal_lm import CausalLM, DecoderLayer, MTPHead
 from godwit.models.layers import DenseMlp, Experts, Linear, RMSNorm, SparseMoeBlock, SwiGLU
 from godwit.models.mixers import Attention, GatedDeltaNet
 from godwit.qtensor import QuantExperts, QuantTensor, expert_layout, quantize
@@ -43,30 +43,33 @@ def load_packed(source: str | Path | PackedFile) -> CausalLM:
     return _finish(model)
 
 
-def pack_model(model: CausalLM, format: str, *, release: bool = False) -> CausalLM:
-    """Pack every matrix of ``model`` in memory; routers and gate projections stay bf16.
+def pack_model(model: CausalLM, format: str | Callable[[str], str], *, release: bool = False) -> CausalLM:
+    """Pack every matrix of ``model`` in memory.
 
     Args:
         model: with ordinary parameters on the CPU.
-        format: one of :data:`godwit.qtensor.FORMATS`.
+        format: one of :data:`godwit.qtensor.FORMATS`, with routers and gate projections in bf16; or a
+            function that gives the format of each matrix by its name.
         release: free each parameter of ``model`` once it is packed, which spares a second copy of it.
     """
     with torch.device("meta"):
         packed = CausalLM(model.config, int(model.mtp is not None))
 
+    def format_of(name: str) -> str:
+        if callable(format):
+            return format(name)
+        return "bf16" if name.endswith(EXACT) else format
+
     def values() -> Iterable[tuple[str, Value]]:
         for module_name, module in list(model.named_modules()):
             if isinstance(module, Experts):
-                yield module_name, _pack_experts(module, format)
+                formats = format_of(f"{module_name}.w13"), format_of(f"{module_name}.w2")
+                yield module_name, _pack_experts(module, *formats)
             else:
                 for leaf, param in module.named_parameters(recurse=False):
                     name = f"{module_name}.{leaf}"
                     matrix = leaf == "weight" and param.dim() == 2 and not name.endswith("shared_gate.weight")
-                    exact = name.endswith(EXACT)
-                    yield (
-                        name,
-                        (quantize(param, "bf16" if exact else format) if matrix else param.detach().float()),
-                    )
+                    yield name, quantize(param, format_of(name)) if matrix else param.detach().float()
             if release:
                 for param in module.parameters(recurse=False):
                     param.data = param.data.new_empty(0)
@@ -99,14 +102,14 @@ def formats(model: CausalLM) -> list[str]:
     return sorted(sizes, key=lambda name: -sizes[name])
 
 
-def _pack_experts(experts: Experts, format: str) -> QuantExperts:
+def _pack_experts(experts: Experts, format13: str, format2: str) -> QuantExperts:
     count, double, hidden = experts.w13.shape
-    offset2, stride = expert_layout(format, format, hidden, double // 2)
+    offset2, stride = expert_layout(format13, format2, hidden, double // 2)
     data = torch.zeros(count * stride, dtype=torch.uint8)
-    stack = QuantExperts(format, format, count, hidden, double // 2, stride, offset2, data)
+    stack = QuantExperts(format13, format2, count, hidden, double // 2, stride, offset2, data)
     for index in range(count):
         for target, source in zip(stack.expert(index), (experts.w13[index], experts.w2[index]), strict=True):
-            target.data.copy_(quantize(source, format).data)
+            target.data.copy_(quantize(source, target.format).data)
     return stack
 
 
@@ -141,8 +144,9 @@ def _assign_all(model: CausalLM, values: Iterable[tuple[str, Value]], source: st
 def _assign(model: CausalLM, name: str, value: Value) -> None:
     if isinstance(value, QuantExperts):
         experts = model.get_submodule(name)
-        del experts.w13, experts.w2
-        experts.packed = value
+        if isinstance(experts, Experts):
+            del experts.w13, experts.w2
+            experts.packed = value
         return
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
@@ -159,7 +163,7 @@ def _finish(model: CausalLM) -> CausalLM:
             module.cache_dtype = torch.bfloat16
         elif isinstance(module, GatedDeltaNet):
             module.cache_dtype = torch.float32
-        elif isinstance(module, CausalLM) or hasattr(module, "fc"):
+        elif isinstance(module, CausalLM | MTPHead):
             layers = [layer for layer in module.layers if isinstance(layer, DecoderLayer)]
             module.stack = NativeStack(layers, module.norm)
     return model.requires_grad_(False)
@@ -249,11 +253,12 @@ def _delta_call(native_layer: _native.GatedDeltaNet) -> MixerCall:
     def call(step: _native.Batch, cache: PagedKV | RecurrentState, x: Tensor) -> None:
         if not isinstance(cache, RecurrentState):
             raise UsageError("a delta layer needs a recurrent cache")
-        if cache.native is None:
-            cache.native = _native.RecurrentCache(
+        view = cache.native
+        if not isinstance(view, _native.RecurrentCache):
+            view = cache.native = _native.RecurrentCache(
                 cache.conv, cache.state, cache.journal_g, cache.journal_k, cache.journal_delta, cache.history
             )
-        _native.gated_delta_net(native_layer, step, cache.native, x)
+        _native.gated_delta_net(native_layer, step, view, x)
 
     return call
 
@@ -262,9 +267,10 @@ def _attention_call(native_layer: _native.Attention) -> MixerCall:
     def call(step: _native.Batch, cache: PagedKV | RecurrentState, x: Tensor) -> None:
         if not isinstance(cache, PagedKV):
             raise UsageError("an attention layer needs a paged cache")
-        if cache.native is None:
-            cache.native = _native.PagedCache(cache.k, cache.v)
-        _native.attention(native_layer, step, cache.native, x)
+        view = cache.native
+        if not isinstance(view, _native.PagedCache):
+            view = cache.native = _native.PagedCache(cache.k, cache.v)
+        _native.attention(native_layer, step, view, x)
 
     return call
 
