@@ -72,7 +72,9 @@ struct TilePiece {
   const uint8_t* w_scales;
   const int8_t* q;
   int64_t q_stride, count, rows;
-  bool first, last;                            // of the tile's pieces
+  bool first, last;     // of the tile's pieces
+  const uint8_t* next;  // what is unpacked after this piece, fetched meanwhile; or null
+  int64_t next_bytes;   // of two groups
   alignas(64) float x_scales[kUnpacked * 16];  // [group][row]
 };
 
@@ -99,6 +101,7 @@ inline void tile_rows(const TilePiece& p, float* out, int64_t out_stride, __mmas
   const int8_t *q = p.q, *codes = p.codes;
   const float* x_scales = p.x_scales + skip;
   const uint8_t* w_scales = p.w_scales;
+  const uint8_t* next = p.next;
   int32_t *even = sums[0], *odd = sums[1];
   out += skip * out_stride;
 #pragma GCC unroll 16
@@ -117,6 +120,10 @@ inline void tile_rows(const TilePiece& p, float* out, int64_t out_stride, __mmas
   for (int64_t g = 2; g < p.count; g += 2) {
     q += 2 * kGroup;
     codes += 1024;
+    if (next != nullptr) {
+      prefetch(next, p.next_bytes);
+      next += p.next_bytes;
+    }
     _tile_zero(0);
     _tile_loadd(4, q, q_stride);
     _tile_loadd(6, codes, 64);
@@ -167,6 +174,8 @@ inline void unit_product(const uint8_t* tiles, int64_t num, const Rows& x, float
       unpack_signed<F>(tiles + t * bytes + from * code_bytes(F), p.count, codes[t]);
     }
     __asm__ volatile("" ::: "memory");  // the tile loads do not say that they read memory
+    p.next = num > 1 ? nullptr : tiles + (p.last ? bytes : (from + kUnpacked) * code_bytes(F));
+    p.next_bytes = 2 * code_bytes(F);
     for (int64_t done = 0; done < x.m; done += 16) {
       // What is left is computed as the last of 16 rows, so that one shape of registers serves all.
       const int64_t left = x.m - done < 16 ? x.m - done : 16, top = done + left - p.rows;
@@ -180,6 +189,7 @@ inline void unit_product(const uint8_t* tiles, int64_t num, const Rows& x, float
         float* place = out + top * out_stride + t * kTileRows;
         kSome[left - 1](p, place, out_stride, columns(width - t * kTileRows));
       }
+      p.next = nullptr;
     }
   }
   _tile_release();

@@ -51,7 +51,10 @@ def test_help_and_version_stay_light() -> None:
     assert out.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("verb", ["chat", "generate", "inspect", "doctor", "train", "quantize", "verify", "synth", "bench"])
+@pytest.mark.parametrize(
+    "verb",
+    ["chat", "generate", "inspect", "doctor", "train", "quantize", "verify", "synth", "bench", "serve"],
+)
 def test_every_verb_has_help(verb: str) -> None:
     assert verb in invoke("--help").stdout
     shown = invoke(verb, "--help")
