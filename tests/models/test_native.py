@@ -44,18 +44,18 @@ def model(request: pytest.FixtureRequest) -> CausalLM:
 def unpacked(packed: CausalLM) -> CausalLM:
     """The same weights as plain parameters."""
     plain = CausalLM(packed.config, int(packed.mtp is not None)).requires_grad_(False)
+    into = dict(plain.named_parameters())
+    for name, param in packed.named_parameters():
+        into[name].copy_(param)
     for name, module in packed.named_modules():
-        target = plain.get_submodule(name)
-        for leaf, param in module.named_parameters(recurse=False):
-            getattr(target, leaf).copy_(param)
         weight, stack = vars(module).get("weight"), getattr(module, "packed", None)
         if isinstance(weight, QuantTensor):
-            target.weight.copy_(weight.dequantize())
+            into[f"{name}.weight"].copy_(weight.dequantize())
         if isinstance(stack, QuantExperts):
             for index in range(stack.num_experts):
                 w13, w2 = stack.expert(index)
-                target.w13[index].copy_(w13.dequantize())
-                target.w2[index].copy_(w2.dequantize())
+                into[f"{name}.w13"][index].copy_(w13.dequantize())
+                into[f"{name}.w2"][index].copy_(w2.dequantize())
     return plain
 
 
@@ -121,7 +121,7 @@ def test_router_logits_and_mtp(model: CausalLM) -> None:
 def test_naive_generation_is_cached_generation(model: CausalLM) -> None:
     packed = pack_model(model, "q8")
     made = generate(packed, tokens(12), max_tokens=6)
-    run, token, cached = CachedRun(packed), None, []
+    run, cached = CachedRun(packed), list[int]()
     step = run.logits(tokens(12))
     while len(cached) < 6:
         token = int(step[-1].argmax())

@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from godwit.errors import MemoryBudgetError, UsageError
 from godwit.models.batch import BLOCK_SIZE, ForwardBatch
-from godwit.models.caches import PagedKVSpec, RecurrentSpec
+from godwit.models.caches import PagedKV, PagedKVSpec, RecurrentSpec
 from godwit.models.causal_lm import CausalLM
 
 
@@ -42,6 +44,9 @@ class BlockPool:
         for block in taken:
             self._users[block] = 1
         return taken
+
+    def num_users(self, block: int) -> int:
+        return self._users[block]
 
     def share(self, blocks: Iterable[int]) -> None:
         """Give each of these used blocks one more user."""
@@ -152,6 +157,23 @@ def num_blocks(num_tokens: int) -> int:
     return -(-num_tokens // BLOCK_SIZE)
 
 
+@dataclass(frozen=True)
+class StateSnapshot:
+    """A copy of the row of one sequence in all delta layers, on the host; an attention layer has none.
+
+    Attributes:
+        tensors: for each delta layer the newest inputs of its convolution, its state, and its journal.
+        pending: tokens in the journal.
+    """
+
+    tensors: tuple[Tensor, ...]
+    pending: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
 @dataclass
 class CachedSequence:
     """What one sequence owns: a row, and blocks for ``num_tokens`` tokens."""
@@ -225,6 +247,80 @@ class HybridCache:
         """Tokens of ``seq`` that have a place in the caches."""
         return self._sequences[seq].num_tokens
 
+    def blocks_of(self, seq: int) -> list[int]:
+        """The blocks of ``seq`` in order."""
+        return self._sequences[seq].blocks
+
+    def sequences(self) -> list[int]:
+        """The numbers of all sequences, ascending."""
+        return sorted(self._sequences)
+
+    def num_owned(self, besides: Iterable[int] = ()) -> int:
+        """Blocks that at least one sequence uses, or that are among ``besides``."""
+        owned = {block for owner in self._sequences.values() for block in owner.blocks}
+        return len(owned.union(besides))
+
+    def adopt(self, seq: int, blocks: Sequence[int], num_tokens: int) -> None:
+        """Begin the empty ``seq`` with ``num_tokens`` tokens in ``blocks``, as one more user of them."""
+        owner = self._sequences[seq]
+        if owner.blocks or len(blocks) != num_blocks(num_tokens):
+            raise UsageError(f"{len(blocks)} blocks of {num_tokens} tokens cannot begin a sequence")
+        self.blocks.share(blocks)
+        owner.blocks, owner.num_tokens = list(blocks), num_tokens
+
+    def replace_block(self, seq: int, index: int, block: int) -> None:
+        """Let ``seq`` use ``block`` instead of its own at ``index``, which holds the same."""
+        owner = self._sequences[seq]
+        self.blocks.share([block])
+        self.blocks.free([owner.blocks[index]])
+        owner.blocks[index] = block
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Give ``target`` the keys and values of ``source``."""
+        for layer in (*self.caches.layers, *self.caches.mtp):
+            if isinstance(layer, PagedKV):
+                layer.k[target].copy_(layer.k[source])
+                layer.v[target].copy_(layer.v[source])
+
+    def snapshot(self, seq: int) -> StateSnapshot:
+        """The recurrent state of ``seq`` as it is now."""
+        row = self._sequences[seq].row
+        pending = self.caches.pending[row]
+        tensors = []
+        for layer in self.caches.recurrent():
+            window = layer.conv[row, layer.conv.shape[1] - layer.history :]
+            tensors += [window, layer.state[row]]
+            if pending:
+                journal = (layer.journal_g, layer.journal_k, layer.journal_delta)
+                tensors += [part[row, :pending] for part in journal]
+        return StateSnapshot(tuple(tensor.to("cpu", copy=True) for tensor in tensors), pending)
+
+    def accepts(self, snapshot: StateSnapshot) -> bool:
+        """Whether a snapshot that came from elsewhere has the form of this model's."""
+        if not 0 <= snapshot.pending <= self.caches.max_rollback:
+            return False
+        wanted = []
+        for layer in self.caches.recurrent():
+            parts = [layer.conv[0, layer.conv.shape[1] - layer.history :], layer.state[0]]
+            if snapshot.pending:
+                parts += [
+                    p[0, : snapshot.pending] for p in (layer.journal_g, layer.journal_k, layer.journal_delta)
+                ]
+            wanted += [(part.shape, part.dtype) for part in parts]
+        return wanted == [(tensor.shape, tensor.dtype) for tensor in snapshot.tensors]
+
+    def restore(self, seq: int, snapshot: StateSnapshot) -> None:
+        """Set the recurrent state of ``seq`` to that of a sequence of equal tokens."""
+        row = self._sequences[seq].row
+        saved = iter(snapshot.tensors)
+        self.caches.pending[row] = snapshot.pending
+        for layer in self.caches.recurrent():
+            layer.conv[row, layer.conv.shape[1] - layer.history :] = next(saved)
+            layer.state[row] = next(saved)
+            if snapshot.pending:
+                for part in (layer.journal_g, layer.journal_k, layer.journal_delta):
+                    part[row, : snapshot.pending] = next(saved)
+
     def extend(self, seq: int, count: int) -> None:
         """Make room for ``count`` more tokens of ``seq``.
 
@@ -271,14 +367,17 @@ class HybridCache:
         self.blocks.free(owner.blocks[::-1])
         self.rows.free(owner.row)
 
-    def check_integrity(self) -> None:
-        """Every block and row is free or owned exactly once, and sequences own just the blocks they fill.
+    def check_integrity(self, held: Iterable[int] = ()) -> None:
+        """Every block and row is free or known to its owners, and sequences own just the blocks they fill.
+
+        Args:
+            held: blocks that others hold, each as often as they do.
 
         Raises:
             RuntimeError: it is not so, which is a fault of the program.
         """
         owners = self._sequences.values()
-        self.blocks.check_integrity(block for owner in owners for block in owner.blocks)
+        self.blocks.check_integrity([*held, *(block for owner in owners for block in owner.blocks)])
         self.rows.check_integrity(owner.row for owner in owners)
         for seq, owner in self._sequences.items():
             if len(owner.blocks) != num_blocks(owner.num_tokens):

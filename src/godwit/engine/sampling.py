@@ -23,6 +23,7 @@ MAX_BIAS = 1e6
 MAX_TOKENS = 1 << 24
 MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
+MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,8 @@ class SamplingParams:
         seed: the same seed, prompt and machine give the same answer; None draws one.
         stop: texts before which an answer ends.
         max_tokens: length of an answer; None is what the context has room for.
+        logprobs: report the logarithm of each token's probability, and those of the so many likeliest, 0 to
+            20; None reports nothing.
     """
 
     temperature: float = 1.0
@@ -56,6 +59,7 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     max_tokens: int | None = None
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         """Raises: UsageError for a value that makes no sense."""
@@ -72,6 +76,8 @@ class SamplingParams:
             _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS)
         if self.seed is not None:
             _integer("seed", self.seed, -(2**63), 2**64 - 1)
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
         object.__setattr__(self, "stop", _checked_stops(self.stop))
 
@@ -136,16 +142,20 @@ class Sampler:
         self._seen[[token for token in set(prompt_ids) if token < vocab_size]] = True
         self._counts = torch.zeros(vocab_size)
 
-    def sample(self, logits: Tensor) -> int:
+    def sample(self, logits: Tensor, allowed: Tensor | None = None) -> int:
         """An id chosen by ``logits [V]``, of any dtype and device; V may exceed the vocabulary.
 
+        Args:
+            logits: raw scores of the model.
+            allowed: bool ``[vocab_size]``, the tokens that a constraint leaves; None leaves all.
+
         Raises:
-            UsageError: the bias or the penalties leave no token to choose.
+            UsageError: the bias, the penalties or ``allowed`` leave no token to choose.
             GodwitError: the logits are not numbers.
         """
         if self.params.greedy:
-            return int(self.scores(logits).argmax())
-        ids, probs = self.candidates(logits)
+            return int(self.scores(logits, allowed).argmax())
+        ids, probs = self.candidates(logits, allowed)
         # One number a token, in float64: 150,000 float32 probabilities do not add up to 1 closely enough.
         cumulative = probs.double().cumsum(0)
         point = torch.rand((), generator=self._generator, dtype=torch.float64) * cumulative[-1]
@@ -157,12 +167,12 @@ class Sampler:
         self._seen[token] = True
         self._counts[token] += 1
 
-    def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def candidates(self, logits: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The ids that may be chosen, ``[C]`` ascending, and their probabilities ``[C]``, float32.
 
         Raises: as :meth:`sample`.
         """
-        params, scores = self.params, self.scores(logits)
+        params, scores = self.params, self.scores(logits, allowed)
         if params.greedy:
             return scores.argmax()[None], torch.ones(1)
         scores = scores / params.temperature
@@ -178,8 +188,8 @@ class Sampler:
             scores, ids = scores[kept], ids[kept]
         return ids, scores.softmax(0)
 
-    def scores(self, logits: Tensor) -> Tensor:
-        """``logits`` with bias and penalties, ``[vocab_size]`` float32 on the CPU.
+    def scores(self, logits: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """``logits`` with bias and penalties, ``[vocab_size]`` float32 on the CPU; -inf where not allowed.
 
         Raises: as :meth:`sample`.
         """
@@ -193,9 +203,38 @@ class Sampler:
             scores = penalize_repetition(scores, self._seen, params.repetition_penalty)
         if params.presence_penalty or params.frequency_penalty:
             scores = penalize_counts(scores, self._counts, params.presence_penalty, params.frequency_penalty)
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, -math.inf)
         if not math.isfinite(scores.max().item()):
             raise UsageError("logit_bias and the penalties leave no token to choose; weaken them")
         return scores
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """How likely the model itself found a token: before bias, penalties, temperature and filters.
+
+    Attributes:
+        token_id, logprob: the token chosen, and the logarithm of its probability.
+        top: the likeliest tokens with theirs, falling, of equal ones the lowest id first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+    @staticmethod
+    def of(logits: Tensor, vocab_size: int, token: int, num_top: int) -> TokenLogprobs:
+        """From raw ``logits [V]``; ids from ``vocab_size`` on do not exist."""
+        logprobs = logits[:vocab_size].to("cpu", torch.float32).log_softmax(0)
+        ids: list[int] = []
+        if num_top:
+            least = logprobs.topk(min(num_top, vocab_size)).values[-1]
+            likely = (logprobs >= least).nonzero()[:, 0]
+            order = logprobs[likely].argsort(descending=True, stable=True)
+            ids = likely[order][:num_top].tolist()
+        top = tuple((index, logprobs[index].item()) for index in ids)
+        return TokenLogprobs(token, logprobs[token].item(), top)
 
 
 def penalize_repetition(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -1,0 +1,132 @@
+"""`godwit serve`: a model behind the APIs of OpenAI and Anthropic."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from godwit.cli import common
+from godwit.cli.options import DtypeName, QuantizeName, SamplingOptions
+from godwit.errors import UsageError
+from godwit.measure.machine import memory
+
+if TYPE_CHECKING:
+    from godwit.engine import Engine
+    from godwit.models.causal_lm import CausalLM
+
+_log = logging.getLogger("godwit.server")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How much an engine may take; None: what seems right for the model and the machine."""
+
+    context: int | None
+    memory_gib: float | None
+    max_sequences: int
+    cache_dir: Path | None
+
+
+def run(
+    model: str | None,
+    *,
+    host: str,
+    port: int,
+    names: Sequence[str],
+    api_key_file: Path | None,
+    cors_origins: Sequence[str],
+    engine: EngineOptions,
+    threads: int | None,
+    dtype: DtypeName,
+    quantize: QuantizeName | None,
+) -> None:
+    """Serve until told to end.
+
+    Raises: GodwitError of any kind before the server runs.
+    """
+    try:
+        from godwit.server.app import make_app
+        from godwit.server.auth import read_keys
+        from godwit.server.host import EngineHost
+        from godwit.server.run import is_loopback, listen, make_server
+        from godwit.server.service import Service
+        from godwit.server.settings import Limits, Settings
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"serving needs the package {error.name}; install it with pip install 'godwit-llm[serve]'"
+        ) from None
+
+    keys = read_keys(api_key_file, os.environ)
+    opened = common.open_model(model)
+    sampling = common.recommended(opened.tokenizer.generation_defaults)
+    common.sampling_params(SamplingOptions(), opened.tokenizer.generation_defaults)
+    with listen(host, port) as listener:  # before the weights are read: a port that is taken is known at once
+        num_threads = common.use_threads(threads)
+        with common.loading(opened.name) as progress:
+            weights = common.load_weights(opened.source, dtype, quantize, progress)
+        engines = EngineHost(lambda: make_engine(weights, opened, engine))
+        settings = Settings(
+            names=tuple(names) or (shown_name(opened.name),),
+            sampling=sampling,
+            keys=keys,
+            origins=tuple(cors_origins),
+            loopback=is_loopback(listener),
+            limits=Limits.of(engines.context),
+        )
+        service = Service(engines, settings)
+        log_to_stderr()
+        _log.info("%s: %s, %d threads", opened.name, common.described(weights), num_threads)
+        if not keys and not settings.loopback:
+            _log.warning("everyone who can reach this address may use it; --api-key-file asks for keys")
+        address, bound = listener.getsockname()[:2]
+        shown = f"[{address}]" if ":" in address else address
+        place = f"http://{shown}:{bound}"
+        _log.info(
+            "serving %s at %s with a context of %d (Ctrl-C ends it)", settings.name, place, service.context
+        )
+        make_server(make_app(service), settings).run([listener])
+
+
+def make_engine(model: CausalLM, opened: common.OpenedModel, options: EngineOptions) -> Engine:
+    """An engine within its share of memory: as much as was allowed, else half of what is free.
+
+    Raises:
+        UsageError, MemoryBudgetError: the options make no sense, or leave too little.
+    """
+    from godwit.engine import Engine
+
+    available = memory()["available"]
+    budget = None if available is None else available // 2
+    if options.memory_gib is not None:
+        budget = int(options.memory_gib * 2**30)
+    return Engine(
+        model,
+        opened.tokenizer,
+        max_context=options.context or common.resolve_context(model, budget),
+        max_bytes=budget,
+        max_sequences=options.max_sequences,
+        cache_dir=options.cache_dir,
+    )
+
+
+def shown_name(name: str) -> str:
+    """What clients call the model: the last part of a path or of a repository's name."""
+    if name == common.BUILT_IN:
+        return "godwit"
+    return name.rstrip("/").rpartition("/")[2].removesuffix(".godwit") or "godwit"
+
+
+def log_to_stderr() -> None:
+    """One line for each request and event, on stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    for name, level in (("godwit", logging.INFO), ("uvicorn.error", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
+        logger.addHandler(handler)
+        logger.propagate = False

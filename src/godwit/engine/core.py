@@ -1,0 +1,313 @@
+"""EngineCore: what the engine does between two looks at its inbox. Not for several threads."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Protocol
+
+from torch import Tensor
+
+from godwit.engine.cache import CacheSize, num_blocks
+from godwit.engine.generation import Generation
+from godwit.engine.runner import ModelRunner
+from godwit.engine.scheduler import Scheduler, Sequence, Work
+from godwit.engine.spill import DiskCache
+from godwit.engine.stream import Reason
+from godwit.errors import GodwitError, MemoryBudgetError
+from godwit.models.batch import BLOCK_SIZE, ForwardBatch
+from godwit.models.causal_lm import CausalLM
+
+#: Tokens of prompts that a step may read in any case.
+MIN_PREFILL = 32
+#: Share of the newest step in the measured time of a token.
+_NEWEST = 0.25
+
+_log = logging.getLogger(__name__)
+
+
+class Drafter(Protocol):
+    """Guesses tokens, which the model then verifies several at a time; the answers stay the same."""
+
+    def start(self, runner: ModelRunner) -> None:
+        """New caches: what was known of sequences is void."""
+        ...
+
+    def propose(self, limits: Mapping[Sequence, int]) -> dict[Sequence, list[int]]:
+        """For each answer under way up to so many tokens that may follow its ids."""
+        ...
+
+    def observe(self, works: Seq[Work], kept: Seq[int], batch: ForwardBatch, hidden: Tensor) -> None:
+        """A step is done: of each work's tokens so many were true; ``hidden [T, H]`` is the trunk's output.
+
+        A work whose sequence has no slot any more has ended.
+        """
+        ...
+
+    def forget(self, seq: Sequence) -> None:
+        """The sequence has ended, or lost its place in the caches for now."""
+        ...
+
+
+@dataclass(frozen=True)
+class CoreSettings:
+    """How an engine works; see :class:`~godwit.engine.engine.Engine`."""
+
+    num_blocks: int
+    num_rows: int
+    max_rollback: int
+    snapshot_bytes: int
+    chunk_size: int
+    step_seconds: float
+
+
+@dataclass
+class Counts:
+    """What was done since the start."""
+
+    steps: int = 0
+    finished: int = 0
+    failures: int = 0
+    prompt: int = 0
+    cached: int = 0
+    completion: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+
+class EngineCore:
+    """Requests, the scheduler and the runner, step by step."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        settings: CoreSettings,
+        drafter: Drafter | None = None,
+        disk: DiskCache | None = None,
+    ) -> None:
+        self.model = model
+        self.settings = settings
+        self.drafter = drafter
+        self.scheduler = Scheduler(settings.num_rows)
+        self.runner = ModelRunner(
+            model,
+            settings.num_blocks,
+            settings.num_rows,
+            settings.max_rollback,
+            settings.snapshot_bytes,
+            disk,
+        )
+        if drafter is not None:
+            drafter.start(self.runner)
+        self.counts = Counts()
+        self.last_error: str | None = None
+        self.ok = True
+        self._generations: dict[Sequence, Generation] = {}
+        self._seconds_per_token = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether there are requests."""
+        return bool(self._generations)
+
+    def add(self, generation: Generation) -> None:
+        """Take a request in."""
+        self._generations[generation.sequence] = generation
+        self.scheduler.add(generation.sequence)
+
+    def turn(self) -> None:
+        """Let go of cancelled requests, then do a step; if it fails, only those that run fail with it."""
+        try:
+            for generation in list(self._generations.values()):
+                if generation.channel.cancelled:
+                    self._finish(generation, "cancelled")
+            if self._generations:
+                self._step()
+                self.ok = True
+        except Exception as error:
+            _log.exception("a step of the engine failed")
+            self._recover(error)
+
+    def cancel_all(self) -> None:
+        """End all requests in good order."""
+        for generation in list(self._generations.values()):
+            self._finish(generation, "cancelled")
+
+    def fail_all(self, error: str) -> None:
+        """End all requests, whatever state the caches are in; nothing can be run any more."""
+        for generation in list(self._generations.values()):
+            self._forget(generation.sequence)
+            generation.finish("error", error)
+
+    def check_integrity(self) -> None:
+        """Every request, block, row and snapshot is accounted for.
+
+        Raises:
+            RuntimeError: it is not so, which is a fault of the program.
+        """
+        if set(self._generations) != {*self.scheduler.running, *self.scheduler.waiting}:
+            raise RuntimeError("a request is neither running nor waiting")
+        self.runner.check_integrity(self.scheduler.running)
+
+    # a step
+
+    def _step(self) -> None:
+        began = perf_counter()
+        drafts = self._drafts()
+        plan = self.scheduler.plan(self.runner, self._budget(), lambda seq: drafts.get(seq, []))
+        for seq in plan.preempted:
+            self._undraft(seq)
+        for seq in plan.admitted:
+            self._begin(seq)
+        if not plan.works:
+            return
+        batch, hidden, scores = self.runner.run(plan.works)
+        kept = [self._settle(work, logits) for work, logits in zip(plan.works, scores, strict=True)]
+        if self.drafter is not None:
+            self.drafter.observe(plan.works, kept, batch, hidden)
+        self.counts.steps += 1
+        self._measure(batch, perf_counter() - began)
+
+    def _drafts(self) -> dict[Sequence, list[int]]:
+        """Guesses for the answers under way: the one place where they come in."""
+        if self.drafter is None:
+            return {}
+        limits = {
+            seq: min(self.settings.max_rollback, seq.limit - len(seq.ids) - 1)
+            for seq in self.scheduler.running
+            if seq.remaining == 1 and len(seq.ids) > seq.num_prompt
+        }
+        drafts = self.drafter.propose({seq: limit for seq, limit in limits.items() if limit > 0})
+        return {seq: tokens[: limits[seq]] for seq, tokens in drafts.items()}
+
+    def _begin(self, seq: Sequence) -> None:
+        """A sequence got its place; it may have its next token without a step."""
+        hit, logits = self.runner.hits.pop(seq, None), self.runner.ready.pop(seq, None)
+        if hit is not None:
+            self._generations[seq].begin(hit)
+        if logits is not None:
+            self._answer(Work(seq, []), logits[None])
+
+    def _settle(self, work: Work, logits: Tensor | None) -> int:
+        """Take in what a step gave for one sequence; how many of the tokens it ran were true."""
+        if logits is not None:
+            return self._answer(work, logits)
+        seq = work.sequence
+        self.runner.settle(work, len(work.tokens))
+        if seq.is_cut(seq.num_computed):
+            self.runner.remember(seq)
+        return len(work.tokens)
+
+    def _answer(self, work: Work, logits: Tensor) -> int:
+        """Choose tokens by ``logits [1 + drafts, V]`` as far as the drafts agree; the others are undone.
+
+        A token is drawn as it would be without drafts, so they change neither an answer nor its distribution.
+        """
+        seq, generation = work.sequence, self._generations[work.sequence]
+        sure = len(work.tokens) - work.num_drafts
+        guesses: list[int | None] = [*work.tokens[sure:], None]
+        made, reason, error = 0, None, None
+        try:
+            for row, guess in zip(logits, guesses, strict=True):
+                token = generation.choose(row)
+                made += 1
+                reason = generation.push(token, row)
+                if reason is not None or token != guess:
+                    break
+        except Exception as fault:
+            reason, error = "error", told(fault)
+        kept = sure + max(0, made - 1)
+        generation.drafted += work.num_drafts
+        generation.accepted += kept - sure
+        self.runner.settle(work, kept)
+        if seq.num_computed == seq.num_prompt and error is None:
+            self.runner.remember(seq, logits[0])
+        if reason is not None:
+            self._finish(generation, reason, error)
+        return kept
+
+    def _finish(self, generation: Generation, reason: Reason, error: str | None = None) -> None:
+        seq = generation.sequence
+        if seq.slot is not None:
+            self.runner.release(seq, keep=reason != "error", last=True)
+        self.scheduler.remove(seq)
+        self._forget(seq)
+        generation.finish(reason, error)
+
+    def _forget(self, seq: Sequence) -> None:
+        """Close the books of a request."""
+        generation, counts = self._generations.pop(seq), self.counts
+        self._undraft(seq)
+        counts.finished += 1
+        counts.prompt += seq.num_prompt
+        counts.cached += generation.num_cached
+        counts.completion += len(seq.ids) - seq.num_prompt
+        counts.drafted += generation.drafted
+        counts.accepted += generation.accepted
+
+    def _undraft(self, seq: Sequence) -> None:
+        if self.drafter is not None:
+            self.drafter.forget(seq)
+
+    def _recover(self, error: Exception) -> None:
+        """End what ran in a step that failed, and go on with caches that nothing of it is in."""
+        self.ok = False
+        self.counts.failures += 1
+        self.last_error = f"{type(error).__name__}: {error}"
+        waiting = set(self.scheduler.waiting)
+        self.scheduler.running.clear()
+        for generation in list(self._generations.values()):
+            if generation.sequence not in waiting:
+                self._forget(generation.sequence)
+                generation.finish("error", told(error))
+        self.runner.reset()
+        if self.drafter is not None:
+            self.drafter.start(self.runner)
+
+    # how much a step may do
+
+    def _budget(self) -> int:
+        """Tokens of the next step: fewer where reading prompts would hold up answers for too long."""
+        chunk, each = self.settings.chunk_size, self._seconds_per_token
+        answers = sum(seq.remaining == 1 for seq in self.scheduler.running)
+        if not answers or not each:
+            return chunk
+        return min(chunk, answers + max(MIN_PREFILL, int(self.settings.step_seconds / each)))
+
+    def _measure(self, batch: ForwardBatch, seconds: float) -> None:
+        num_tokens = len(batch.input_ids)
+        if num_tokens < MIN_PREFILL:  # such a step takes its time for the weights, not for the tokens
+            return
+        newest = seconds / num_tokens
+        each = self._seconds_per_token
+        self._seconds_per_token = newest if not each else each + _NEWEST * (newest - each)
+
+
+def told(error: Exception) -> str:
+    """What a client may know of an error."""
+    return str(error) if isinstance(error, GodwitError) else "an internal error ended this request; try again"
+
+
+def divide(size: CacheSize, max_context: int, max_bytes: int | None, max_sequences: int) -> tuple[int, int]:
+    """Blocks and rows within ``max_bytes``: first one whole context, then rows in half of the rest.
+
+    Raises:
+        MemoryBudgetError: there is no room for one row and two blocks.
+    """
+    context = num_blocks(max_context)
+    most = context * max_sequences
+    if max_bytes is None or size.per_row * max_sequences + size.per_block * most <= max_bytes:
+        return most, max_sequences
+    least = size.per_row + min(2, context) * size.per_block
+    if max_bytes < least:
+        raise MemoryBudgetError(
+            f"one sequence of {2 * BLOCK_SIZE} tokens takes {least / 2**20:.3f} MiB, but the caches may have "
+            f"only {max_bytes / 2**20:.3f} MiB: allow more memory"
+        )
+    rest = max(0, max_bytes - size.total(max_context))
+    num_rows = 1 + (min(max_sequences - 1, rest // 2 // size.per_row) if size.per_row else max_sequences - 1)
+    blocks = (max_bytes - num_rows * size.per_row) // size.per_block if size.per_block else most
+    return min(blocks, most), num_rows

@@ -1,0 +1,135 @@
+"""Generation: one request under way, from its tokens to the events of its stream."""
+
+from __future__ import annotations
+
+from collections import deque
+from time import perf_counter
+
+from torch import Tensor
+
+from godwit.engine.answer import StopMatcher
+from godwit.engine.prefix import Hit
+from godwit.engine.sampling import Sampler, TokenLogprobs
+from godwit.engine.scheduler import Sequence
+from godwit.engine.stream import Channel, Finish, GenerationRequest, Piece, Reason
+from godwit.tokenizer import Tokenizer
+
+
+class Generation:
+    """What one request needs besides its place in the caches: choice of tokens, text, and times.
+
+    No part of a stop text is given out, nor a token of which only a part would be.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        sequence: Sequence,
+        sampler: Sampler,
+        tokenizer: Tokenizer,
+        channel: Channel,
+    ) -> None:
+        self.request = request
+        self.sequence = sequence
+        self.channel = channel
+        self.drafted = self.accepted = 0
+        self._sampler = sampler
+        self._stop_ids = tokenizer.stop_ids
+        self._decoder = tokenizer.stream()
+        self._matcher = StopMatcher(request.params.stop)
+        self._unshown: deque[tuple[int, int, TokenLogprobs | None]] = deque()  # (end in the text, token, ...)
+        self._num_decoded = self._num_shown = 0
+        self._submitted = perf_counter()
+        self._admitted: float | None = None
+        self._first: float | None = None
+        self._last = self._submitted
+        self._hit = Hit(0, None, "")
+
+    @property
+    def made(self) -> list[int]:
+        """The tokens of the answer."""
+        return self.sequence.ids[self.sequence.num_prompt :]
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens of the prompt that were cached."""
+        return self._hit.position
+
+    def begin(self, hit: Hit) -> None:
+        """Note that it runs now, the first time with what was cached of its prompt."""
+        if self._admitted is None:
+            self._admitted = perf_counter()
+            self._hit = hit
+
+    def choose(self, logits: Tensor) -> int:
+        """The next token after ``logits [V]``, which becomes a part of the answer.
+
+        Raises:
+            GodwitError: there is none.
+        """
+        constraint = self.request.constraint
+        token = self._sampler.sample(logits, None if constraint is None else constraint.allowed())
+        self._sampler.record(token)
+        if constraint is not None:
+            constraint.accept(token)
+        self._last = perf_counter()
+        if self._first is None:
+            self._first = self._last
+        self.sequence.ids.append(token)
+        return token
+
+    def push(self, token: int, logits: Tensor) -> Reason | None:
+        """Give out what text is certain with ``token``, which was chosen by ``logits``; the reason to end."""
+        if token in self._stop_ids:
+            return "stop"
+        text = self._decoder.push(token)
+        self._num_decoded += len(text)
+        top = self.request.params.logprobs
+        logprobs = None if top is None else TokenLogprobs.of(logits, self._sampler.vocab_size, token, top)
+        self._unshown.append((self._num_decoded, token, logprobs))
+        if shown := self._matcher.push(text):
+            self._show(shown)
+        if self._matcher.matched is not None:
+            return "stop"
+        return "length" if len(self.sequence.ids) >= self.sequence.limit else None
+
+    def finish(self, reason: Reason, error: str | None = None) -> None:
+        """Give out what is left, and the end."""
+        self._show(self._matcher.push(self._decoder.flush()) + self._matcher.flush())
+        now = perf_counter()
+        admitted = self._admitted or now
+        first = self._first or now
+        cached, num_prompt = self._hit.position, self.sequence.num_prompt
+        self.channel.put(
+            Finish(
+                reason,
+                tuple(self.made),
+                num_prompt,
+                cached,
+                num_prompt - cached if self._first else 0,
+                first - admitted,
+                max(0.0, self._last - first),
+                self._sampler.seed,
+                self._matcher.matched,
+                queue_seconds=admitted - self._submitted,
+                drafted=self.drafted,
+                accepted=self.accepted,
+                preemptions=self.sequence.num_preemptions,
+                reuse_note=self._hit.note,
+                error=error,
+                speedup=self._speedup(max(0.0, self._last - first)),
+            )
+        )
+
+    def _speedup(self, seconds: float) -> float:
+        return max(0.1, (seconds + self.sequence.saved_seconds) / seconds) if seconds else 1.0
+
+    def _show(self, text: str) -> None:
+        self._num_shown += len(text)
+        ready = []
+        while self._unshown and self._unshown[0][0] <= self._num_shown:
+            ready.append(self._unshown.popleft())
+        if text or ready:
+            logprobs = tuple(one for _, _, one in ready if one is not None)
+            asked = self.request.params.logprobs is not None
+            self.channel.put(Piece(text, tuple(token for _, token, _ in ready), logprobs if asked else None))

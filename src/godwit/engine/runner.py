@@ -1,0 +1,211 @@
+"""ModelRunner: the caches of all sequences, what is remembered of earlier ones, and forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from godwit.engine.cache import CacheSize, HybridCache, num_blocks
+from godwit.engine.prefix import Hit, PrefixIndex
+from godwit.engine.scheduler import MIN_SHARED, Sequence, Work
+from godwit.engine.spill import DiskCache
+from godwit.models.batch import BLOCK_SIZE, ForwardBatch
+from godwit.models.causal_lm import CausalLM
+
+
+class ModelRunner:
+    """Runs steps. It is the scheduler's :class:`~godwit.engine.scheduler.Memory`.
+
+    Args:
+        model: whose steps are run.
+        num_blocks, num_rows, max_rollback: of the caches, as for :class:`HybridCache`.
+        snapshot_bytes: for snapshots of recurrent states.
+        disk: keeps what is remembered beyond the life of the process.
+
+    Attributes:
+        hits: what each newly admitted sequence found, until it is taken from here.
+        ready: the scores of the next token for sequences that need no step to give it.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        num_blocks: int,
+        num_rows: int,
+        max_rollback: int,
+        snapshot_bytes: int,
+        disk: DiskCache | None = None,
+    ) -> None:
+        self.model = model
+        self.snapshot_bytes = snapshot_bytes
+        self._sizes = (num_blocks, num_rows, max_rollback)
+        self._allocate()
+        self.recurrent = not self.cache.can_crop
+        self.remembers = not self.recurrent or snapshot_bytes >= CacheSize.of(model).per_row
+        self.disk = disk
+        if disk is not None:
+            disk.load(self.index, self.cache)
+
+    def _allocate(self) -> None:
+        num_blocks, num_rows, max_rollback = self._sizes
+        self.cache = HybridCache(self.model, num_blocks, num_rows, max_rollback=max_rollback)
+        recurrent = not self.cache.can_crop
+        self.index = PrefixIndex(self.cache.blocks, recurrent=recurrent, max_bytes=self.snapshot_bytes)
+        self.hits: dict[Sequence, Hit] = {}
+        self.ready: dict[Sequence, Tensor] = {}
+
+    def reset(self) -> None:
+        """Begin with new caches, and forget all there was."""
+        self.cache.caches.layers.clear()  # before the new ones are allocated
+        self.cache.caches.mtp.clear()
+        self._allocate()
+
+    # what the scheduler asks for
+
+    def admit(self, seq: Sequence, reserve: int, *, alone: bool) -> bool:
+        if not self.cache.rows.num_free:
+            return False
+        hit = self.index.match(seq.ids, seq.salt, seq.chain)
+        if not self._fits(seq, hit, reserve):
+            # A partial block is copied, and for a moment that takes a block more than a sequence needs.
+            hit = Hit(0, None, "the caches are too small to copy what is known of the text")
+            if not alone or not self._fits(seq, hit, 0):
+                return False
+        self.index.use(hit)
+        self._place(seq, hit)
+        if self.recurrent and self.remembers and hit.known - hit.position >= MIN_SHARED:
+            seq.add_cut(hit.known)  # texts part there, so that others may well begin in the same way
+        self.hits[seq] = hit
+        return True
+
+    def known(self, seq: Sequence) -> int:
+        return self.index.match(seq.ids, seq.salt, seq.chain).position
+
+    def extend(self, seq: Sequence, count: int) -> bool:
+        slot = _slot(seq)
+        wanted = num_blocks(self.cache.num_tokens(slot) + count) - len(self.cache.blocks_of(slot))
+        missing = wanted - self.cache.blocks.num_free
+        if missing > 0 and self.index.evict(missing) < missing:
+            return False
+        self.cache.extend(slot, count)
+        return True
+
+    def release(self, seq: Sequence, *, keep: bool = True, last: bool = False) -> None:
+        """End ``seq`` or let it wait.
+
+        Args:
+            seq: what has a place.
+            keep: remember what is computed of it.
+            last: it will not come back.
+        """
+        if keep and seq.num_computed:
+            self.remember(seq)
+            if last and self.disk is not None and self.remembers:
+                end = self.index.end_of(seq.ids[: seq.num_computed], seq.salt, seq.chain)
+                if end is not None:
+                    self.disk.save(end, self.cache)
+        self.cache.free(_slot(seq))
+        self.hits.pop(seq, None)
+        self.ready.pop(seq, None)
+        seq.slot = None
+        seq.num_computed = seq.num_committed = 0
+
+    def _fits(self, seq: Sequence, hit: Hit, reserve: int) -> bool:
+        """Whether ``seq`` can begin with ``hit`` and grow to its next token if all unused is evicted."""
+        shared = [] if hit.node is None else [node.block for node in hit.node.upwards()]
+        needed = num_blocks(len(seq.ids) + 1) - hit.position // BLOCK_SIZE
+        return self.cache.num_owned(shared) + needed + reserve <= self.cache.blocks.num_blocks
+
+    def _place(self, seq: Sequence, hit: Hit) -> None:
+        slot = seq.slot = self.cache.add_sequence()
+        seq.num_computed = hit.position
+        seq.num_committed, rest = divmod(hit.position, BLOCK_SIZE)
+        if hit.node is None:
+            return
+        blocks = [node.block for node in hit.node.upwards()][::-1]
+        self.cache.adopt(slot, blocks[: seq.num_committed], seq.num_committed * BLOCK_SIZE)
+        if rest:
+            self.cache.blocks.share(blocks[-1:])  # so that it is not evicted to make room for its copy
+            if not self.extend(seq, rest):
+                raise RuntimeError("there is no block for a copy that was found to fit")
+            self.cache.copy_block(blocks[-1], self.cache.blocks_of(slot)[-1])
+            self.cache.blocks.free(blocks[-1:])
+        if hit.node.resumable is not None:
+            self.cache.restore(slot, hit.node.resumable.state)
+            if hit.node.resumable.logits is not None and hit.position == len(seq.ids):
+                self.ready[seq] = hit.node.resumable.logits
+
+    # steps
+
+    def run(self, works: Seq[Work]) -> tuple[ForwardBatch, Tensor, list[Tensor | None]]:
+        """One forward pass over sequences that were extended for it.
+
+        Returns:
+            The batch, its hidden states ``[T, H]``, and for each work the scores ``[1 + drafts, V]`` after
+            the last known token and each draft; None where the step does not reach the end of what is known.
+        """
+        pieces = {_slot(work.sequence): work.tokens for work in works}
+        tentative = [work.num_drafts if self.recurrent else 0 for work in works]
+        batch = self.cache.batch(pieces, tentative)
+        wanted = [1 + work.num_drafts if work.reaches_end else 0 for work in works]
+        rows = [
+            row
+            for end, count in zip(batch.cu_seqlens[1:], wanted, strict=True)
+            for row in range(end - count, end)
+        ]
+        with torch.inference_mode():
+            hidden = self.model(batch, self.cache.caches)
+            index = torch.tensor(rows, dtype=torch.long, device=hidden.device)
+            logits = self.model.compute_logits(hidden, index) if rows else hidden[:0]
+            parts = torch.split(logits, wanted)
+        return batch, hidden, [part if count else None for part, count in zip(parts, wanted, strict=True)]
+
+    def settle(self, work: Work, num_kept: int) -> None:
+        """After a step: of the work's tokens the first ``num_kept`` are true, the others are undone."""
+        seq = work.sequence
+        self.cache.rollback(_slot(seq), len(work.tokens) - num_kept)
+        seq.num_computed += num_kept
+        if self.remembers:
+            self._commit(seq)
+
+    def remember(self, seq: Sequence, logits: Tensor | None = None) -> None:
+        """Make what is computed of ``seq`` known, with its state and, after a prompt, the ``logits``."""
+        if not self.remembers:
+            return
+        self._commit(seq)
+        if self.recurrent:
+            slot, done = _slot(seq), seq.ids[: seq.num_computed]
+            blocks = self.cache.blocks_of(slot)
+            self.index.add_snapshot(
+                done, seq.salt, seq.chain, blocks, lambda: self.cache.snapshot(slot), logits
+            )
+
+    def _commit(self, seq: Sequence) -> None:
+        slot, end = _slot(seq), seq.num_computed // BLOCK_SIZE
+        blocks = self.cache.blocks_of(slot)
+        better = self.index.commit(seq.ids, seq.salt, seq.chain, blocks, seq.num_committed, end)
+        for place, block in better:
+            self.cache.replace_block(slot, place, block)
+        seq.num_committed = end
+
+    def check_integrity(self, running: Seq[Sequence]) -> None:
+        """Every block is free, a sequence's, or the index's; every row is free or a running sequence's.
+
+        Raises:
+            RuntimeError: it is not so, which is a fault of the program.
+        """
+        self.cache.check_integrity(self.index.held())
+        self.index.check_integrity()
+        if sorted(_slot(seq) for seq in running) != self.cache.sequences():
+            raise RuntimeError("the caches serve other sequences than those that run")
+        for seq in running:
+            if self.cache.num_tokens(_slot(seq)) != seq.num_computed:
+                raise RuntimeError(f"sequence {seq.number} has other tokens in the caches than it counts")
+
+
+def _slot(seq: Sequence) -> int:
+    if seq.slot is None:
+        raise RuntimeError(f"sequence {seq.number} is not running")
+    return seq.slot

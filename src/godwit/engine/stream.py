@@ -1,0 +1,219 @@
+"""What goes into the engine and what comes out: requests, events, and the stream that carries the events."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from godwit.engine import session
+from godwit.engine.sampling import SamplingParams, TokenLogprobs
+
+Reason = Literal["stop", "length", "cancelled", "error"]
+
+
+class Constraint(Protocol):
+    """What the tokens of one answer have to obey; made for one request, and used up by it."""
+
+    def allowed(self) -> Tensor | None:
+        """Bool ``[vocab_size]``: which tokens may come next, stop tokens included; None: all."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Go on by a token that was chosen."""
+        ...
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A prompt to be continued.
+
+    Attributes:
+        prompt_ids: the whole text from its start.
+        params: how to choose tokens, and when to end.
+        boundaries: positions in the prompt up to which a later one may well be the same, such as the ends of
+            the system prompt and of each message: there a recurrent state is worth keeping.
+        salt: only requests with the same salt share what is cached.
+        constraint: what the answer has to obey.
+        priority: requests of a higher one come first.
+    """
+
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    boundaries: tuple[int, ...] = ()
+    salt: str = ""
+    constraint: Constraint | None = None
+    priority: int = 0
+
+
+@dataclass(frozen=True)
+class Piece(session.Piece):
+    """A part of the answer's text, with the tokens that are complete with it.
+
+    The text is empty only where the last tokens of an answer have none.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Finish(session.Finish):
+    """The end of an answer.
+
+    Attributes:
+        cached_tokens: ids of the prompt that needed no work thanks to earlier requests.
+        prefill_tokens, prefill_seconds: tokens read before the first token of the answer came, and the time.
+        queue_seconds: from the submission to the start of reading.
+        drafted, accepted: tokens that were guessed ahead, and how many of them the model agreed with.
+        speedup: how many times as fast as without drafts the answer came, as it is estimated.
+        preemptions: how often the request had to make room for others.
+        reuse_note: why not more of the prompt was reused; empty where nothing was left to reuse.
+        error: what went wrong, where the reason is "error".
+    """
+
+    reason: Reason  # type: ignore[assignment]
+    queue_seconds: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
+    preemptions: int = 0
+    reuse_note: str = ""
+    error: str | None = None
+    speedup: float = 1.0
+
+    @property
+    def first_token_seconds(self) -> float:
+        """From the submission to the first token."""
+        return self.queue_seconds + self.prefill_seconds
+
+
+Event = Piece | Finish
+Callback = Callable[[Event], None]
+
+
+class Channel:
+    """The engine's end of a stream; it outlives the stream, and so notices that nobody listens any more."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self.cancelled = False
+        self._wake = wake
+        self._events: deque[Event] = deque()
+        self._changed = threading.Condition()
+        self._callback: Callback | None = None
+
+    def cancel(self) -> None:
+        if not self.cancelled:
+            self.cancelled = True
+            self._wake()
+
+    def put(self, event: Event) -> None:
+        """Hand out an event; a callback that fails counts as a client that is gone."""
+        with self._changed:
+            if self._callback is None:
+                self._events.append(event)
+                self._changed.notify_all()
+                return
+            self._call(event)
+
+    def get(self, timeout: float | None) -> Event:
+        """The next event.
+
+        Raises:
+            TimeoutError: none came in time.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._events, timeout):
+                raise TimeoutError("no event came in time")
+            return self._events.popleft()
+
+    def listen(self, callback: Callback) -> None:
+        with self._changed:
+            self._callback = callback
+            while self._events:
+                self._call(self._events.popleft())
+
+    def _call(self, event: Event) -> None:
+        try:
+            if self._callback is not None:
+                self._callback(event)
+        except Exception:
+            self._callback = _ignore
+            self.cancel()
+
+
+def _ignore(result: object) -> None:
+    pass
+
+
+class Stream:
+    """The answer to one request: an iterator of pieces and, at last, one :class:`Finish`.
+
+    It can be read by a loop, by an ``async for``, or with :meth:`on_event`: in one of these ways. Whoever
+    drops it, cancels the request.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._done = False
+        self._queue: asyncio.Queue[Event] | None = None
+        # not at the interpreter's exit: the engine's thread is gone by then
+        weakref.finalize(self, channel.cancel).atexit = False
+
+    def cancel(self) -> None:
+        """End the request before the next step; what it holds is free then. For any thread."""
+        self._channel.cancel()
+
+    def on_event(self, callback: Callback) -> None:
+        """Call ``callback`` with each event, those that have come already first.
+
+        It is called in the engine's thread, and so has to be quick; one that raises cancels the request.
+        """
+        self._channel.listen(callback)
+
+    def next_event(self, timeout: float | None = None) -> Event:
+        """The next event.
+
+        Raises:
+            StopIteration: the answer has ended.
+            TimeoutError: none came within ``timeout`` seconds.
+        """
+        if self._done:
+            raise StopIteration
+        event = self._channel.get(timeout)
+        self._done = isinstance(event, Finish)
+        return event
+
+    def result(self) -> tuple[str, Finish]:
+        """Wait for the whole answer."""
+        text = ""
+        for event in self:
+            if isinstance(event, Finish):
+                return text, event
+            text += event.text
+        raise RuntimeError("this stream was read already")
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Event:
+        return self.next_event()
+
+    def __aiter__(self) -> Stream:
+        if self._queue is None:
+            queue = self._queue = asyncio.Queue()
+            loop = asyncio.get_running_loop()
+            self.on_event(lambda event: _ignore(loop.call_soon_threadsafe(queue.put_nowait, event)))
+        return self
+
+    async def __anext__(self) -> Event:
+        if self._done or self._queue is None:
+            raise StopAsyncIteration
+        event = await self._queue.get()
+        self._done = isinstance(event, Finish)
+        return event

@@ -1,0 +1,202 @@
+"""The application: routes, who may use them, and what happens when it starts and ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from godwit.server import anthropic, openai, responses
+from godwit.server.auth import Guard
+from godwit.server.errors import INTERNAL, ApiError, bad_request, respond
+from godwit.server.host import EngineHost
+from godwit.server.journal import Journal, Record
+from godwit.server.openapi import describe
+from godwit.server.prompts import Conversation
+from godwit.server.protocol import DetokenizeRequest, TokenizeRequest
+from godwit.server.service import Service
+from godwit.server.settings import Settings
+
+PAGE = Path(__file__).with_name("page.html")
+NONCE = "__NONCE__"
+_METHODS = re.compile(r"[A-Z, ]+")
+
+
+def make_app(service: Service) -> Starlette:
+    """The application; it closes the engine when it ends."""
+    settings = service.settings
+    page = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else None
+
+    async def root(request: Request) -> Response:
+        if page is None:
+            raise ApiError(404, "this installation has no chat page")
+        return chat_page(page)
+
+    routes = [
+        Route("/", root, methods=["GET"]),
+        *(Route(path, method_end, methods=[method]) for method, path, method_end in ROUTES),
+    ]
+    app = Starlette(
+        routes=routes,
+        middleware=_middleware(service, settings),
+        exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _internal_error},
+        lifespan=lambda app: _lifespan(service.host, service),
+    )
+    app.router.redirect_slashes = False
+    app.state.service = service
+    return app
+
+
+def _middleware(service: Service, settings: Settings) -> list[Middleware]:
+    layers = [Middleware(Journal, metrics=service.metrics)]
+    if settings.origins:  # before the guard: a browser asks without a key whether it may send one
+        layers.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(settings.origins),
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=["x-request-id"],
+                max_age=600,
+            )
+        )
+    return [*layers, Middleware(Guard, settings=settings)]
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(host: EngineHost, service: Service) -> AsyncIterator[None]:
+    await service.warm()
+    watcher = asyncio.create_task(host.watch(service.metrics.restarts.inc))
+    try:
+        yield
+    finally:
+        watcher.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watcher
+        await asyncio.to_thread(host.close)
+
+
+def chat_page(page: str) -> Response:
+    """The chat page, which may run its own script and talk to this server, and nothing else."""
+    nonce = secrets.token_urlsafe(16)
+    policy = (
+        f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+    headers = {
+        "Content-Security-Policy": policy,
+        "Referrer-Policy": "no-referrer",
+        "Cross-Origin-Opener-Policy": "same-origin",
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "X-Frame-Options": "DENY",
+        "Cache-Control": "no-store",
+    }
+    return HTMLResponse(page.replace(NONCE, nonce), headers=headers)
+
+
+async def tokenize(request: Request) -> Response:
+    """The tokens of a text, or of a conversation as the model would read it."""
+    service: Service = request.app.state.service
+    asked = await service.read(request, TokenizeRequest)
+    service.check_model(asked.model)
+    if asked.messages is None:
+        text = asked.prompt or ""
+        service.prompts.check_size(text)
+        add = asked.add_special_tokens
+        prompt = await service.prompt_threads.run(lambda: service.prompts.text(text, add_special_tokens=add))
+    else:
+        messages = [message.message() for message in asked.messages]
+        tools = [tool.function.tool() for tool in asked.tools]
+        prompt = await service.make_prompt(Conversation(messages, tools, asked.chat_template_kwargs))
+    ids = list(prompt.ids)
+    return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.context})
+
+
+async def detokenize(request: Request) -> Response:
+    """The text of tokens, control tokens written out."""
+    service: Service = request.app.state.service
+    asked = await service.read(request, DetokenizeRequest)
+    service.check_model(asked.model)
+    unknown = [id for id in asked.tokens if id >= service.tokenizer.vocab_size]
+    if unknown:
+        raise bad_request(
+            f"there is no token {unknown[0]}: the ids end at {service.tokenizer.vocab_size - 1}"
+        )
+    text = await service.prompt_threads.run(
+        lambda: service.tokenizer.decode(asked.tokens, skip_special=False)
+    )
+    return JSONResponse({"prompt": text})
+
+
+async def health(request: Request) -> Response:
+    """Whether the process lives."""
+    return JSONResponse({"status": "ok"})
+
+
+async def ready(request: Request) -> Response:
+    """Whether requests are taken: the engine runs and the server is not about to end."""
+    service: Service = request.app.state.service
+    up = service.host.ready and not service.draining
+    return JSONResponse({"status": "ready" if up else "not ready"}, 200 if up else 503)
+
+
+async def metrics(request: Request) -> Response:
+    """Counts for Prometheus."""
+    service: Service = request.app.state.service
+    return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+async def openapi(request: Request) -> Response:
+    """What this server understands."""
+    return JSONResponse(describe())
+
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+ROUTES: tuple[tuple[str, str, Endpoint], ...] = (
+    ("POST", "/v1/chat/completions", openai.chat_completions),
+    ("POST", "/v1/completions", openai.completions),
+    ("POST", "/v1/responses", responses.responses),
+    ("GET", "/v1/models", openai.models),
+    ("GET", "/v1/models/{model:path}", openai.model),
+    ("POST", "/v1/messages", anthropic.messages),
+    ("POST", "/v1/messages/count_tokens", anthropic.count_tokens),
+    ("POST", "/tokenize", tokenize),
+    ("POST", "/detokenize", detokenize),
+    ("GET", "/health", health),
+    ("GET", "/ready", ready),
+    ("GET", "/metrics", metrics),
+    ("GET", "/openapi.json", openapi),
+)
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    if not isinstance(error, ApiError):
+        raise error
+    record: Record = request.state.record
+    record.error = record.error or error.message
+    return respond(error, request.url.path)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):
+        raise error
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        return respond(ApiError(405, "this address takes another method", headers=headers), request.url.path)
+    return respond(ApiError(error.status_code, "there is nothing at this address"), request.url.path)
+
+
+async def _internal_error(request: Request, error: Exception) -> Response:
+    return respond(ApiError(500, INTERNAL), request.url.path)

@@ -1,0 +1,111 @@
+"""The body of a request: read and checked within limits before anything is done with it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+
+from godwit.server.errors import ApiError, bad_request
+from godwit.server.settings import Limits
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+#: Parsing a longer body would keep the event loop from others for too long.
+_LONG = 1 << 16
+
+
+async def read_json(request: Request, limits: Limits) -> dict[str, Any]:
+    """The object in the body.
+
+    Raises:
+        ApiError: it is too large or too slow, no JSON, or nested too deeply.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # what a web page may send without asking is none of the types allowed
+        raise ApiError(415, "send the request as JSON, with `Content-Type: application/json`")
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            data = await _read(request, limits.body_bytes)
+    except TimeoutError:
+        raise ApiError(408, "the body of the request took too long to arrive") from None
+    except ClientDisconnect:
+        raise ApiError(400, "the client is gone") from None
+    if len(data) < _LONG:
+        return parse_object(data, limits.depth)
+    return await asyncio.to_thread(parse_object, data, limits.depth)
+
+
+async def _read(request: Request, limit: int) -> bytes:
+    announced = request.headers.get("content-length", "")
+    size = int(announced) if announced.isdecimal() and len(announced) < 20 else 0
+    parts: list[bytes] = []
+    if size <= limit:
+        size = 0
+        async for part in request.stream():
+            size += len(part)
+            if size > limit:
+                break
+            parts.append(part)
+    if size > limit:
+        raise ApiError(413, f"the body of a request may have {limit} bytes", headers={"Connection": "close"})
+    return b"".join(parts)
+
+
+def parse_object(data: bytes, depth: int) -> dict[str, Any]:
+    """The JSON object in ``data``, with U+FFFD for halves of characters.
+
+    Raises:
+        ApiError: it is none, has numbers that are not finite, or is nested too deeply.
+    """
+    try:
+        value = json.loads(data.decode(), parse_constant=_refuse, parse_float=_finite)
+    except UnicodeDecodeError:
+        raise bad_request("the body is not UTF-8") from None
+    except RecursionError:
+        raise bad_request(f"the body is nested more than {depth} levels deep") from None
+    except ValueError as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        place = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
+        raise bad_request(f"the body is not valid JSON: {reason[:100]}{place}") from None
+    if not isinstance(value, dict):
+        raise bad_request("the body has to be a JSON object")
+    _check_depth(value, depth)
+    return whole_characters(value) if _SURROGATE.search(data) else value
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is not a number that JSON has")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError("a number is too large")
+    return value
+
+
+def _check_depth(value: Any, depth: int) -> None:
+    level = [value]
+    for _ in range(depth):
+        inner: list[Any] = []
+        for item in level:
+            children = item.values() if isinstance(item, dict) else item
+            inner += [child for child in children if isinstance(child, dict | list)]
+        if not inner:
+            return
+        level = inner
+    raise bad_request(f"the body is nested more than {depth} levels deep")
+
+
+def whole_characters(value: Any) -> Any:
+    """``value`` with surrogate pairs joined, and lone ones, which are no characters, replaced."""
+    if isinstance(value, str):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if isinstance(value, list):
+        return [whole_characters(item) for item in value]
+    if isinstance(value, dict):
+        return {whole_characters(key): whole_characters(item) for key, item in value.items()}
+    return value

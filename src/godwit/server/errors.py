@@ -1,0 +1,103 @@
+"""Errors as clients see them: one sentence, in the shape of the API that was called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.responses import JSONResponse, Response
+
+from godwit.errors import GodwitError, MemoryBudgetError, TemplateError, UsageError
+
+INTERNAL = "an internal error ended this request; the server's log says more"
+_OPENAI_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+_ANTHROPIC_TYPES = _OPENAI_TYPES | {413: "request_too_large", 529: "overloaded_error"}
+#: Two separators with a name between them: what a message for someone else must not hold.
+_PATH = re.compile(r"[/\\][\w.@+-]+[/\\]|0x[0-9a-fA-F]{6,}")
+
+
+class ApiError(Exception):
+    """A request that is refused or has failed.
+
+    Attributes:
+        status: of the HTTP response.
+        message: one sentence for the client.
+        param: the field of the request that is to blame.
+        code: a word for programs.
+        headers: to be sent with the response.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """400: the client has to change the request."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def overloaded(message: str) -> ApiError:
+    """503: the same request may do later."""
+    return ApiError(503, message, code="overloaded", headers={"Retry-After": "1"})
+
+
+def from_engine(error: Exception) -> ApiError:
+    """What a client may know of an error from below."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, UsageError | MemoryBudgetError | TemplateError):
+        text = str(error)
+        known = len(text) <= 600 and not _PATH.search(text)
+        return bad_request(text if known else "the request cannot be served as it is")
+    if isinstance(error, GodwitError):
+        return ApiError(500, INTERNAL)
+    return ApiError(500, INTERNAL)
+
+
+def speaks_anthropic(path: str) -> bool:
+    """Whether the errors of a path have Anthropic's shape."""
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
+
+
+def openai_body(error: ApiError) -> dict[str, Any]:
+    """The error as OpenAI's API has it."""
+    kind = _OPENAI_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+
+
+def anthropic_body(error: ApiError) -> dict[str, Any]:
+    """The error as Anthropic's API has it."""
+    status = anthropic_status(error)
+    kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
+
+
+def anthropic_status(error: ApiError) -> int:
+    """Anthropic's API has a number of its own for an overloaded server."""
+    return 529 if error.status == 503 else error.status
+
+
+def respond(error: ApiError, path: str) -> Response:
+    """The error as the response to a request for ``path``."""
+    if speaks_anthropic(path):
+        return JSONResponse(anthropic_body(error), anthropic_status(error), headers=error.headers)
+    return JSONResponse(openai_body(error), error.status, headers=error.headers)

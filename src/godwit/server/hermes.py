@@ -1,0 +1,171 @@
+"""Tool calls as JSON, ``{"name": ..., "arguments": {...}}``, read character by character."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from godwit.server.calls import is_object, parse_json
+
+_SPACE = " \t\r\n"
+_CLOSERS = {"{": "}", "[": "]"}
+#: All that JSON has outside of strings.
+_PLAIN = frozenset(_SPACE + "{}[],:+-.0123456789eEtrufalsn")
+#: How a value begins.
+_STARTS = frozenset('{["-0123456789tfn')
+
+Place = Literal["start", "key or end", "key", "colon", "value", "comma or end"]
+
+
+class HermesCall:
+    """Reads one call; see :class:`~godwit.server.calls.CallReader`.
+
+    The arguments are given out as they come once the name is known. Arguments before the name are kept until
+    then, and so are arguments as a JSON text within a JSON string, which some models write.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.failed = self.ended = self.complete = False
+        self._place: Place = "start"
+        self._key = ""
+        self._name: str | None = None
+        self._part = ""  # the key or value that is being read
+        self._stack: list[str] = []  # closing brackets it still needs
+        self._quoted = self._escaped = False
+        self._arguments: str | None = None  # a whole object, waiting for the name
+        self._streams = False
+
+    def push(self, text: str) -> tuple[int, str]:
+        out = ""
+        for used, character in enumerate(text):
+            out += self._read(character)
+            if self.failed:  # this character belongs to something else
+                return used, out
+            if self.ended:
+                return used + 1, out
+        return len(text), out
+
+    def flush(self, rest: str, cut: bool) -> str:
+        """Behind the arguments nothing more is needed."""
+        self.ended = self.complete
+        self.failed = not self.complete
+        return ""
+
+    def _read(self, character: str) -> str:
+        if self._part:
+            return self._read_part(character)
+        if character in _SPACE:
+            return ""
+        place = self._place
+        if place == "start" and character == "{":
+            self._place = "key or end"
+        elif place == "colon" and character == ":":
+            self._place = "value"
+        elif place == "comma or end" and character == ",":
+            self._place = "key"
+        elif place in ("key or end", "comma or end") and character == "}":
+            return self._close()
+        elif place == "value" or (place in ("key", "key or end") and character == '"'):
+            return self._begin_part(character)
+        else:
+            self.failed = True
+        return ""
+
+    def _begin_part(self, character: str) -> str:
+        if character not in _STARTS:
+            self.failed = True
+            return ""
+        self._part = character
+        self._quoted = character == '"'
+        self._stack = [_CLOSERS[character]] if character in _CLOSERS else []
+        expected = self._place == "value" and self._key == "arguments" and self.name is None
+        self._streams = expected and self._name is not None and character == "{"
+        if not self._streams:
+            return ""
+        self.name = self._name
+        return character
+
+    def _read_part(self, character: str) -> str:
+        if not (self._quoted or self._stack) and character in _SPACE + ",}":
+            return self._end_part() + ("" if self.failed else self._read(character))
+        if not self._quoted and character not in _PLAIN and character != '"':
+            self.failed = True  # what was given out stays, and is not an object
+            return ""
+        self._part += character
+        out = character if self._streams else ""
+        if self._quoted:
+            whole = self._ends_string(character) and not self._stack
+        else:
+            self._quoted = character == '"'
+            whole = self._ends_brackets(character)
+        return out + (self._end_part() if whole else "")
+
+    def _ends_string(self, character: str) -> bool:
+        if self._escaped:
+            self._escaped = False
+        elif character == "\\":
+            self._escaped = True
+        elif character == '"':
+            self._quoted = False
+            return True
+        return False
+
+    def _ends_brackets(self, character: str) -> bool:
+        if character in _CLOSERS:
+            self._stack.append(_CLOSERS[character])
+        elif character in "]}":
+            if not self._stack or self._stack.pop() != character:
+                self.failed = True
+                return False
+            return not self._stack
+        return False
+
+    def _end_part(self) -> str:
+        part, self._part = self._part, ""
+        try:
+            value = parse_json(part)
+        except ValueError:
+            self.failed = True
+            return ""
+        if self._place != "value":
+            self._key, self._place = value, "colon"
+            return ""
+        self._place = "comma or end"
+        if self._key == "name":
+            return self._take_name(value)
+        if self._key == "arguments":
+            return self._take_arguments(value, part)
+        return ""
+
+    def _take_name(self, value: object) -> str:
+        if not isinstance(value, str) or not value or self._name is not None:
+            self.failed = True
+            return ""
+        self._name = value
+        return self._give_whole(self._arguments) if self._arguments is not None else ""
+
+    def _take_arguments(self, value: object, part: str) -> str:
+        if self._streams:
+            self._streams = False
+            self.complete = True
+            return ""
+        text = value if isinstance(value, str) else part
+        if self.complete or self._arguments is not None or not is_object(text):
+            self.failed = True
+            return ""
+        if self._name is not None:
+            return self._give_whole(text)
+        self._arguments = text
+        return ""
+
+    def _give_whole(self, arguments: str) -> str:
+        self.name = self._name
+        self.complete = True
+        return arguments
+
+    def _close(self) -> str:
+        if self._name is None:
+            self.failed = True
+            return ""
+        self.ended = True
+        return "" if self.name is not None else self._give_whole("{}")

@@ -1,0 +1,188 @@
+"""What is noted of each request: one line in the log, and numbers for Prometheus."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from time import perf_counter
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from godwit.engine import EngineStats
+from godwit.engine.stream import Finish
+
+_log = logging.getLogger("godwit.server")
+_QUIET = frozenset({"/", "/health", "/ready", "/metrics"})
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+
+
+@dataclass
+class Record:
+    """One request: what came of it.
+
+    Attributes:
+        id: shown in the log, and to the client as ``x-request-id``.
+        first: seconds until the first part of an answer.
+        finishes: how each of its answers ended.
+        reasons: the same in the words of its API.
+        left: tokens of the prompt, and of the answers, that there were when the client was gone.
+        error: what went wrong, for the log.
+    """
+
+    method: str
+    path: str
+    id: str = field(default_factory=lambda: secrets.token_hex(12))
+    status: int = 0
+    began: float = field(default_factory=perf_counter)
+    first: float | None = None
+    seconds: float = 0.0
+    finishes: list[Finish] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    left: tuple[int, int] | None = None
+    error: str = ""
+
+    def note_first(self) -> None:
+        """A part of an answer is there."""
+        if self.first is None:
+            self.first = perf_counter() - self.began
+
+    def line(self) -> str:
+        """The line in the log."""
+        parts = [f"{self.id} {self.method} {self.path} {self.status} {self.seconds:.3f}s"]
+        if self.finishes:
+            first, total = self.finishes[0], [f.completion_tokens for f in self.finishes]
+            parts.append(f"prompt={first.prompt_tokens} cached={first.cached_tokens} generated={sum(total)}")
+            parts.append("ttft=-" if self.first is None else f"ttft={self.first:.3f}s")
+            rates = [rate for f in self.finishes if (rate := f.decode_tokens_per_second) is not None]
+            parts.append(f"decode={sum(rates) / len(rates):.1f}tok/s" if rates else "decode=-")
+            drafted, accepted = (sum(getattr(f, n) for f in self.finishes) for n in ("drafted", "accepted"))
+            parts.append(f"drafted={drafted} accepted={accepted}")
+            parts.append(f"finish={','.join(self.reasons or [f.reason for f in self.finishes])}")
+            if first.reuse_note:
+                parts.append(f"({first.reuse_note})")
+        elif self.left is not None:
+            parts.append(f"prompt={self.left[0]} generated={self.left[1]} finish=cancelled")
+        if self.error:
+            parts.append(f"error: {self.error}")
+        return printable(" ".join(parts))
+
+
+def printable(text: str) -> str:
+    """``text`` on one line, without characters that steer terminals."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class Journal:
+    """Notes every request when it is over, and answers with its id in a header."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        record = Record(scope["method"][:16], scope["path"][:200])
+        scope.setdefault("state", {})["record"] = record
+
+        async def note(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", record.id.encode()),
+                    (b"x-content-type-options", b"nosniff"),
+                ]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, note)
+        except Exception as error:
+            record.status = record.status or 500
+            record.error = record.error or type(error).__name__
+            raise
+        finally:
+            record.seconds = perf_counter() - record.began
+            route = scope.get("route")
+            self._metrics.observe(record, getattr(route, "path", "other"))
+            if record.path not in _QUIET:
+                _log.info(record.line())
+
+
+class Metrics:
+    """Counts for Prometheus, in a registry of their own."""
+
+    def __init__(self, stats: Callable[[], EngineStats | None]) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineCollector(stats))
+        self._requests = self._counter("requests", "Requests by route and status.", ["route", "status"])
+        self._tokens = {
+            name: self._counter(f"{name}_tokens", f"Tokens: {text}.")
+            for name, text in (
+                ("prompt", "of prompts"),
+                ("cached_prompt", "of prompts that were read before and reused"),
+                ("completion", "of answers"),
+                ("drafted", "guessed ahead"),
+                ("accepted", "guessed ahead and right"),
+            )
+        }
+        self._answers = self._counter("answers", "Answers by the reason of their end.", ["reason"])
+        self.restarts = self._counter("engine_restarts", "Engines that ended and were replaced.")
+        self._first = self._histogram("time_to_first_token_seconds", "From request to first token.", _SECONDS)
+        self._each = self._histogram("time_per_output_token_seconds", "Of the others, mean.", _TOKEN_SECONDS)
+        self._whole = self._histogram(
+            "request_seconds", "From the request to the end of its response.", _SECONDS
+        )
+
+    def observe(self, record: Record, route: str) -> None:
+        """Count a request that is over."""
+        self._requests.labels(route, str(record.status)).inc()
+        self._whole.observe(record.seconds)
+        if record.first is not None:
+            self._first.observe(record.first)
+        if record.left is not None:
+            self._answers.labels("cancelled").inc()
+        for index, finish in enumerate(record.finishes):
+            counts = (
+                finish.prompt_tokens if index == 0 else 0,
+                finish.cached_tokens if index == 0 else 0,
+                finish.completion_tokens,
+                finish.drafted,
+                finish.accepted,
+            )
+            for counter, count in zip(self._tokens.values(), counts, strict=True):
+                counter.inc(count)
+            self._answers.labels(finish.reason).inc()
+            if rate := finish.decode_tokens_per_second:
+                self._each.observe(1 / rate)
+
+    def text(self) -> bytes:
+        """All of it, in Prometheus' format."""
+        return generate_latest(self._registry)
+
+    def _counter(self, name: str, text: str, labels: tuple[str, ...] | list[str] = ()) -> Counter:
+        return Counter(f"godwit_{name}", text, labels, registry=self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"godwit_{name}", text, buckets=buckets, registry=self._registry)
+
+
+class _EngineCollector(Collector):
+    def __init__(self, stats: Callable[[], EngineStats | None]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        stats: Any = self._stats()
+        yield GaugeMetricFamily(
+            "godwit_engine_up", "Whether the engine runs.", value=float(stats is not None)
+        )
+        for part in fields(EngineStats) if stats is not None else ():
+            text = f"{part.name.replace('_', ' ')} of the engine."
+            yield GaugeMetricFamily(f"godwit_engine_{part.name}", text, value=getattr(stats, part.name))

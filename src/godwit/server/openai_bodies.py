@@ -1,0 +1,220 @@
+"""What OpenAI's clients get back: choices, chunks of streams, probabilities, usage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from godwit.engine import TokenLogprobs
+from godwit.server.answers import Answer, Update, Usage
+from godwit.server.tools import CallArguments, CallStart, Delta, Text, Thinking
+from godwit.tokenizer import Tokenizer
+
+#: In place of minus infinity, which JSON does not have.
+LEAST_LOGPROB = -9999.0
+
+
+def usage_of(answers: Sequence[Answer], num_prompts: int = 1) -> dict[str, Any]:
+    """Tokens as OpenAI's API counts them."""
+    usage = Usage.of(answers, num_prompts)
+    return {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.completion,
+        "total_tokens": usage.prompt + usage.completion,
+        "prompt_tokens_details": {"cached_tokens": usage.cached},
+        "completion_tokens_details": {"reasoning_tokens": usage.thinking},
+    }
+
+
+def timings(answers: Sequence[Answer]) -> dict[str, Any]:
+    """How fast the first answer came, and what drafting gave; an addition to the API."""
+    finish = answers[0].finish
+    usage = Usage.of(answers)
+    if finish is None:
+        return {}
+    rate = finish.decode_tokens_per_second
+    return {
+        "queue_seconds": round(finish.queue_seconds, 6),
+        "first_token_seconds": round(finish.first_token_seconds, 6),
+        "decode_tokens_per_second": None if rate is None else round(rate, 3),
+        "drafted": usage.drafted,
+        "accepted": usage.accepted,
+        "reuse_note": finish.reuse_note,
+    }
+
+
+def chat_choice(index: int, answer: Answer, head: dict[str, Any], logprobs: Any) -> dict[str, Any]:
+    """One answer to a conversation."""
+    calls = [
+        {
+            "id": call_id(head["id"], index, number),
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+        for number, call in enumerate(answer.calls)
+    ]
+    content = answer.text if answer.text or not calls else None
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    if answer.thinking:
+        message["reasoning_content"] = answer.thinking
+    if calls:
+        message["tool_calls"] = calls
+    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": answer.reason}
+
+
+def call_id(answer_id: str, index: int, call: int) -> str:
+    """The id of a call, like no other's."""
+    return f"call_{answer_id.rpartition('-')[2]}{index:02d}{call:02d}"
+
+
+def chat_logprobs(logprobs: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Probabilities as chat completions have them: of all tokens, those of tags and calls included."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        data = token_bytes(tokenizer, token)
+        text = data.decode(errors="replace")
+        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(data)}
+
+    content = [
+        entry(one.token_id, one.logprob) | {"top_logprobs": [entry(*other) for other in one.top]}
+        for one in logprobs
+    ]
+    return {"content": content, "refusal": None}
+
+
+def text_logprobs(logprobs: Sequence[TokenLogprobs], tokenizer: Tokenizer, offset: int) -> dict[str, Any]:
+    """Probabilities as plain completions have them; ``offset``: where the first token's text begins."""
+    offsets, decoder = [], tokenizer.stream(skip_special=False)
+    for one in logprobs:
+        offsets.append(offset)
+        offset += len(decoder.push(one.token_id))
+    return {
+        "tokens": [token_text(tokenizer, one.token_id) for one in logprobs],
+        "token_logprobs": [max(one.logprob, LEAST_LOGPROB) for one in logprobs],
+        "top_logprobs": [
+            {token_text(tokenizer, token): max(value, LEAST_LOGPROB) for token, value in one.top}
+            for one in logprobs
+        ],
+        "text_offset": offsets,
+    }
+
+
+def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
+    """The UTF-8 bytes of a token, which may be a part of a character."""
+    return tokenizer._token_bytes(token, False) or b""
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """A token as text; one that is a part of a character as its bytes."""
+    data = token_bytes(tokenizer, token)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+class ChunkStream:
+    """The chunks of a streamed completion.
+
+    Args:
+        head: the fields that all chunks have.
+        tokenizer: writes tokens.
+        num_prompts: of the request.
+        usage: a last chunk tells the usage.
+    """
+
+    def __init__(
+        self, head: dict[str, Any], tokenizer: Tokenizer, num_prompts: int = 1, *, usage: bool = False
+    ) -> None:
+        self.head = head
+        self.tokenizer = tokenizer
+        self._num_prompts = num_prompts
+        self._usage = usage
+
+    def begin(self, num_choices: int) -> list[dict[str, Any]]:
+        """The chunks before anything is known."""
+        raise NotImplementedError
+
+    def chunks(self, update: Update) -> list[dict[str, Any]]:
+        """The chunks for an update."""
+        raise NotImplementedError
+
+    def end(self, answers: Sequence[Answer]) -> list[dict[str, Any]]:
+        """The chunks behind all answers."""
+        if not self._usage:
+            return []
+        usage = usage_of(answers, self._num_prompts)
+        return [{**self.head, "choices": [], "usage": usage, "timings": timings(answers)}]
+
+    def chunk(
+        self, index: int, part: dict[str, Any], *, logprobs: Any = None, reason: str | None = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, **part, "logprobs": logprobs, "finish_reason": reason}
+        return {**self.head, "choices": [choice]} | ({"usage": None} if self._usage else {})
+
+
+class ChatChunks(ChunkStream):
+    """The chunks of a streamed chat completion."""
+
+    def begin(self, num_choices: int) -> list[dict[str, Any]]:
+        delta = {"role": "assistant", "content": "", "refusal": None}
+        return [self.chunk(index, {"delta": delta}) for index in range(num_choices)]
+
+    def chunks(self, update: Update) -> list[dict[str, Any]]:
+        index = update.index
+        deltas = [body for delta in update.deltas if (body := self._delta(index, delta)) is not None]
+        logprobs = chat_logprobs(update.logprobs, self.tokenizer) if update.logprobs else None
+        if logprobs and not deltas:
+            deltas = [{}]
+        chunks = [
+            self.chunk(index, {"delta": delta}, logprobs=None if later else logprobs)
+            for later, delta in enumerate(deltas)
+        ]
+        if update.finish is not None:
+            chunks.append(self.chunk(index, {"delta": {}}, reason=update.reason))
+        return chunks
+
+    def _delta(self, index: int, delta: Delta) -> dict[str, Any] | None:
+        if isinstance(delta, Text):
+            return {"content": delta.text}
+        if isinstance(delta, Thinking):
+            return {"reasoning_content": delta.text}
+        if isinstance(delta, CallStart):
+            id = call_id(self.head["id"], index, delta.index)
+            function = {"name": delta.name, "arguments": ""}
+            return {
+                "tool_calls": [{"index": delta.index, "id": id, "type": "function", "function": function}]
+            }
+        if isinstance(delta, CallArguments):
+            return {"tool_calls": [{"index": delta.index, "function": {"arguments": delta.text}}]}
+        return None
+
+
+class TextChunks(ChunkStream):
+    """The chunks of a streamed plain completion, each text after its echo if one was asked for."""
+
+    def __init__(
+        self,
+        head: dict[str, Any],
+        tokenizer: Tokenizer,
+        num_prompts: int,
+        echoes: Sequence[str],
+        *,
+        usage: bool = False,
+    ) -> None:
+        super().__init__(head, tokenizer, num_prompts, usage=usage)
+        self._echoes = echoes
+        self._lengths = [0] * len(echoes)
+
+    def begin(self, num_choices: int) -> list[dict[str, Any]]:
+        return [self.chunk(index, {"text": echo}) for index, echo in enumerate(self._echoes) if echo]
+
+    def chunks(self, update: Update) -> list[dict[str, Any]]:
+        index = update.index
+        text = "".join(delta.text for delta in update.deltas if isinstance(delta, Text))
+        reason = update.reason if update.finish is not None else None
+        logprobs = None
+        if update.logprobs:
+            logprobs = text_logprobs(update.logprobs, self.tokenizer, self._lengths[index])
+        self._lengths[index] += len(text)
+        return [self.chunk(index, {"text": text}, logprobs=logprobs, reason=reason)]

@@ -1,0 +1,111 @@
+"""The server's description in OpenAPI 3.1, for people and for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+import godwit
+from godwit.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from godwit.server.protocol_messages import CountRequest, MessagesRequest
+from godwit.server.protocol_responses import ResponsesRequest
+
+_TEMPLATE = "#/components/schemas/{model}"
+_BODIES: tuple[tuple[str, type[BaseModel], str, tuple[str, ...]], ...] = (
+    ("/v1/chat/completions", ChatRequest, "Answer a conversation.", ("id", "object", "choices", "usage")),
+    ("/v1/completions", CompletionRequest, "Continue a text.", ("id", "object", "choices", "usage")),
+    (
+        "/v1/responses",
+        ResponsesRequest,
+        "Answer a conversation.",
+        ("id", "object", "output", "status", "usage"),
+    ),
+    ("/v1/messages", MessagesRequest, "Answer a conversation.", ("id", "type", "role", "content", "usage")),
+    ("/v1/messages/count_tokens", CountRequest, "Count the tokens of a conversation.", ("input_tokens",)),
+    (
+        "/tokenize",
+        TokenizeRequest,
+        "The tokens of a text or a conversation.",
+        ("tokens", "count", "max_model_len"),
+    ),
+    ("/detokenize", DetokenizeRequest, "The text of tokens.", ("prompt",)),
+)
+_PLAIN: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("/v1/models", "The model.", ("object", "data")),
+    ("/health", "Whether the process lives.", ("status",)),
+    ("/ready", "Whether requests are taken.", ("status",)),
+)
+_ERRORS = {
+    "400": "The request has to be changed.",
+    "401": "A key is needed.",
+    "403": "The Host header is none of this machine's names.",
+    "404": "There is no such model.",
+    "408": "The body took too long.",
+    "413": "The body is too large.",
+    "415": "The body has to be JSON.",
+    "500": "A fault of the server.",
+    "503": "The server is overloaded or about to end.",
+    "529": "The same in Anthropic's API.",
+}
+
+
+def describe() -> dict[str, Any]:
+    """The description."""
+    _, definitions = models_json_schema(
+        [(model, "validation") for _, model, _, _ in _BODIES], ref_template=_TEMPLATE
+    )
+    schemas = definitions.get("$defs", {}) | {"Error": _error_schema()}
+    for _, model, _, _ in _BODIES:
+        _allow_null(schemas[model.__name__])
+    paths = {path: {"post": _post(model, text, fields)} for path, model, text, fields in _BODIES}
+    paths |= {path: {"get": _operation(text, _json(_object(fields)))} for path, text, fields in _PLAIN}
+    paths["/metrics"] = {
+        "get": _operation("Counts for Prometheus.", {"text/plain": {"schema": {"type": "string"}}})
+    }
+    keys = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Godwit", "version": godwit.__version__},
+        "paths": paths,
+        "components": {"schemas": schemas, "securitySchemes": keys},
+        "security": [{"bearer": []}, {"header": []}, {}],
+    }
+
+
+def _allow_null(schema: dict[str, Any]) -> None:
+    """For a field that is not needed, null is as good as leaving it out."""
+    for name, field in schema["properties"].items():
+        if name not in schema.get("required", ()):
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+
+
+def _post(model: type[BaseModel], text: str, fields: tuple[str, ...]) -> dict[str, Any]:
+    answers = _json(_object(fields))
+    if "stream" in model.model_fields:
+        answers["text/event-stream"] = {}
+    body = {"required": True, "content": _json({"$ref": _TEMPLATE.format(model=model.__name__)})}
+    return _operation(text, answers) | {"requestBody": body}
+
+
+def _operation(text: str, content: dict[str, Any]) -> dict[str, Any]:
+    error = _json({"$ref": _TEMPLATE.format(model="Error")})
+    errors = {status: {"description": meaning, "content": error} for status, meaning in _ERRORS.items()}
+    return {"summary": text, "responses": {"200": {"description": "OK", "content": content}, **errors}}
+
+
+def _json(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"application/json": {"schema": schema}}
+
+
+def _object(fields: tuple[str, ...]) -> dict[str, Any]:
+    return {"type": "object", "required": list(fields)}
+
+
+def _error_schema() -> dict[str, Any]:
+    error = {"type": "object", "required": ["type", "message"], "properties": {"message": {"type": "string"}}}
+    return {"type": "object", "required": ["error"], "properties": {"error": error}}

@@ -1,0 +1,149 @@
+"""From conversations to token ids, and to the places in them where a later request may go on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from godwit.engine import opens_thinking
+from godwit.errors import TemplateError
+from godwit.server.errors import bad_request
+from godwit.tokenizer import Tokenizer
+
+Message = dict[str, Any]
+THINK = "<think>"
+#: How many beginnings of a conversation are rendered where its tokens do not tell its messages apart.
+MAX_RENDERED = 8
+_RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "documents", "chat_template"})
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model is to continue.
+
+    Attributes:
+        ids: the whole text.
+        boundaries: positions at which a later prompt may differ from this one.
+        thinking: the answer begins within ``<think>``.
+    """
+
+    ids: tuple[int, ...]
+    boundaries: tuple[int, ...] = ()
+    thinking: bool = False
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a chat template makes a prompt of.
+
+    Attributes:
+        messages: in the shape of OpenAI's API, their contents plain texts.
+        tools: likewise.
+        variables: what else the template is told.
+        prefill: how the answer begins.
+    """
+
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    prefill: str = ""
+
+
+def check_variables(variables: Mapping[str, Any]) -> None:
+    """Refuse variables that would take the template's own place.
+
+    Raises:
+        ApiError: there is one.
+    """
+    for name, value in variables.items():
+        if name in _RESERVED or name.endswith("_token") or not isinstance(value, str | int | float | bool):
+            raise bad_request(
+                f"chat_template_kwargs cannot set {name[:40]!r} like this", "chat_template_kwargs"
+            )
+
+
+class PromptMaker:
+    """Makes prompts with the tokenizer of a model. For several threads.
+
+    Args:
+        tokenizer: the model's.
+        context: tokens that the model reads.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: int) -> None:
+        self.tokenizer = tokenizer
+        longest = max(len(tokenizer.id_to_token(id) or "") for id in range(tokenizer.vocab_size))
+        self.max_chars = context * longest
+        self.context = context
+        template = tokenizer.chat_template
+        self._rewrites = template is not None and THINK in template.source
+
+    def check_size(self, *texts: str) -> None:
+        """Refuse texts that cannot but be too long, before any work is done with them.
+
+        Raises:
+            ApiError: they are.
+        """
+        size = sum(map(len, texts))
+        if size > self.max_chars:
+            raise bad_request(
+                f"{size} characters are more than a context of {self.context} tokens holds; shorten the text",
+                code="context_length_exceeded",
+            )
+
+    def text(self, text: str, *, add_special_tokens: bool = True) -> Prompt:
+        """A plain text, in which nothing becomes a control token."""
+        return Prompt(tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens)))
+
+    def chat(self, conversation: Conversation) -> Prompt:
+        """A conversation whose next message is the model's.
+
+        Raises:
+            TemplateError: the template does not take it.
+            ApiError: its prefill cannot be put behind the prompt.
+        """
+        ids = self._encode(conversation, conversation.messages, add_generation_prompt=True)
+        thinking = opens_thinking(self.tokenizer.decode(ids[-16:], skip_special=False))
+        boundaries = self._boundaries(conversation, ids)
+        if conversation.prefill:
+            if thinking:
+                raise bad_request("this model thinks before it answers, so its answer cannot be begun for it")
+            ids = [*ids, *self.tokenizer.encode(conversation.prefill, add_special_tokens=False)]
+        return Prompt(tuple(ids), boundaries, thinking)
+
+    def _encode(self, conversation: Conversation, messages: Sequence[Message], **more: Any) -> list[int]:
+        tools = list(conversation.tools) or None
+        return self.tokenizer.encode_chat(messages, tools=tools, **more, **conversation.variables)
+
+    def _boundaries(self, conversation: Conversation, ids: list[int]) -> tuple[int, ...]:
+        """The ends of the messages, and where the prompt of the next turn will leave this one.
+
+        The template ends each message with a stop token in most models; a literal one in a message is no
+        token. Where there are none, beginnings of the conversation are rendered and compared. Templates that
+        know thinking leave that of earlier turns out, so their next prompt is rendered too.
+        """
+        messages = conversation.messages
+        ends = {place + 1 for place, id in enumerate(ids) if id in self.tokenizer.stop_ids}
+        beginnings: list[Sequence[Message]] = []
+        if self._rewrites or not ends:
+            turn = [{"role": "assistant", "content": "."}, {"role": "user", "content": "."}]
+            beginnings.append([*messages, *turn])
+        if not ends:
+            sizes = range(1, len(messages))
+            chosen = [*islice(sizes, MAX_RENDERED // 2), *sizes[-(MAX_RENDERED // 2) :]]
+            beginnings += [messages[:size] for size in sorted(set(chosen))]
+        for beginning in beginnings:
+            try:
+                other = self._encode(conversation, beginning, add_generation_prompt=False)
+            except TemplateError:  # some templates want their messages in a certain order
+                continue
+            ends.add(_common(ids, other))
+        return tuple(sorted(end for end in ends if 0 < end < len(ids)))
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many ids two texts have in common at their beginning."""
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

@@ -1,0 +1,299 @@
+"""What clients of OpenAI's API may send to /v1/chat/completions and /v1/completions, and to /tokenize."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from godwit.server.errors import bad_request
+from godwit.server.fields import (
+    Content,
+    FunctionSpec,
+    Ignored,
+    MaxTokens,
+    Name,
+    Part,
+    Penalty,
+    Probability,
+    Request,
+    Salt,
+    Seed,
+    Stops,
+    Temperature,
+)
+from godwit.server.forms import Form
+from godwit.server.prompts import Message
+
+MAX_CHOICES = 16
+MAX_BIASES = 1024
+
+NumChoices = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
+NumLogprobs = Annotated[int, Field(ge=0, le=20)]
+Bias = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_BIASES),
+]
+
+
+class CalledFunction(Part):
+    """The function of a tool call, its arguments a JSON text."""
+
+    name: str
+    arguments: str = "{}"
+
+
+class CalledTool(Part):
+    """A tool call in an earlier answer."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ChatMessage(Part):
+    """A message; ``reasoning_content`` is what an earlier answer brought under this name."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[CalledTool] | None = Field(default=None, max_length=256)
+    tool_call_id: str | None = None
+    name: str | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> ChatMessage:
+        if self.content is None and not (self.role == "assistant"):
+            raise ValueError(f"a message of the role {self.role} needs content")
+        return self
+
+    def message(self) -> Message:
+        """In the shape of chat templates."""
+        role = "system" if self.role == "developer" else self.role
+        message: Message = {"role": role, "content": self.content or ""}
+        if self.role == "assistant" and self.reasoning_content:
+            message["reasoning_content"] = self.reasoning_content
+        if self.role == "assistant" and self.tool_calls:
+            message["tool_calls"] = [call.model_dump(exclude_none=True) for call in self.tool_calls]
+        if self.role == "tool":
+            message |= {"tool_call_id": self.tool_call_id or "", "name": self.name or ""}
+        return message
+
+
+class Tool(Part):
+    """A tool that the model may call."""
+
+    type: Literal["function"]
+    function: FunctionSpec
+
+
+class NamedFunction(Part):
+    """A function by its name."""
+
+    name: Name
+
+
+class NamedTool(Part):
+    """The one tool that is to be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(Part):
+    """A schema that an answer has to fit."""
+
+    name: str = "answer"
+    description: str | None = None
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Part):
+    """The form of an answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def form(self, field: str) -> Form | None:
+        """What the answer has to be held to."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return Form(field, "object")
+        if self.json_schema is None:
+            raise bad_request(f"`{field}` of type json_schema needs `json_schema`", field)
+        return Form(field, "schema", self.json_schema.schema_)
+
+
+class StructuredOutputs(Part):
+    """The form of an answer, in one of several ways: an addition to the API, under vLLM's name."""
+
+    json_: dict[str, Any] | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: Literal[True] | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> StructuredOutputs:
+        if len(self.model_fields_set) != 1:
+            raise ValueError("it takes exactly one of json, regex, choice, grammar and json_object")
+        return self
+
+    def form(self, field: str) -> Form:
+        """What the answer has to be held to."""
+        if self.json_ is not None:
+            return Form(field, "schema", self.json_)
+        if self.regex is not None:
+            return Form(field, "regex", self.regex)
+        if self.grammar is not None:
+            return Form(field, "grammar", self.grammar)
+        return Form(field, "object") if self.choice is None else Form(field, "choice", self.choice)
+
+
+class StreamOptions(Part):
+    """What a stream tells besides the answer."""
+
+    include_usage: bool = False
+    include_obfuscation: Ignored = None
+
+
+class SharedFields(Request):
+    """What both kinds of completions have in common; top_k, min_p and repetition_penalty are additions."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: NumChoices = 1
+    max_tokens: MaxTokens | None = None
+    temperature: Temperature | None = None
+    top_p: Probability | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: Bias | None = None
+    seed: Seed | None = None
+    stop: Stops | None = None
+    cache_salt: Salt = ""
+    structured_outputs: StructuredOutputs | None = None
+    user: Ignored = None
+
+    def form(self) -> Form | None:
+        """What answers have to be held to."""
+        asked = self.structured_outputs
+        return None if asked is None else asked.form("structured_outputs")
+
+    def choosing(self) -> dict[str, Any]:
+        """The fields that SamplingParams has by the same name, and the bias by ids."""
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+                 "frequency_penalty", "seed", "max_tokens")  # fmt: skip
+        given = {name: getattr(self, name) for name in names}
+        bias = None if self.logit_bias is None else {int(id): value for id, value in self.logit_bias.items()}
+        return given | {"logit_bias": bias, "stop": self.stop}
+
+
+class ChatRequest(SharedFields):
+    """A body for /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=4096)
+    max_completion_tokens: MaxTokens | None = None
+    logprobs: bool = False
+    top_logprobs: NumLogprobs | None = None
+    tools: list[Tool] = Field(default=[], max_length=256)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
+    parallel_tool_calls: bool = True
+    response_format: ResponseFormat | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
+        default=None,
+        description="none turns the thinking of models off that can do without; others are hints.",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(default={}, max_length=16)
+    modalities: list[Literal["text"]] | None = None
+    metadata: Ignored = None
+    store: Ignored = None
+    service_tier: Ignored = None
+    safety_identifier: Ignored = None
+    prediction: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_retention: Ignored = None
+    prompt_cache_options: Ignored = None
+
+    def form(self) -> Form | None:
+        wanted = self.response_format.form("response_format") if self.response_format else None
+        other = super().form()
+        if wanted is not None and other is not None:
+            raise bad_request("`response_format` and `structured_outputs` exclude each other")
+        return wanted or other
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, body: Any) -> Any:
+        if isinstance(body, dict) and "chat_template" in body:
+            raise ValueError("a request cannot bring a `chat_template`: the model's own is used")
+        if isinstance(body, dict) and body.keys() & {"functions", "function_call"}:
+            raise ValueError(
+                "`functions` and `function_call` are the old form; use `tools` and `tool_choice`"
+            )
+        return body
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _needs_logprobs(cls, value: int | None, info: Any) -> int | None:
+        if value and not info.data.get("logprobs"):
+            raise ValueError("it needs `logprobs` to be true")
+        return value
+
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1)]
+
+
+class CompletionRequest(SharedFields):
+    """A body for /v1/completions; lists of token ids may hold control tokens, texts never do."""
+
+    prompt: str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1, max_length=MAX_CHOICES)]
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool = False
+    best_of: int | None = Field(default=None, description="As much as n, if it is given at all.")
+    suffix: Annotated[str, Field(max_length=0)] | None = None
+
+    @model_validator(mode="after")
+    def _can_be_done(self) -> CompletionRequest:
+        if self.best_of not in (None, self.n):
+            raise ValueError("`best_of` cannot be other than `n`")
+        if self.echo and self.logprobs is not None:
+            raise ValueError(
+                "`echo` with `logprobs` is not served: the probabilities of a prompt are not kept"
+            )
+        return self
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts one by one."""
+        given: Any = self.prompt
+        return [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)
+
+
+class TokenizeRequest(Request):
+    """A body for /tokenize: a text, or a conversation as the model would read it."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(default=None, min_length=1, max_length=4096)
+    tools: list[Tool] = Field(default=[], max_length=256)
+    add_special_tokens: bool = True
+    chat_template_kwargs: dict[str, Any] = Field(default={}, max_length=16)
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("either `prompt` or `messages` is needed")
+        return self
+
+
+class DetokenizeRequest(Request):
+    """A body for /detokenize."""
+
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0, lt=1 << 31)]]

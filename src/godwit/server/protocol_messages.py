@@ -1,0 +1,256 @@
+"""What clients of Anthropic's API may send to /v1/messages."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from godwit.server.errors import bad_request
+from godwit.server.fields import (
+    Content,
+    Ignored,
+    MaxTokens,
+    Name,
+    Part,
+    Probability,
+    Request,
+    StopText,
+    joined_text,
+)
+from godwit.server.forms import Form
+from godwit.server.prompts import Message
+
+_FILES = ("image", "document", "file", "container_upload", "search_result")
+
+
+class TextBlock(Part):
+    """Text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ThinkingBlock(Part):
+    """What an earlier answer had thought."""
+
+    type: Literal["thinking"]
+    thinking: str
+
+
+class HiddenBlock(Part):
+    """Thinking that cannot be read, and so is left out."""
+
+    type: Literal["redacted_thinking"]
+
+
+class ToolUseBlock(Part):
+    """A call in an earlier answer."""
+
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
+class ToolResultBlock(Part):
+    """What came of a call."""
+
+    type: Literal["tool_result"]
+    tool_use_id: str
+    content: Content = ""
+    is_error: bool | None = None
+
+
+Block = Annotated[
+    TextBlock | ThinkingBlock | HiddenBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")
+]
+
+
+class InputMessage(Part):
+    """A message: a text, or blocks."""
+
+    role: Literal["user", "assistant", "system"]
+    content: str | list[Block]
+
+    @model_validator(mode="after")
+    def _belongs(self) -> InputMessage:
+        kinds = {
+            "user": ("text", "tool_result"),
+            "assistant": ("text", "thinking", "redacted_thinking", "tool_use"),
+        }
+        allowed = kinds.get(self.role, ("text",))
+        for block in self.blocks():
+            if block.type not in allowed:
+                raise ValueError(
+                    f"a block of type {block.type} does not belong in a message of the {self.role}"
+                )
+        return self
+
+    def blocks(self) -> list[Block]:
+        """The content as blocks."""
+        return [TextBlock(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+
+    def messages(self) -> list[Message]:
+        """In the shape of chat templates; results of tools come before what the user says."""
+        blocks = self.blocks()
+        text = "\n".join(block.text for block in blocks if isinstance(block, TextBlock))
+        if self.role != "assistant":
+            results = [_result(block) for block in blocks if isinstance(block, ToolResultBlock)]
+            return results if results and not text else [*results, {"role": self.role, "content": text}]
+        message: Message = {"role": "assistant", "content": text}
+        if thoughts := "\n".join(block.thinking for block in blocks if isinstance(block, ThinkingBlock)):
+            message["reasoning_content"] = thoughts
+        if calls := [_call(block) for block in blocks if isinstance(block, ToolUseBlock)]:
+            message["tool_calls"] = calls
+        return [message]
+
+
+def _result(block: ToolResultBlock) -> Message:
+    content = f"Error: {block.content}" if block.is_error else block.content
+    return {"role": "tool", "content": content, "tool_call_id": block.tool_use_id}
+
+
+def _call(block: ToolUseBlock) -> dict[str, Any]:
+    arguments = json.dumps(block.input, ensure_ascii=False)
+    return {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": arguments}}
+
+
+class MessageTool(Part):
+    """A tool that the client runs."""
+
+    type: Literal["custom"] = "custom"
+    name: Name
+    description: str | None = None
+    input_schema: dict[str, Any]
+    strict: bool | None = None
+
+    def tool(self) -> dict[str, Any]:
+        """In OpenAI's shape."""
+        said = {"name": self.name, "description": self.description, "parameters": self.input_schema}
+        return {
+            "type": "function",
+            "function": {key: value for key, value in said.items() if value is not None},
+        }
+
+
+class MessageToolChoice(Part):
+    """Whether tools may, must or must not be called."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: Name | None = None
+    disable_parallel_tool_use: bool = False
+
+    @model_validator(mode="after")
+    def _names_a_tool(self) -> MessageToolChoice:
+        if (self.type == "tool") != (self.name is not None):
+            raise ValueError("`name` belongs to the type tool, and only there")
+        return self
+
+
+class ThinkingConfig(Part):
+    """Whether the model is to think first; a budget is a hint."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Ignored = None
+
+
+class OutputFormat(Part):
+    """A schema that the answer has to fit."""
+
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(Part):
+    """How the answer is to be; the effort is a hint."""
+
+    effort: Ignored = None
+    format: OutputFormat | None = None
+
+
+class ContextEdit(Part):
+    """An edit of the context: only one that keeps everything can be honoured."""
+
+    type: Literal["clear_thinking_20251015"]
+    keep: Literal["all"]
+
+
+class ContextManagement(Part):
+    """Edits of the context before it is read."""
+
+    edits: list[ContextEdit] = Field(default=[])
+
+
+def _listed(value: Any, name: str) -> list[Any]:
+    """A list in an object that nobody has checked yet."""
+    found = value.get(name) if isinstance(value, dict) else None
+    return found if isinstance(found, list) else []
+
+
+class CountRequest(Request):
+    """A body for /v1/messages/count_tokens."""
+
+    model: str
+    messages: list[InputMessage] = Field(min_length=1, max_length=4096)
+    system: Content | None = None
+    tools: list[MessageTool] = Field(default=[], max_length=256)
+    tool_choice: MessageToolChoice | None = None
+    thinking: ThinkingConfig | None = None
+    output_config: OutputConfig | None = None
+    context_management: ContextManagement | None = None
+    cache_control: Ignored = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_only_text(cls, body: Any) -> Any:
+        """One sentence for images and files, in place of a list of the kinds that there are."""
+        for message in _listed(body, "messages"):
+            for block in _listed(message, "content"):
+                if isinstance(block, dict) and block.get("type") in _FILES:
+                    joined_text([block])
+        return body
+
+    def all_messages(self) -> list[Message]:
+        """The conversation in the shape of chat templates."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, *(message for part in self.messages for message in part.messages())]
+
+    def prefill(self) -> str:
+        """How the answer begins: the text of a last message of the assistant.
+
+        Raises:
+            ApiError: it cannot be continued.
+        """
+        last = self.messages[-1]
+        if last.role != "assistant":
+            return ""
+        if any(not isinstance(block, TextBlock) for block in last.blocks()):
+            raise bad_request(
+                "a last message of the assistant can only be continued if it is text", "messages"
+            )
+        text = "\n".join(block.text for block in last.blocks() if isinstance(block, TextBlock))
+        if not text or text != text.rstrip():
+            raise bad_request(
+                "the last message of the assistant may not be empty or end with white space", "messages"
+            )
+        return text
+
+
+class MessagesRequest(CountRequest):
+    """A body for /v1/messages."""
+
+    max_tokens: MaxTokens
+    stream: bool = False
+    stop_sequences: Annotated[list[StopText], Field(max_length=16)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_p: Probability | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    metadata: Ignored = None
+    service_tier: Ignored = None
+
+    def form(self) -> Form | None:
+        """What the answer has to be held to."""
+        wanted = self.output_config.format if self.output_config else None
+        return None if wanted is None else Form("output_config", "schema", wanted.schema_)

@@ -1,0 +1,203 @@
+"""What clients of OpenAI's API may send to /v1/responses."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, field_validator
+
+from godwit.server.errors import bad_request
+from godwit.server.fields import (
+    Content,
+    FunctionSpec,
+    Ignored,
+    MaxTokens,
+    Name,
+    Part,
+    Probability,
+    Request,
+    Temperature,
+)
+from godwit.server.forms import Form
+from godwit.server.prompts import Message
+from godwit.server.protocol import JsonSchema, StreamOptions
+
+
+class InputMessage(Part):
+    """A message."""
+
+    type: Literal["message"] = "message"
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Content
+
+
+class FunctionCall(Part):
+    """A call in an earlier answer."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+
+
+class FunctionOutput(Part):
+    """What came of a call."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: Content
+
+
+class ReasoningText(Part):
+    """A part of what was thought."""
+
+    type: Literal["reasoning_text", "summary_text"] = "reasoning_text"
+    text: str = ""
+
+
+class ReasoningItem(Part):
+    """What an earlier answer had thought."""
+
+    type: Literal["reasoning"]
+    content: list[ReasoningText] | None = None
+
+
+def _kind(item: Any) -> str:
+    kind = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", "message")
+    return kind if isinstance(kind, str) else "message"
+
+
+Item = Annotated[
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[FunctionCall, Tag("function_call")]
+    | Annotated[FunctionOutput, Tag("function_call_output")]
+    | Annotated[ReasoningItem, Tag("reasoning")],
+    Discriminator(_kind),
+]
+
+
+class ResponseTool(FunctionSpec):
+    """A function that the model may call; tools that the server would have to run are not there."""
+
+    type: Literal["function"]
+
+
+class NamedTool(Part):
+    """The one function that is to be called."""
+
+    type: Literal["function"]
+    name: Name
+
+
+class TextFormat(Part):
+    """The form of an answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str = "answer"
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+
+
+class TextConfig(Part):
+    """How the text of an answer is to be."""
+
+    format: TextFormat | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class ReasoningConfig(Part):
+    """How much the model is to think: none turns it off where it can be, others are hints."""
+
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    summary: Ignored = None
+    generate_summary: Ignored = None
+    context: Ignored = None
+
+
+class ResponsesRequest(Request):
+    """A body for /v1/responses. Nothing is stored, so each request brings the whole conversation."""
+
+    model: str | None = None
+    input: str | Annotated[list[Item], Field(min_length=1, max_length=4096)]
+    instructions: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_output_tokens: MaxTokens | None = None
+    temperature: Temperature | None = None
+    top_p: Probability | None = None
+    tools: list[ResponseTool] = Field(default=[], max_length=256)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
+    parallel_tool_calls: bool = True
+    text: TextConfig | None = None
+    reasoning: ReasoningConfig | None = None
+    truncation: Literal["disabled"] | None = None
+    background: Literal[False] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+    include: list[Literal["reasoning.encrypted_content"]] | None = None
+    metadata: dict[str, Any] | None = None
+    store: Ignored = None
+    user: Ignored = None
+    service_tier: Ignored = None
+    safety_identifier: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_retention: Ignored = None
+    prompt_cache_options: Ignored = None
+    client_metadata: Ignored = None
+
+    @field_validator("tools", mode="before")
+    @classmethod
+    def _only_functions(cls, tools: Any) -> Any:
+        for tool in tools if isinstance(tools, list) else ():
+            if isinstance(tool, dict) and isinstance(tool.get("type"), str) and tool["type"] != "function":
+                raise ValueError("only tools of type function are served: those that the client runs")
+        return tools
+
+    def messages(self) -> list[Message]:
+        """The conversation in the shape of chat templates."""
+        result: list[Message] = []
+        if self.instructions:
+            result.append({"role": "system", "content": self.instructions})
+        items = [InputMessage(role="user", content=self.input)] if isinstance(self.input, str) else self.input
+        for item in items:
+            _append(result, item)
+        return result
+
+    def form(self) -> Form | None:
+        """What the answer has to be held to.
+
+        Raises:
+            ApiError: it is not said.
+        """
+        wanted = self.text.format if self.text else None
+        if wanted is None or wanted.type == "text":
+            return None
+        if wanted.type == "json_object":
+            return Form("text", "object")
+        if not wanted.schema_:
+            raise bad_request("`text.format` of type json_schema needs a `schema`", "text")
+        return Form("text", "schema", JsonSchema(schema=wanted.schema_).schema_)
+
+
+def _append(messages: list[Message], item: Item) -> None:
+    """Add an item; what one answer had thought, said and called becomes one message again."""
+    if isinstance(item, FunctionOutput):
+        messages.append({"role": "tool", "content": item.output, "tool_call_id": item.call_id})
+        return
+    if isinstance(item, InputMessage) and item.role != "assistant":
+        role = "system" if item.role == "developer" else item.role
+        messages.append({"role": role, "content": item.content})
+        return
+    last = messages[-1] if messages and messages[-1]["role"] == "assistant" else None
+    if last is None or (isinstance(item, ReasoningItem) and (last["content"] or last.get("tool_calls"))):
+        last = {"role": "assistant", "content": ""}
+        messages.append(last)
+    if isinstance(item, ReasoningItem):
+        thoughts = "\n".join(part.text for part in item.content or ())
+        if thoughts:
+            last["reasoning_content"] = thoughts
+    elif isinstance(item, FunctionCall):
+        function = {"name": item.name, "arguments": item.arguments}
+        last.setdefault("tool_calls", []).append(
+            {"id": item.call_id, "type": "function", "function": function}
+        )
+    else:
+        last["content"] = "\n".join(filter(None, [last["content"], item.content]))

@@ -1,0 +1,245 @@
+"""OpenAI's newer API: /v1/responses. Nothing is stored."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping
+from time import time
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from godwit.server.answers import Answer, Answers, Update, Usage
+from godwit.server.errors import from_engine, openai_body
+from godwit.server.openai_bodies import call_id
+from godwit.server.prompts import Conversation
+from godwit.server.protocol_responses import NamedTool, ResponsesRequest
+from godwit.server.service import Chat, Service
+from godwit.server.sse import KEEP_ALIVE, EventStream, event
+from godwit.server.tools import CallArguments, CallEnd, CallStart, Delta, Text, Thinking
+
+Body = dict[str, Any]
+_ITEM_FIELDS: Mapping[str, Body] = {"message": {"role": "assistant"}, "reasoning": {"summary": []}}
+_PART_FIELDS: Mapping[str, Body] = {"message": {"annotations": [], "logprobs": []}, "reasoning": {}}
+_DELTA_FIELDS: Mapping[str, Body] = {"message": {"logprobs": []}, "reasoning": {}}
+
+
+def chat_of(asked: ResponsesRequest, service: Service) -> Chat:
+    """The request in the words of the service.
+
+    Raises:
+        ApiError: it cannot be honoured.
+    """
+    effort = asked.reasoning.effort if asked.reasoning else None
+    variables = {} if effort is None else {"enable_thinking": effort not in ("none", "minimal")}
+    choice = asked.tool_choice
+    return Chat(
+        conversation=Conversation(asked.messages(), [tool.tool() for tool in asked.tools], variables),
+        params=service.sampling(
+            temperature=asked.temperature, top_p=asked.top_p, max_tokens=asked.max_output_tokens
+        ),
+        mode="required" if isinstance(choice, NamedTool) else choice,
+        tool=choice.name if isinstance(choice, NamedTool) else None,
+        parallel=asked.parallel_tool_calls,
+        strict=any(tool.strict for tool in asked.tools),
+        form=asked.form(),
+    )
+
+
+async def responses(request: Request) -> Response:
+    """The answer to a conversation."""
+    service: Service = request.app.state.service
+    asked = await service.read(request, ResponsesRequest)
+    service.check_model(asked.model)
+    chat = chat_of(asked, service)
+    answers = await service.chat(request, chat)
+    shape = ResponseEvents(_head(request, asked, chat, service))
+    if asked.stream:
+        return EventStream(stream(answers, shape))
+    (answer,) = await answers.collect(request)
+    update = Update(0, _deltas(answer), (), answer.finish, answer.reason)
+    for _ in shape.events(update):  # the events build up the same body
+        pass
+    return JSONResponse(shape.ended(answer))
+
+
+def _deltas(answer: Answer) -> list[Delta]:
+    """A whole answer as if it had just come."""
+    deltas: list[Delta] = [Thinking(answer.thinking)] if answer.thinking else []
+    deltas += [Text(answer.text)] if answer.text else []
+    for index, call in enumerate(answer.calls):
+        deltas += [CallStart(index, call.name), CallArguments(index, call.arguments)]
+        deltas.append(CallEnd(index, call.complete, call.raw))
+    return deltas
+
+
+def _head(request: Request, asked: ResponsesRequest, chat: Chat, service: Service) -> Body:
+    """The fields of a response that are known before its answer."""
+    told = asked.model_dump(include={"tools", "tool_choice"}, exclude_none=True, by_alias=True)
+    return {
+        "id": f"resp_{request.state.record.id}",
+        "object": "response",
+        "created_at": int(time()),
+        "status": "in_progress",
+        "background": False,
+        "error": None,
+        "incomplete_details": None,
+        "instructions": asked.instructions,
+        "max_output_tokens": asked.max_output_tokens,
+        "metadata": asked.metadata or {},
+        "model": service.settings.name,
+        "output": [],
+        "parallel_tool_calls": asked.parallel_tool_calls,
+        "previous_response_id": None,
+        "reasoning": {"effort": asked.reasoning.effort if asked.reasoning else None, "summary": None},
+        "store": False,
+        "temperature": chat.params.temperature,
+        "text": {"format": {"type": "text"}}
+        if asked.text is None
+        else asked.text.model_dump(exclude_none=True),
+        "tool_choice": told.get("tool_choice", "auto"),
+        "tools": told.get("tools", []),
+        "top_p": chat.params.top_p,
+        "truncation": "disabled",
+        "usage": None,
+    }
+
+
+async def stream(answers: Answers, shape: ResponseEvents) -> AsyncIterator[bytes]:
+    """The events of a streamed response, up to its last state."""
+    try:
+        for value in shape.begin():
+            yield event(value, value["type"])
+        async for update in answers.updates():
+            if update is None:
+                yield KEEP_ALIVE
+                continue
+            for value in shape.events(update):
+                yield event(value, value["type"])
+        for value in shape.end(answers.answers[0]):
+            yield event(value, value["type"])
+    except Exception as error:
+        answers.failed(error)
+        for value in shape.fail(openai_body(from_engine(error))["error"]):
+            yield event(value, value["type"])
+    finally:
+        answers.cancel()
+
+
+class ResponseEvents:
+    """The events of a streamed response, and the response that they build up."""
+
+    def __init__(self, head: Body) -> None:
+        self._head = head
+        self._number = 0
+        self._output: list[Body] = []
+        self._open: Body | None = None  # the item that is being written
+
+    def begin(self) -> list[Body]:
+        return [self._event(f"response.{kind}", response=self._body()) for kind in ("created", "in_progress")]
+
+    def events(self, update: Update) -> Iterator[Body]:
+        for delta in update.deltas:
+            yield from self._delta(delta)
+        if update.finish is not None:
+            yield from self._close("completed" if update.reason != "length" else "incomplete")
+
+    def end(self, answer: Answer) -> list[Body]:
+        body = self.ended(answer)
+        return [self._event(f"response.{body['status']}", response=body)]
+
+    def ended(self, answer: Answer) -> Body:
+        """The whole response."""
+        usage = Usage.of([answer])
+        cut = answer.reason == "length"
+        return self._body() | {
+            "status": "incomplete" if cut else "completed",
+            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "usage": {
+                "input_tokens": usage.prompt,
+                "input_tokens_details": {"cached_tokens": usage.cached},
+                "output_tokens": usage.completion,
+                "output_tokens_details": {"reasoning_tokens": usage.thinking},
+                "total_tokens": usage.prompt + usage.completion,
+            },
+        }
+
+    def fail(self, error: Body) -> list[Body]:
+        told = {"code": "server_error", "message": error["message"]}
+        failed = self._body() | {"status": "failed", "error": told}
+        return [self._event("response.failed", response=failed)]
+
+    def _delta(self, delta: Delta) -> Iterator[Body]:
+        if isinstance(delta, Text):
+            yield from self._part("message", "output_text", delta.text)
+        elif isinstance(delta, Thinking):
+            yield from self._part("reasoning", "reasoning_text", delta.text)
+        elif isinstance(delta, CallStart):
+            yield from self._close()
+            id = call_id(self._head["id"].replace("_", "-"), 0, delta.index)
+            call = {"type": "function_call", "call_id": id, "name": delta.name, "arguments": ""}
+            yield from self._begin(call, "fc_")
+        elif isinstance(delta, CallArguments):
+            item = self._current()
+            item["arguments"] += delta.text
+            yield self._item_event("response.function_call_arguments.delta", delta=delta.text)
+        else:
+            yield from self._close("completed" if delta.complete else "incomplete")
+
+    def _part(self, kind: str, part: str, text: str) -> Iterator[Body]:
+        """More of a text, which begins an item where none of its kind is open."""
+        if self._open is None or self._open["type"] != kind:
+            yield from self._close()
+            item = {"type": kind, "content": []} | _ITEM_FIELDS[kind]
+            yield from self._begin(item, "msg_" if kind == "message" else "rs_")
+            content = {"type": part, "text": ""} | _PART_FIELDS[kind]
+            yield self._item_event("response.content_part.added", content_index=0, part=dict(content))
+            self._current()["content"].append(content)
+        self._current()["content"][0]["text"] += text
+        more = _DELTA_FIELDS[kind]
+        yield self._item_event(f"response.{part}.delta", content_index=0, delta=text, **more)
+
+    def _begin(self, item: Body, prefix: str) -> Iterator[Body]:
+        id = f"{prefix}{self._head['id'].partition('_')[2]}{len(self._output):02d}"
+        self._open = {"id": id, "status": "in_progress", **item}
+        self._output.append(self._open)
+        yield self._event(
+            "response.output_item.added", output_index=len(self._output) - 1, item=_copy(self._open)
+        )
+
+    def _close(self, status: str = "completed") -> Iterator[Body]:
+        item = self._open
+        if item is None:
+            return
+        item["status"] = status
+        if item["type"] == "function_call":
+            told = {"name": item["name"], "arguments": item["arguments"]}
+            yield self._item_event("response.function_call_arguments.done", **told)
+        else:
+            part = item["content"][0]
+            more = _DELTA_FIELDS[item["type"]]
+            yield self._item_event(
+                f"response.{part['type']}.done", content_index=0, text=part["text"], **more
+            )
+            yield self._item_event("response.content_part.done", content_index=0, part=dict(part))
+        yield self._event("response.output_item.done", output_index=len(self._output) - 1, item=_copy(item))
+        self._open = None
+
+    def _current(self) -> Body:
+        if self._open is None:
+            raise RuntimeError("no item of the response is open")
+        return self._open
+
+    def _item_event(self, kind: str, **fields: Any) -> Body:
+        return self._event(kind, item_id=self._current()["id"], output_index=len(self._output) - 1, **fields)
+
+    def _event(self, kind: str, **fields: Any) -> Body:
+        self._number += 1
+        return {"type": kind, "sequence_number": self._number - 1, **fields}
+
+    def _body(self) -> Body:
+        return {**self._head, "output": [_copy(item) for item in self._output]}
+
+
+def _copy(item: Body) -> Body:
+    return {**item, "content": [dict(part) for part in item["content"]]} if "content" in item else dict(item)

@@ -1,0 +1,313 @@
+"""What all routes stand on: the engine, the model's tokenizer and template, limits and counts."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from time import time
+from typing import Any, Literal, TypeVar
+
+import anyio
+from anyio.to_thread import run_sync
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+
+from godwit.engine import Constraint, GenerationRequest, SamplingParams, Stream
+from godwit.errors import GodwitError, UsageError
+from godwit.server.answers import Answers, check_choices
+from godwit.server.body import read_json
+from godwit.server.errors import ApiError, bad_request, from_engine, overloaded
+from godwit.server.forms import Form, FormMaker, Thinking
+from godwit.server.host import EngineHost
+from godwit.server.journal import Metrics, Record
+from godwit.server.prompts import Conversation, Prompt, PromptMaker, check_variables
+from godwit.server.settings import Settings
+from godwit.server.tools import THINK, AnswerParser, format_of
+
+#: Prompts and forms that are made at a time.
+MAX_PROMPT_THREADS = 2
+MAX_FORM_THREADS = 2
+_WATCH_SECONDS = 1.0
+_log = logging.getLogger("godwit.server")
+#: What pydantic puts into the place of an error besides names and numbers.
+_TAG = re.compile(r"str|int|.*\[.*|constrained-.*|function-.*|[A-Z].*")
+_Result = TypeVar("_Result")
+_Body = TypeVar("_Body", bound=BaseModel)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """A request for answers to a conversation, whatever the API.
+
+    Attributes:
+        mode: "none": the model is not told of the tools; "required": it has to call one, the one called
+            ``tool`` if that is not None.
+        parallel: an answer may call several.
+        strict: the arguments of calls have to fit the tools' schemas.
+        form: what answers have to look like otherwise.
+        salt: caches are shared with requests of the same key and salt.
+    """
+
+    conversation: Conversation
+    params: SamplingParams
+    n: int = 1
+    mode: Literal["none", "auto", "required"] = "auto"
+    tool: str | None = None
+    parallel: bool = True
+    strict: bool = False
+    form: Form | None = None
+    salt: str = ""
+
+
+class Threads:
+    """Work that would hold up the event loop, a few pieces at a time.
+
+    Args:
+        count: more would only wait for each other.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._limiter: anyio.CapacityLimiter | None = None
+
+    async def run(self, work: Callable[[], _Result]) -> _Result:
+        """Do it in a thread.
+
+        Raises:
+            ApiError: it failed.
+        """
+        if self._limiter is None:
+            self._limiter = anyio.CapacityLimiter(self._count)
+        try:
+            return await run_sync(work, limiter=self._limiter)
+        except GodwitError as error:
+            raise from_engine(error) from error
+
+
+class Service:
+    """Answers requests whose fields are checked.
+
+    Args:
+        host: of the engine.
+        tokenizer: read from the engine's model.
+        settings: names, limits, defaults.
+
+    Raises:
+        GodwitError: the model's own sampling settings make no sense.
+    """
+
+    def __init__(self, host: EngineHost, settings: Settings) -> None:
+        engine = host.engine
+        if engine is None:
+            raise UsageError("there is no engine to serve")
+        self.host = host
+        self.settings = settings
+        self.tokenizer = engine.tokenizer
+        self.context = engine.capacity
+        self.prompts = PromptMaker(engine.tokenizer, engine.max_context)
+        self.metrics = Metrics(host.stats)
+        self.started = int(time())
+        template = engine.tokenizer.chat_template
+        self.format = None if template is None else format_of(template.tool_source or template.source)
+        self.draining = False
+        self._knows_thinking = template is not None and THINK in template.source
+        self._forms = FormMaker(engine.tokenizer, engine.vocab_size, self.format)
+        self.prompt_threads = Threads(MAX_PROMPT_THREADS)
+        self._form_threads = Threads(MAX_FORM_THREADS)
+        SamplingParams(**settings.sampling)
+
+    # requests
+
+    async def read(self, request: Request, kind: type[_Body]) -> _Body:
+        """The body of a request, checked.
+
+        Raises:
+            ApiError: it is not what it has to be.
+        """
+        body = await read_json(request, self.settings.limits)
+        given = {key: value for key, value in body.items() if value is not None}
+        try:
+            return kind.model_validate(given)
+        except ValidationError as error:
+            raise explain(error) from None
+
+    def check_model(self, name: str | None) -> None:
+        """Refuse to answer in another model's name.
+
+        Raises:
+            ApiError: ``name`` is none of this model's.
+        """
+        if name is not None and not self.settings.knows(name):
+            raise ApiError(
+                404,
+                f"there is no model {name[:100]!r} here; this server has {self.settings.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def sampling(self, **asked: Any) -> SamplingParams:
+        """What was asked for, None being nothing, completed by the server's own settings.
+
+        Raises:
+            ApiError: a value makes no sense.
+        """
+        given = {name: value for name, value in asked.items() if value is not None}
+        try:
+            return SamplingParams(**{**self.settings.sampling, **given})
+        except UsageError as error:
+            raise from_engine(error) from None
+
+    async def warm(self) -> None:
+        """Start the process that renders templates, which takes a while, before the first request needs it."""
+        with contextlib.suppress(ApiError):
+            await self.make_prompt(Conversation([{"role": "user", "content": "."}]))
+
+    async def make_prompt(self, conversation: Conversation) -> Prompt:
+        """The prompt of a conversation.
+
+        Raises:
+            ApiError: it is too long, or the template does not take it.
+        """
+        limits = self.settings.limits
+        if len(conversation.messages) > limits.messages or len(conversation.tools) > limits.tools:
+            raise bad_request(f"a request may have {limits.messages} messages and {limits.tools} tools")
+        if self.tokenizer.chat_template is None:
+            raise bad_request("this model has no chat template; send plain prompts to /v1/completions")
+        check_variables(conversation.variables)
+        self.prompts.check_size(*(str(message.get("content") or "") for message in conversation.messages))
+        prompt: Prompt = await self.prompt_threads.run(lambda: self.prompts.chat(conversation))
+        return prompt
+
+    async def chat(self, request: Request, chat: Chat) -> Answers:
+        """Start the answers to a conversation.
+
+        Raises:
+            ApiError: they cannot be given.
+        """
+        self._check_start(chat.n)
+        tools = [] if chat.mode == "none" else list(chat.conversation.tools)
+        if tools and self.format is None:
+            raise bad_request("this model's chat template has no place for tools", "tools")
+        form = form_of(chat, tools)
+        prompt = await self.make_prompt(replace(chat.conversation, tools=tools))
+        constraints = await self.hold(form, self._thinking(chat, prompt), chat.n)
+        schemas = {t["function"]["name"]: t["function"].get("parameters") or {} for t in tools}
+        format = self.format if tools else None
+        return self.start(
+            request,
+            [prompt] * chat.n,
+            chat.params,
+            chat.salt,
+            constraints=constraints,
+            parser=lambda: AnswerParser(format, schemas, thinking=prompt.thinking),
+            parallel=chat.parallel,
+        )
+
+    async def hold(self, form: Form | None, thinking: Thinking, count: int) -> Sequence[Constraint | None]:
+        """What holds so many answers to a form.
+
+        Raises:
+            ApiError: the form cannot be used.
+        """
+        if form is None:
+            return [None] * count
+        made: list[Constraint] = await self._form_threads.run(lambda: self._forms.make(form, thinking, count))
+        return made
+
+    def _thinking(self, chat: Chat, prompt: Prompt) -> Thinking:
+        if prompt.thinking:
+            return "opened"
+        may_think = self._knows_thinking and chat.conversation.variables.get("enable_thinking", True)
+        return "optional" if may_think else "none"
+
+    def start(
+        self,
+        request: Request,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        salt: str = "",
+        *,
+        constraints: Sequence[Constraint | None],
+        parser: Callable[[], AnswerParser] | None = None,
+        parallel: bool = True,
+    ) -> Answers:
+        """Start one answer to each prompt.
+
+        Raises:
+            ApiError: they cannot be given.
+        """
+        self._check_start(len(prompts))
+        salt = f"{request.state.salt}\0{salt}"
+        streams: list[Stream] = []
+        try:
+            for index, (prompt, constraint) in enumerate(zip(prompts, constraints, strict=True)):
+                own = params if params.seed is None else replace(params, seed=params.seed + index)
+                asked = GenerationRequest(prompt.ids, own, prompt.boundaries, salt, constraint)
+                streams.append(self._submit(asked))
+        except (GodwitError, ApiError) as error:
+            for stream in streams:
+                stream.cancel()
+            raise from_engine(error) from error
+        record: Record = request.state.record
+        return Answers(
+            streams,
+            record=record,
+            num_prompt=len(prompts[0].ids),
+            parser=parser,
+            parallel=parallel,
+            keep_alive=self.settings.keep_alive,
+        )
+
+    def _submit(self, request: GenerationRequest) -> Stream:
+        engine = self.host.engine
+        if engine is None or not engine.health.alive:
+            raise overloaded("the engine is starting again; send the request again in a moment")
+        return engine.submit(request)
+
+    def _check_start(self, num_answers: int) -> None:
+        check_choices(num_answers, self.settings.limits.choices)
+        stats = self.host.stats()
+        if self.draining:
+            raise overloaded("the server is shutting down")
+        if (
+            stats is not None
+            and stats.num_waiting + stats.num_running + num_answers > self.settings.limits.active
+        ):
+            raise overloaded("too many answers are under way; try again later")
+
+
+def form_of(chat: Chat, tools: Sequence[Mapping[str, Any]]) -> Form | None:
+    """What the answers to a request are held to.
+
+    Raises:
+        ApiError: it asks for what excludes each other, or for a tool that is not there.
+    """
+    wanted: Form | None = None
+    if chat.mode == "required":
+        if chat.tool not in (None, *(tool["function"]["name"] for tool in tools)) or not tools:
+            raise bad_request("`tool_choice` asks for a tool that `tools` does not have", "tool_choice")
+        wanted = Form("tool_choice", "calls", chat.tool or "required", tools, chat.parallel)
+    elif chat.strict and tools:
+        wanted = Form("tools", "calls", "auto", tools, chat.parallel)
+    if chat.form is not None and tools:
+        raise bad_request(
+            f"`{chat.form.field}` cannot hold an answer that may also call tools; leave one of both out",
+            chat.form.field,
+        )
+    return wanted or chat.form
+
+
+def explain(error: ValidationError) -> ApiError:
+    """What is wrong with a body, in one sentence without what was sent.
+
+    Where a field may be one of several things, the complaint that goes deepest tells most.
+    """
+    first = max(error.errors(include_url=False, include_input=False), key=lambda one: len(one["loc"]))
+    place = ".".join(str(part) for part in first["loc"] if not _TAG.fullmatch(str(part)))[:200]
+    if first["type"] == "extra_forbidden":
+        return bad_request(f"`{place}` is no field that this server can honour; leave it out", place)
+    message = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
+    return bad_request(f"`{place}`: {message}" if place else message, place or None)

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from godwit.cli.main import app
+from godwit.cli.serve import shown_name
+from tests.cli.conftest import Models
+
+HELLO = {"messages": [{"role": "user", "content": "Hello!"}]}
+
+
+@contextmanager
+def serving(*args: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """(address, process) of a server that runs."""
+    code = "from godwit.cli.main import main; main()"
+    command = [sys.executable, "-c", code, "serve", "--port", "0", "--threads", "1", *args]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if found := re.search(r"at (http://\S+) ", line):
+                    yield found[1], process
+                    break
+            else:
+                raise AssertionError("it never served")
+        finally:
+            process.kill()
+
+
+def test_a_server_from_its_start_to_its_end(models: Models, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("a-key-of-mine\n")
+    arguments = (models("hello"), "--api-key-file", str(keys), "--name", "mine", "--memory", "0.05")
+    with serving(*arguments, "--cache-dir", str(tmp_path / "cache"), "--context", "256") as (url, process):
+        with httpx.Client(base_url=url, headers={"x-api-key": "a-key-of-mine"}, trust_env=False) as client:
+            assert client.get("/v1/models").json()["data"][0]["id"] == "mine"
+            answer = client.post("/v1/chat/completions", json=HELLO | {"model": "mine"}).json()
+            assert answer["choices"][0]["message"]["content"] == "Hello there."
+            assert client.get("/v1/models", headers={"x-api-key": ""}).status_code == 401
+        process.send_signal(signal.SIGINT)
+        _, log = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert re.search(r"POST /v1/chat/completions 200 .* prompt=\d+ cached=\d+ generated=3 ", log)
+    assert "Traceback" not in log and "a-key-of-mine" not in log
+
+
+def invoke(*args: Any) -> Any:
+    return CliRunner().invoke(app, ["serve", *map(str, args)])
+
+
+def test_what_is_wrong_is_said_at_once(models: Models, tmp_path: Path) -> None:
+    for arguments, reason in (
+        (("--api-key-file", tmp_path / "absent"), "cannot be read"),
+        (("--host", "no.such.host.invalid"), "no address"),
+        (("--context", 10**9), "not possible"),
+        (("--memory", 0), "allow more memory"),
+    ):
+        result = invoke(models("hello"), "--port", 0, *arguments)
+        assert result.exit_code != 0
+        assert reason in result.stderr.strip() and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_without_its_packages_serving_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("godwit.server")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    result = invoke()
+    assert result.exit_code == 2 and "godwit-llm[serve]" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("built-in", "godwit"),
+        ("org/Model-1", "Model-1"),
+        ("/a/b/m.godwit", "m"),
+        ("dir/", "dir"),
+        ("/", "godwit"),
+    ],
+)
+def test_a_name_for_clients(name: str, shown: str) -> None:
+    assert shown_name(name) == shown

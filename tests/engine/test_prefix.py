@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from godwit.engine.cache import BlockPool, StateSnapshot
+from godwit.engine.nodes import extend_chain
+from godwit.engine.prefix import PrefixIndex
+from godwit.models.batch import BLOCK_SIZE
+
+TEXT = list(range(100))
+LOGITS = torch.zeros(2)
+
+
+def state(num_bytes: int = 100) -> StateSnapshot:
+    return StateSnapshot((torch.zeros(num_bytes, dtype=torch.uint8),))
+
+
+class Books:
+    """An index, its pool, and who computed what."""
+
+    def __init__(self, total: int = 64, *, recurrent: bool = True, max_bytes: int = 10**6) -> None:
+        self.pool = BlockPool(total)
+        self.index = PrefixIndex(self.pool, recurrent=recurrent, max_bytes=max_bytes)
+        self.own: list[int] = []
+
+    def compute(
+        self, ids: list[int], *, salt: str = "", size: int = 100, logits: bool = False, end: bool = True
+    ) -> list[int]:
+        """A sequence comes, computes ``ids``, leaves its state, and goes if it is at its ``end``."""
+        chain: list[bytes] = []
+        blocks = self.pool.allocate(-(-len(ids) // BLOCK_SIZE))
+        for place, block in self.index.commit(ids, salt, chain, blocks, 0, len(ids) // BLOCK_SIZE):
+            self.pool.share([block])
+            self.pool.free([blocks[place]])
+            blocks[place] = block
+        if self.index.recurrent:
+            self.index.add_snapshot(ids, salt, chain, blocks, lambda: state(size), LOGITS if logits else None)
+        if end:
+            self.pool.free(blocks)
+        else:
+            self.own += blocks
+        return blocks
+
+    def found(self, ids: list[int], salt: str = "") -> int:
+        hit = self.index.match(ids, salt, [])
+        self.index.use(hit)
+        return hit.position
+
+    def check(self) -> None:
+        self.index.check_integrity()
+        self.pool.check_integrity([*self.index.held(), *self.own])
+
+
+def test_attention_reuses_whole_blocks_but_the_last_token() -> None:
+    books = Books(recurrent=False)
+    books.compute(TEXT[:40])
+    assert [books.found(TEXT[:n]) for n in (8, 16, 17, 32, 33, 100)] == [0, 0, 16, 16, 32, 32]
+    assert books.found([*TEXT[:20], 7, *TEXT[21:]]) == 16
+    books.check()
+
+
+@pytest.mark.parametrize("length", [5, 16, 40, 48])
+def test_a_state_is_resumed_at_its_very_position(length: int) -> None:
+    books = Books()
+    books.compute(TEXT[:length])
+    assert books.found(TEXT) == length
+    assert books.found([*TEXT[:length], 7]) == length
+    assert books.found(TEXT[:length]) == 0  # what follows it is not known
+    assert books.found([*TEXT[: length - 1], 7, 7]) == 0
+    books.check()
+
+
+def test_a_whole_prompt_is_resumed_where_its_scores_are_kept() -> None:
+    books = Books()
+    books.compute(TEXT[:40])
+    books.compute(TEXT[:40], logits=True)
+    assert books.found(TEXT[:40]) == 40
+    assert books.index.stats.num_snapshots == 1
+    books.check()
+
+
+def test_the_deepest_state_is_taken_and_the_note_says_why_not_more() -> None:
+    books = Books()
+    for length in (20, 24, 64):
+        books.compute(TEXT[:length])
+    assert [books.found(TEXT[:n]) for n in (22, 30, 64, 65)] == [20, 24, 24, 64]
+    hit = books.index.match([*TEXT[:63], 7, 7], "", [])
+    assert (hit.position, hit.known) == (24, 48)
+    assert hit.note == "the text is known up to token 48, but the last state to resume from is at token 24"
+    assert books.index.match(TEXT, "", []).note == "what follows token 64 is new or was evicted"
+    assert books.index.match([9, 9], "", []).note == "no text in the cache begins like this"
+    assert books.index.match(TEXT[:65], "", []).note == ""
+
+
+def test_salts_share_nothing() -> None:
+    books = Books()
+    books.compute(TEXT[:64], salt="a")
+    assert (books.found(TEXT, "a"), books.found(TEXT, "b"), books.found(TEXT)) == (64, 0, 0)
+
+
+def test_equal_blocks_are_kept_once() -> None:
+    books = Books(recurrent=False)
+    first = books.compute(TEXT[:48], end=False)
+    second = books.compute(TEXT[:64], end=False)
+    assert first[:3] == second[:3]
+    assert books.pool.num_free == 60
+    books.check()
+
+
+def test_a_partial_block_outlives_its_sequence_and_goes_with_its_state() -> None:
+    books = Books(max_bytes=250)
+    books.compute(TEXT[:20])
+    assert books.pool.num_free == 62
+    books.compute([9] * 5, size=200)
+    assert books.index.stats.num_evicted_snapshots == 1
+    assert books.pool.num_free == 62 and books.found(TEXT) == 0
+    books.check()
+
+
+def test_of_the_snapshots_the_least_valuable_goes() -> None:
+    books = Books(max_bytes=350)
+    for length in (40, 44, 90):
+        books.compute(TEXT[:length])
+    books.compute([9] * 30)
+    assert books.index.stats.num_evicted_snapshots == 1
+    assert [books.found(TEXT[:n]) for n in (42, 60, 95)] == [40, 40, 90]  # 44 saved only four tokens
+    for _ in range(50):
+        books.found([9] * 31)
+    books.compute([8] * 30)
+    assert books.found([9] * 31) == 30
+    books.check()
+
+
+def test_a_snapshot_above_an_evicted_one_is_what_saves_then() -> None:
+    books = Books(max_bytes=310)
+    books.compute(TEXT[:90])
+    books.compute(TEXT[:30])
+    deep, shallow = books.index.match(TEXT, "", []).node, books.index.match(TEXT[:31], "", []).node
+    assert deep and shallow and (deep.saves, shallow.saves) == (60, 30) and deep.before is shallow
+    books.index._drop_resumable(shallow)
+    books.index._forget_useless(shallow)
+    assert deep.saves == 90
+    books.check()
+
+
+def test_a_snapshot_larger_than_the_budget_is_not_kept() -> None:
+    books = Books(max_bytes=99)
+    books.compute(TEXT[:20])
+    assert books.found(TEXT) == 0 and books.index.stats.num_snapshots == 0
+    books.check()
+
+
+def test_blocks_are_evicted_from_the_ends_of_what_is_longest_unused() -> None:
+    books = Books(total=12, recurrent=False)
+    books.compute(TEXT[:64])
+    books.compute([9] * 64)
+    books.found(TEXT)
+    assert books.index.evict(3) == 3
+    assert (books.found(TEXT), books.found([9] * 64)) == (64, 16)
+    assert books.index.evict(4) == 4
+    assert books.found([9] * 64) + books.found(TEXT) == 16
+    books.check()
+    assert books.index.evict(99) == 1 and books.pool.num_free == 12
+    books.check()
+
+
+def test_blocks_in_use_are_not_evicted() -> None:
+    books = Books(total=8, recurrent=False)
+    books.compute(TEXT[:64], end=False)
+    books.compute([9] * 32)
+    assert books.index.evict(99) == 2
+    assert books.found(TEXT) == 64
+    books.pool.free(books.own)
+    books.own = []
+    assert books.index.evict(99) == 4
+    books.check()
+
+
+def test_blocks_without_a_state_behind_them_go_first() -> None:
+    books = Books(total=12, max_bytes=100)
+    books.compute(TEXT[:32])
+    books.compute([9] * 64)  # the only state that fits; the other is evicted
+    books.found([9] * 65)
+    for _ in range(3):
+        books.found(TEXT)
+    assert books.index.evict(2) == 2 and books.found([9] * 65) == 64
+    books.check()
+
+
+def test_faults_in_the_books_are_noticed() -> None:
+    for harm in ("num_blocks", "snapshot_bytes"):
+        books = Books()
+        books.compute(TEXT[:20])
+        setattr(books.index.stats, harm, 1000)
+        with pytest.raises(RuntimeError, match="do not add up"):
+            books.check()
+    books = Books()
+    books.compute(TEXT[:20])
+    books.index.nodes()[0].children.clear()
+    with pytest.raises(RuntimeError, match="unknown to its parent"):
+        books.check()
+    books = Books()
+    books.compute(TEXT[:20])
+    books.index._drop_resumable(books.index.nodes()[1])
+    with pytest.raises(RuntimeError, match="serves nothing"):
+        books.check()
+
+
+def test_keys_depend_on_all_that_precedes() -> None:
+    chains: list[list[bytes]] = [[], [], []]
+    for chain, ids, salt in zip(chains, (TEXT, [7, *TEXT[1:]], TEXT), ("", "", "x"), strict=True):
+        extend_chain(chain, ids[:50], salt)
+        extend_chain(chain, ids, salt)
+    assert [len(chain) for chain in chains] == [6, 6, 6]
+    assert len({key for chain in chains for key in chain}) == 18
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_the_books_balance_whatever_is_done(recurrent: bool) -> None:
+    rng = random.Random(2)
+    books = Books(total=40, recurrent=recurrent, max_bytes=1200)
+    for _ in range(400):
+        ids = [rng.randrange(2)] * rng.randrange(1, 50) + [rng.randrange(3)] * rng.randrange(1, 60)
+        needed = -(-len(ids) // BLOCK_SIZE)
+        if rng.random() < 0.2:
+            books.pool.free(books.own)
+            books.own = []
+        if books.pool.num_free < needed:
+            books.index.evict(needed - books.pool.num_free)
+        if books.pool.num_free >= needed:
+            books.compute(ids, salt=rng.choice("ab"), size=rng.randrange(50, 300), end=rng.random() < 0.8)
+        assert 0 <= books.found(ids, "a") <= len(ids)
+        books.check()
+        assert len(books.index._leaves) <= 65 + 4 * books.index.stats.num_blocks
+    books.pool.free(books.own)
+    books.own = []
+    books.index.evict(99)
+    assert books.pool.num_free == 40 and not books.index._nodes
+    assert books.index.stats.num_evicted_blocks > 100

@@ -1,0 +1,233 @@
+"""What is remembered survives a restart, and damaged files do no harm."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from godwit.engine import Engine, GenerationRequest, SamplingParams
+from godwit.engine import spill as module
+from godwit.engine.spill import DiskCache, fingerprint
+from godwit.engine.stream import Finish
+from godwit.errors import UsageError
+from godwit.models.causal_lm import CausalLM
+from godwit.models.native import pack_model
+from tests.engine.test_core import ALL, ATTENTION, HYBRID, Guesses, alone, asked, text
+from tests.engine.tiny import tiny_model, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+
+
+class Restarts:
+    """One engine after the other over the same files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def ask(self, model: CausalLM, *prompts: list[int], salt: str = "", **how: object) -> list[Finish]:
+        """What a new engine answers, and whether that is right."""
+        settings = {"max_context": 512, "max_sequences": 4, "debug": True, "cache_dir": self.folder} | how
+        finishes = []
+        with Engine(model, TOKENIZER, **settings) as engine:  # type: ignore[arg-type]
+            for seed, ids in enumerate(prompts):
+                params = asked(seed, logprobs=None)
+                finish = engine.submit(GenerationRequest(tuple(ids), params, (20,), salt)).result()[1]
+                assert finish.token_ids == alone(model, ids, asked(seed))[2]
+                finishes.append(finish)
+        engine.check_integrity()
+        return finishes
+
+    def files(self) -> list[Path]:
+        return sorted(self.folder.glob("*/*.kv"))
+
+
+@pytest.fixture
+def restarts(tmp_path: Path) -> Restarts:
+    return Restarts(tmp_path / "cache")
+
+
+@ALL
+def test_conversations_survive_a_restart(restarts: Restarts, model: CausalLM) -> None:
+    prompts = [text(50), text(90, 1)]
+    answers = restarts.ask(model, *prompts)
+    following = [[*ids, *one.token_ids, 5, 6] for ids, one in zip(prompts, answers, strict=True)]
+    again = restarts.ask(model, *following)
+    for ids, finish in zip(following, again, strict=True):
+        assert finish.cached_tokens >= len(ids) - 3 - 16 * (model is ATTENTION)
+    third = restarts.ask(model, [*following[0], *again[0].token_ids, 9])
+    assert third[0].cached_tokens > 60
+    assert all(path.stat().st_mode & 0o077 == 0 for path in restarts.files())
+
+
+def test_a_shared_beginning_is_written_once(restarts: Restarts) -> None:
+    long = text(300)
+    restarts.ask(HYBRID, long)
+    before = sum(path.stat().st_size for path in restarts.files())
+    restarts.ask(HYBRID, [*long, 5])
+    more = sum(path.stat().st_size for path in restarts.files()) - before
+    assert 0 < more < before
+
+
+def test_salts_stay_apart(restarts: Restarts) -> None:
+    restarts.ask(HYBRID, text(50), salt="a")
+    assert restarts.ask(HYBRID, [*text(50), 7], salt="b")[0].cached_tokens == 0
+    assert restarts.ask(HYBRID, [*text(50), 7], salt="a")[0].cached_tokens == 50
+
+
+def test_models_stay_apart(restarts: Restarts) -> None:
+    other = pack_model(tiny_model("hybrid", seed=1), "q4")
+    assert len({fingerprint(HYBRID), fingerprint(other), fingerprint(tiny_model("hybrid"))}) == 3
+    restarts.ask(HYBRID, text(50))
+    assert restarts.ask(other, [*text(50), 7])[0].cached_tokens == 0
+    assert restarts.ask(HYBRID, [*text(50), 7])[0].cached_tokens == 50
+
+
+def test_a_state_with_accepted_drafts_is_kept_whole(restarts: Restarts) -> None:
+    right = alone(HYBRID, text(50), asked(0))[2]
+    drafter = Guesses({0: right}, 100)
+    finish = restarts.ask(HYBRID, text(50), max_rollback=4, drafter=drafter)[0]
+    assert finish.accepted > 3
+    following = [*text(50), *right, 5]
+    assert restarts.ask(HYBRID, following, max_rollback=4)[0].cached_tokens == len(following) - 2
+    # where fewer tokens can be undone, that state is of no use, but what is before it is
+    assert restarts.ask(HYBRID, [*following[:-1], 6], max_rollback=0)[0].cached_tokens >= 50
+
+
+def damaged(content: bytes) -> Iterator[bytes]:
+    rng = random.Random(1)
+    size = len(content)
+    for cut in (0, 3, 15, 30, size // 2, size - 1):
+        yield content[:cut]
+    yield content + b"\0"
+    for _ in range(25):
+        place = rng.randrange(size)
+        yield content[:place] + bytes([content[place] ^ (1 << rng.randrange(8))]) + content[place + 1 :]
+
+
+def test_damaged_files_are_dropped_with_a_warning(
+    restarts: Restarts, caplog: pytest.LogCaptureFixture
+) -> None:
+    restarts.ask(HYBRID, text(50))
+    path = restarts.files()[-1]
+    content = path.read_bytes()
+    for wrong in damaged(content):
+        path.write_bytes(wrong)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "godwit.engine.spill"):
+            disk = DiskCache(restarts.folder, HYBRID, 1 << 30)
+            engine = Engine(HYBRID, TOKENIZER, max_context=512, max_sequences=4)
+            disk.load(engine.core.runner.index, engine.core.runner.cache)
+            disk.close()
+            engine.check_integrity()
+            engine.close()
+        assert "is damaged and is dropped" in caplog.text and not path.exists()
+    assert restarts.ask(HYBRID, [*text(50), 7])[0].cached_tokens in (0, 20, 50)
+
+
+def rewritten(path: Path, **changes: object) -> None:
+    """The file with another header and a right checksum."""
+    content = path.read_bytes()
+    start = len(module._MAGIC) + 8
+    size = int.from_bytes(content[start - 8 : start], "little")
+    raw = json.loads(content[start : start + size]) | changes
+    data = json.dumps(raw).encode()
+    body = module._MAGIC + len(data).to_bytes(8, "little") + data + content[start + size : -32]
+    path.write_bytes(body + hashlib.blake2b(body, digest_size=32).digest())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"keys": []},
+        {"tokens": [[1]]},
+        {"tokens": [[2**70] * 16] * 3},
+        {"pending": 99},
+        {"pending": -1},
+        {"num_state": 1},
+        {"tensors": []},
+        {"tensors": [["float32", [-1, 5]]]},
+        {"tensors": [["load", [1]]]},
+        {"root": 5},
+        {"parent": "zz"},
+        {"num_state": 10**9},
+        {"has_logits": False},
+    ],
+)
+def test_hostile_headers_are_dropped(
+    restarts: Restarts, changes: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    restarts.ask(HYBRID, text(50))
+    for path in restarts.files():
+        rewritten(path, **changes)
+    with caplog.at_level(logging.WARNING, "godwit.engine.spill"):
+        finish = restarts.ask(HYBRID, [*text(50), 7])[0]
+    assert finish.cached_tokens == 0 and "is damaged and is dropped" in caplog.text
+
+
+def test_files_that_go_on_from_each_other_are_no_trap(restarts: Restarts) -> None:
+    restarts.ask(HYBRID, text(50))
+    for path in restarts.files():
+        rewritten(path, parent=path.stem)
+    assert restarts.ask(HYBRID, [*text(50), 7])[0].cached_tokens == 0
+
+
+def test_a_file_whose_beginning_is_gone_is_dropped(restarts: Restarts) -> None:
+    restarts.ask(HYBRID, text(50))
+    restarts.files()[0].parent.joinpath("x.tmp1").write_bytes(b"left over")
+    os.utime(restarts.files()[0].parent / "x.tmp1", (0, 0))
+    oldest = min(restarts.files(), key=lambda path: path.stat().st_mtime_ns)
+    oldest.unlink()
+    finish = restarts.ask(HYBRID, [*text(50), 7])[0]
+    assert finish.cached_tokens in (0, 20)
+    assert not list(restarts.folder.glob("*/*.tmp*"))
+
+
+def test_the_oldest_files_go_when_there_are_too_many(restarts: Restarts) -> None:
+    restarts.ask(HYBRID, *(text(60, seed) for seed in range(6)), cache_bytes=120_000)
+    total = sum(path.stat().st_size for path in restarts.files())
+    assert 30_000 < total <= 120_000
+    finishes = restarts.ask(HYBRID, [*text(60, 5), 1], [*text(60, 0), 1])
+    assert [finish.cached_tokens for finish in finishes] == [60, 0]
+
+
+def test_only_what_fits_is_loaded_and_the_rest_stays(restarts: Restarts) -> None:
+    restarts.ask(HYBRID, *(text(60, seed) for seed in range(6)))
+    count = len(restarts.files())
+    restarts.ask(HYBRID, text(30), max_context=64, max_sequences=1)
+    assert len(restarts.files()) >= count
+    assert restarts.ask(HYBRID, [*text(60, 0), 1])[0].cached_tokens == 60
+
+
+def test_a_folder_that_cannot_be_written_costs_only_the_cache(
+    restarts: Restarts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(source: object, target: object) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with caplog.at_level(logging.WARNING, "godwit.engine.spill"):
+        restarts.ask(HYBRID, text(50))
+    assert "cannot be written: no space" in caplog.text
+    assert not restarts.files() and not list(restarts.folder.glob("*/*.tmp*"))
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot keep a cache"):
+        DiskCache(tmp_path / "file", HYBRID, 1)
+
+
+def test_parameters_decide_what_is_drawn_and_not_the_cache(restarts: Restarts) -> None:
+    params = SamplingParams(seed=4, max_tokens=9)
+    made = []
+    for _ in range(2):
+        with Engine(HYBRID, TOKENIZER, max_context=512, cache_dir=restarts.folder) as engine:
+            made.append(engine.submit(GenerationRequest(tuple(text(50)), params)).result()[1])
+    assert made[0].token_ids == made[1].token_ids and made[1].cached_tokens == 50

@@ -1,0 +1,125 @@
+"""A server that serves the chat page under a strict policy and plays the answers it is given."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import deque
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+PAGE = REPOSITORY / "src" / "godwit" / "server" / "page.html"
+NONCE = "0f1e2d3c"
+POLICY = (
+    f"default-src 'none'; script-src 'nonce-{NONCE}'; style-src 'nonce-{NONCE}'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
+)
+
+
+def delta(**fields: Any) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": fields, "finish_reason": None}]}
+
+
+def end(reason: str = "stop", *, prompt: int = 20, cached: int = 16, generated: int = 5) -> list[Any]:
+    last = {"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]}
+    details = {"cached_tokens": cached}
+    usage = {"prompt_tokens": prompt, "completion_tokens": generated, "prompt_tokens_details": details}
+    return [last, {"choices": [], "usage": usage}, "[DONE]"]
+
+
+def text(*parts: str) -> list[Any]:
+    """A whole answer."""
+    return [*(delta(content=part) for part in parts), *end()]
+
+
+def call(name: str, arguments: str, index: int = 0) -> list[Any]:
+    """A tool call that comes in two pieces."""
+    half = len(arguments) // 2
+    first = {"index": index, "id": f"call_{index}", "function": {"name": name, "arguments": arguments[:half]}}
+    rest = {"index": index, "function": {"arguments": arguments[half:]}}
+    return [delta(tool_calls=[first]), delta(tool_calls=[rest])]
+
+
+class Server(ThreadingHTTPServer):
+    """Each reply is a status with a body, or a list of chunks, with pauses (seconds, an Event)."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.replies: deque[list[Any] | tuple[int, Any]] = deque()
+        self.requests: list[dict[str, Any]] = []
+        self.key: str | None = None
+        self.promised: int | None = None  # the length of a reply, as its header has it
+        self.left = threading.Event()  # a client went away in the middle of a reply
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """The page, the list of models, and the answers."""
+
+    server: Server
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if self.path == "/":
+            self._send(200, "text/html; charset=utf-8", PAGE.read_text("utf-8").replace("__NONCE__", NONCE))
+        elif self.path == "/v1/models" and not self._refused():
+            self._send(200, "application/json", json.dumps({"data": [{"id": "tiny"}, {"id": "other"}]}))
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert self.path == "/v1/chat/completions"
+        if self._refused():
+            return
+        self.server.requests.append(body)
+        reply = self.server.replies.popleft()
+        if isinstance(reply, tuple):
+            self._send(reply[0], "application/json", json.dumps(reply[1]))
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        if self.server.promised is not None:
+            self.send_header("Content-Length", str(self.server.promised))
+        self.end_headers()
+        try:
+            for item in reply:
+                self._play(item)
+        except OSError:
+            self.server.left.set()
+
+    def _send(self, status: int, kind: str, body: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Security-Policy", POLICY)
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def _refused(self) -> bool:
+        if self.server.key in (None, self.headers.get("Authorization", "").removeprefix("Bearer ")):
+            return False
+        error = {"error": {"message": "The API key is missing or wrong."}}
+        self._send(401, "application/json", json.dumps(error))
+        return True
+
+    def _play(self, item: Any) -> None:
+        if isinstance(item, threading.Event):
+            item.wait(30)
+        elif isinstance(item, float):
+            time.sleep(item)
+        elif item == "hang":
+            for _ in range(1000):
+                self.wfile.write(b": keep-alive\r\n\r\n")
+                time.sleep(0.02)
+        else:
+            data = item if isinstance(item, str) else json.dumps(item)
+            self.wfile.write(f"data: {data}\n\n".encode())
