@@ -12,7 +12,6 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 
 from godwit.cli import common
 from godwit.engine import Engine
@@ -133,7 +132,6 @@ def servers(engines: Engines) -> Iterator[Servers]:
 @pytest.fixture(scope="session")
 def real() -> Iterator[Running]:
     """A server with the packaged model."""
-    torch.set_num_threads(min(2, torch.get_num_threads()))
     opened = common.open_model(None)
     weights = common.load_weights(opened.source)
     engine = Engine(weights, opened.tokenizer, max_context=2048, max_bytes=256 << 20, max_sequences=8)

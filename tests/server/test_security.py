@@ -17,7 +17,7 @@ from godwit.errors import UsageError
 from godwit.server.app import ROUTES
 from godwit.server.auth import OPEN_PATHS, read_keys
 from godwit.server.body import parse_object
-from godwit.server.errors import ApiError, from_engine
+from godwit.server.errors import INTERNAL, ApiError, failed_answer, from_engine
 from godwit.server.run import is_loopback, listen
 from godwit.server.settings import Limits
 from tests.server.conftest import Engines, Running, Servers, running
@@ -287,6 +287,12 @@ def test_paths_and_addresses_are_kept_back(error: Exception) -> None:
     told = from_engine(error)
     assert not re.search(r"/|0x", told.message)
     assert told.status == (400 if isinstance(error, UsageError) else 500)
+
+
+def test_what_the_engine_says_of_an_answer_is_told_unless_it_holds_a_path() -> None:
+    assert failed_answer("the form is too costly").message == "the form is too costly"
+    for text in (None, "at /some/where/", "x" * 1000):
+        assert failed_answer(text).message == INTERNAL
 
 
 def test_lone_surrogates_become_characters() -> None:

@@ -11,7 +11,7 @@ from starlette.requests import Request
 
 from godwit.engine import Stream, TokenLogprobs
 from godwit.engine.stream import Event, Finish
-from godwit.server.errors import INTERNAL, ApiError, bad_request, from_engine, overloaded
+from godwit.server.errors import INTERNAL, ApiError, bad_request, failed_answer, overloaded
 from godwit.server.journal import Record
 from godwit.server.tools import AnswerParser, CallArguments, CallEnd, CallStart, Delta, Text, Thinking
 
@@ -199,7 +199,7 @@ class Answers:
         self.record.finishes.append(finish)
         if finish.reason == "error":
             self.record.error = finish.error or INTERNAL
-            raise from_engine(RuntimeError(self.record.error))
+            raise failed_answer(finish.error)
         satisfied = index in self._satisfied
         if finish.reason == "cancelled" and not satisfied:
             raise overloaded("the server is shutting down, so this answer was ended; send the request again")

@@ -8,9 +8,10 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
-from godwit.errors import GodwitError, MemoryBudgetError, TemplateError, UsageError
+from godwit.errors import MemoryBudgetError, TemplateError, UsageError
 
 INTERNAL = "an internal error ended this request; the server's log says more"
+MAX_MESSAGE_CHARS = 600
 _OPENAI_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -65,12 +66,17 @@ def from_engine(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UsageError | MemoryBudgetError | TemplateError):
-        text = str(error)
-        known = len(text) <= 600 and not _PATH.search(text)
-        return bad_request(text if known else "the request cannot be served as it is")
-    if isinstance(error, GodwitError):
-        return ApiError(500, INTERNAL)
+        return bad_request(_harmless(str(error), "the request cannot be served as it is"))
     return ApiError(500, INTERNAL)
+
+
+def failed_answer(text: str | None) -> ApiError:
+    """500: an answer ended with an error, of which the engine says ``text``."""
+    return ApiError(500, _harmless(text or INTERNAL, INTERNAL))
+
+
+def _harmless(text: str, other: str) -> str:
+    return text if len(text) <= MAX_MESSAGE_CHARS and not _PATH.search(text) else other
 
 
 def speaks_anthropic(path: str) -> bool:

@@ -161,7 +161,7 @@ class Service:
             raise from_engine(error) from None
 
     async def warm(self) -> None:
-        """Start the process that renders templates, which takes a while, before the first request needs it."""
+        """Start the process that renders templates before the first request has to wait for it."""
         with contextlib.suppress(ApiError):
             await self.make_prompt(Conversation([{"role": "user", "content": "."}]))
 

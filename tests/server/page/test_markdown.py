@@ -96,8 +96,14 @@ def test_blocks(page: Page) -> None:
     )
 
 
+def test_code_in_a_list_loses_the_indent_of_the_list(page: Page) -> None:
+    source = "1. a\n   ```\n   if x:\n     y\n   ```\n2. b"
+    assert "<code>if x:\n  y</code>" in drawing(page, source)
+    assert drawing(page, source).count("<li>") == 2
+
+
 def test_tables(page: Page) -> None:
-    assert drawing(page, "| x | y |\n|:--|--:|\n| 1 \\| 2 | **2** |\n| only |") == (
+    assert drawing(page, "| x | y |\n|:--|--:|\n| 1 \\| 2 | **2** | more |\n| only |") == (
         '<div class="table"><table><thead><tr><th class="">x</th><th class="right">y</th></tr></thead>'
         '<tbody><tr><td class="">1 | 2</td><td class="right"><strong>2</strong></td></tr>'
         '<tr><td class="">only</td></tr></tbody></table></div>'

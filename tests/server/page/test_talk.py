@@ -37,6 +37,28 @@ def test_an_answer_streams_and_says_what_it_cost(page: Page, server: Server) -> 
     assert "Good morning" in page.get_by_role("status").inner_text()
 
 
+def test_the_end_stays_in_sight_unless_the_user_looks_elsewhere(page: Page, server: Server) -> None:
+    more, rest, last = (threading.Event() for _ in range(3))
+    lines = "line\n" * 100
+    parts = [delta(content=lines), more, delta(content=f"{lines}half\n"), rest, delta(content="late "), last]
+    server.replies.append([*parts, *text("end")])
+    say(page, "Count")
+    below = "(e) => e.scrollHeight - e.scrollTop - e.clientHeight"
+    messages = page.locator("#messages")
+    for go, words in ((None, "line"), (more, "half")):
+        if go:
+            go.set()
+        shown(page, words)
+        assert messages.evaluate(below) < 2
+    messages.evaluate("(e) => { e.scrollTop = 0; }")
+    for go, words in ((rest, "late"), (last, "end")):
+        go.set()
+        shown(page, words)
+        assert messages.evaluate("(e) => e.scrollTop") == 0
+    settled(page)
+    assert messages.evaluate("(e) => e.scrollTop") == 0
+
+
 def test_thinking_is_folded(page: Page, server: Server) -> None:
     more = threading.Event()
     thoughts = [delta(reasoning_content="Hm, "), more, delta(reasoning_content="yes.")]
