@@ -84,7 +84,8 @@ def test_peak_memory(tmp_path: Path, fp8: bool) -> None:
     grown = json.loads(done.stdout)
     one = ROWS * COLUMNS * 2
     # Beyond the targets: nothing but small pieces in anonymous memory, and one tensor with the file's pages.
-    slack = 8 * MIB if fp8 else 2 * MIB
+    # What the allocator keeps of the pieces in which FP8 is multiplied out varies by a few MiB.
+    slack = 12 * MIB if fp8 else 2 * MIB
     assert grown["anon"] <= slack
     assert grown["peak"] <= one + slack
     assert grown["copied"] <= 2 * one + slack
