@@ -5,10 +5,8 @@
 // nearest cache, and one pass over them per token is enough, since the pass that writes a token also reads
 // what the next token's key sees.
 
-constexpr int64_t kDeltaTokens = 512;       // tokens computed together: bounds the scratch memory
-constexpr int64_t kConvTokens = 16;         // tokens of a task of the convolution
-constexpr int64_t kSlab = W > 8 ? 32 : 16;  // state columns of a task
-constexpr int64_t kSlabVectors = kSlab / W;
+constexpr int64_t kDeltaTokens = 512;  // tokens computed together: bounds the scratch memory
+constexpr int64_t kConvTokens = 16;    // tokens of a task of the convolution
 constexpr float kL2Eps = 1e-6F;
 
 // Tokens [begin, end) of the block, of one sequence. Only a sequence's last piece has tentative tokens, and
@@ -50,15 +48,6 @@ struct DeltaBlock {
   float* unit(int64_t unit) const { return heads + n * unit_channel(unit); }
   float* values(int64_t head) const { return unit(2 * layer.num_k_heads + head); }
 };
-
-inline V load_some(const float* p, int64_t n) { return n >= W ? load(p) : n > 0 ? load(p, n) : set1(0.0F); }
-inline void store_some(float* p, V a, int64_t n) {
-  if (n >= W) {
-    store(p, a);
-  } else if (n > 0) {
-    store(p, a, n);
-  }
-}
 
 inline void copy_floats(float* to, const float* from, int64_t n) {
   std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
@@ -202,104 +191,6 @@ inline void delta_conv(const DeltaBlock& b) {
 }
 
 // ---- The delta rule --------------------------------------------------------------------------------
-
-struct Columns {
-  V at[kSlabVectors];
-};
-
-inline Columns zero_columns() {
-  Columns c;
-  for (V& v : c.at) v = set1(0.0F);
-  return c;
-}
-inline Columns load_columns(const float* p, int64_t width) {
-  Columns c;
-  for (int64_t v = 0; v < kSlabVectors; ++v) c.at[v] = load_some(p + v * W, width - v * W);
-  return c;
-}
-inline void store_columns(float* p, const Columns& c, int64_t width) {
-  for (int64_t v = 0; v < kSlabVectors; ++v) store_some(p + v * W, c.at[v], width - v * W);
-}
-
-// Sums over the rows of a slab. Even and odd rows are added apart, two chains of additions for each column:
-// with one the adder would wait for itself.
-struct RowSums {
-  Columns even = zero_columns(), odd = zero_columns();
-
-  Columns total() const {
-    Columns c;
-    for (int64_t v = 0; v < kSlabVectors; ++v) c.at[v] = add(even.at[v], odd.at[v]);
-    return c;
-  }
-};
-
-// A place of [Dk] rows of kSlab columns.
-struct Slab {
-  float* data;
-  int64_t stride;
-};
-
-// k^T S.
-inline Columns read_slab(const Slab& s, int64_t dk, const float* k) {
-  RowSums sums;
-  const auto row = [&](int64_t i, Columns& sum) {
-    const V key = set1(k[i]);
-    for (int64_t v = 0; v < kSlabVectors; ++v)
-      sum.at[v] = fma(key, load(s.data + i * s.stride + v * W), sum.at[v]);
-  };
-  int64_t i = 0;
-  for (; i + 2 <= dk; i += 2) {
-    row(i, sums.even);
-    row(i + 1, sums.odd);
-  }
-  if (i < dk) row(i, sums.even);
-  return sums.total();
-}
-
-// What one token does to a state, and what is read from it afterwards.
-struct DeltaToken {
-  const float* k;     // [Dk]
-  const float* q;     // [Dk]
-  const float* next;  // [Dk] the next token's key
-  float decay;
-  Columns delta;
-};
-
-// to = decay from + k delta^T; out = q^T to where kQuery, seen = next^T to where kNext. `to` may be `from`.
-template <bool kQuery, bool kNext>
-inline void write_slab(const Slab& from, const Slab& to, int64_t dk, const DeltaToken& token, Columns* out,
-                       Columns* seen) {
-  const V decay = set1(token.decay);
-  const Columns delta = token.delta;
-  RowSums outs, seens;
-  const auto row = [&](int64_t i, Columns& out_sum, Columns& seen_sum) {
-    const V key = set1(token.k[i]);
-    for (int64_t v = 0; v < kSlabVectors; ++v) {
-      const V s = fma(key, delta.at[v], mul(decay, load(from.data + i * from.stride + v * W)));
-      if constexpr (kQuery) out_sum.at[v] = fma(set1(token.q[i]), s, out_sum.at[v]);
-      if constexpr (kNext) seen_sum.at[v] = fma(set1(token.next[i]), s, seen_sum.at[v]);
-      store(to.data + i * to.stride + v * W, s);
-    }
-  };
-  int64_t i = 0;
-  for (; i + 2 <= dk; i += 2) {
-    row(i, outs.even, seens.even);
-    row(i + 1, outs.odd, seens.odd);
-  }
-  if (i < dk) row(i, outs.even, seens.even);
-  if constexpr (kQuery) *out = outs.total();
-  if constexpr (kNext) *seen = seens.total();
-}
-
-inline void write_slab(const Slab& from, const Slab& to, int64_t dk, const DeltaToken& token, Columns* out,
-                       Columns* seen) {
-  if (out == nullptr) {
-    if (seen == nullptr) return write_slab<false, false>(from, to, dk, token, out, seen);
-    return write_slab<false, true>(from, to, dk, token, out, seen);
-  }
-  if (seen == nullptr) return write_slab<true, false>(from, to, dk, token, out, seen);
-  return write_slab<true, true>(from, to, dk, token, out, seen);
-}
 
 // One task: columns [column, column + width) of one head's state go through a piece. The state is read from
 // the cache and written to it once: a token's pass reads where the pass before has written, which is scratch

@@ -24,6 +24,8 @@ namespace {
 #include "tiles_amx.h"
 // After the tile products:
 #include "attention-inl.h"
+#include "slab-inl.h"
+// After the passes over a state:
 #include "delta-inl.h"
 #include "ffn-inl.h"
 

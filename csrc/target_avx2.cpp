@@ -21,6 +21,8 @@ namespace {
 #include "tiles_avx2.h"
 // After the tile products:
 #include "attention-inl.h"
+#include "slab-inl.h"
+// After the passes over a state:
 #include "delta-inl.h"
 #include "ffn-inl.h"
 

@@ -19,6 +19,8 @@ namespace {
 #include "tiles_scalar.h"
 // After the tile products:
 #include "attention-inl.h"
+#include "slab-inl.h"
+// After the passes over a state:
 #include "delta-inl.h"
 #include "ffn-inl.h"
 

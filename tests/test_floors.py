@@ -8,9 +8,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent / "src" / "godwit"
 # The rooms of each floor, and the modules of a room that has several. The ground, below all
-# floors, is what everyone may import: the package itself (it holds the version), errors, the native module.
+# floors, is what everyone may import: the package itself (it holds the version), errors, child processes, the
+# native module.
 FLOORS = (
-    ("errors", "_native"),
+    ("errors", "child", "_native"),
     ("config", "qtensor", "tokenizer"),
     ("checkpoint", "kernels"),
     ("models",),

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import secrets
-import subprocess
 import sys
 import threading
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .child import Child
 from .errors import TemplateError
 from .template_worker import read_frame, write_frame
 
@@ -97,17 +95,14 @@ class _Worker:
     def __init__(self, setup: Mapping[str, Any]) -> None:
         self._setup = dict(setup)
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0
-        self._stop: Callable[[], object] = lambda: None
+        self.child = Child(Path(__file__).with_name("template_worker.py"))
 
     def __reduce__(self) -> tuple[type[_Worker], tuple[dict[str, Any]]]:
         return _Worker, (self._setup,)
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         with self._lock:
-            # After a fork the pipe belongs to the parent: two processes must not talk over it.
-            if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
+            if not self.child.running:
                 self._start()
             answer = self._exchange(request)
             if answer is None:
@@ -118,38 +113,25 @@ class _Worker:
             return answer
 
     def _start(self) -> None:
-        self._drop()
-        script = Path(__file__).with_name("template_worker.py")
-        pipe, silence = subprocess.PIPE, subprocess.DEVNULL
         try:
-            process = subprocess.Popen(
-                [sys.executable, "-I", str(script)], stdin=pipe, stdout=pipe, stderr=silence
-            )
+            self.child.start()
         except OSError as error:
             raise TemplateError(
                 f"the process that renders chat templates cannot be started: {error}"
             ) from None
-        self._process, self._owner = process, os.getpid()
-        self._stop = weakref.finalize(self, _end, process, self._owner)
         if self._exchange(self._setup | {"sys_path": sys.path}) is None:
             raise TemplateError(
                 "the process that renders chat templates ended at its start; "
                 f"check that `{sys.executable}` can import jinja2"
             )
 
-    def _drop(self) -> None:
-        self._stop()
-        self._process = None
-
     def _exchange(self, value: Mapping[str, Any]) -> dict[str, Any] | None:
         """The answer, or None when the process has ended."""
-        process = self._process
-        if process is None or process.stdin is None or process.stdout is None:
-            return None
         answer = None
         try:
-            write_frame(process.stdin, value)
-            answer = read_frame(process.stdout)
+            requests, answers = self.child.pipes()
+            write_frame(requests, value)
+            answer = read_frame(answers)
         except (EOFError, OSError):
             return None
         except (TypeError, ValueError, RecursionError) as error:
@@ -157,24 +139,9 @@ class _Worker:
                 f"messages, tools and template arguments have to be plain JSON: {error}"
             ) from None
         finally:
-            # Interrupted half-way (also by Ctrl-C), the pipe would hand this answer to the next request.
             if answer is None:
-                self._drop()
+                self.child.drop()
         return dict(answer)
-
-
-def _end(process: subprocess.Popen[bytes], owner: int) -> None:
-    if os.getpid() != owner:
-        process.returncode = 0  # a fork has no say over its parent's processes
-        return
-    process.kill()
-    process.wait()
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            try:
-                stream.close()
-            except OSError:  # what was still buffered has no reader any more
-                continue
 
 
 def normalise_messages(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -173,7 +173,7 @@ class Tokenizer:
         skipped = self.special_ids if skip_special else frozenset[int]()
 
         def lookup(id: int, first: bool) -> bytes | None:
-            return None if id in skipped else self._token_bytes(id, first)
+            return None if id in skipped else self.token_bytes(id, first=first)
 
         return StreamDecoder(lookup, strip=self._plan.strip)
 
@@ -299,7 +299,11 @@ class Tokenizer:
                 return full[:start], full[start + len(plain) :]
         return [], []
 
-    def _token_bytes(self, id: int, first: bool) -> bytes | None:
+    def token_bytes(self, id: int, *, first: bool = False) -> bytes | None:
+        """What an id adds to a text, maybe a part of a character; None where there is no such token.
+
+        Some tokenizers write the ``first`` token of a text without its leading space.
+        """
         key = id, first and self._plan.drop_first
         if key not in self._bytes:
             token = self.id_to_token(id)

@@ -10,19 +10,10 @@ from typing import Any, Protocol
 import pytest
 import torch
 
-from tests.engine.tiny import write_chain_model
+from tests.engine.tiny import CALL, CHAINS, write_chain_model
 
-CALL = {"name": "get_time", "arguments": {"city": "Oslo"}}
 FOLLOW: Mapping[str, Mapping[str, str]] = {
-    "hello": {"\n": "Hello", "Hello": " there.", " there.": "<|im_end|>"},
-    "endless": {"\n": "la ", "la ": "la "},
-    "thinking": {
-        "\n": "<think>",
-        "<think>": "hm",
-        "hm": "</think>",
-        "</think>": "Yes.",
-        "Yes.": "<|im_end|>",
-    },
+    **CHAINS,
     "tool": {
         "\n": "<tool_call>",
         "<tool_call>": json.dumps(CALL),

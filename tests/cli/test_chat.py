@@ -19,8 +19,9 @@ from godwit.cli.main import app
 from godwit.cli.terminal import Terminal, harmless
 from godwit.engine import SamplingParams
 from godwit.errors import UsageError
-from tests.cli.conftest import CALL, Models
+from tests.cli.conftest import Models
 from tests.cli.console import Console
+from tests.engine.tiny import CALL
 
 FUNCTION = {"name": "get_time", "parameters": {"type": "object", "properties": {}}}
 CALL_MESSAGE = {

@@ -20,7 +20,8 @@ from godwit.cli.main import app
 from godwit.cli.options import SamplingOptions
 from godwit.engine import Piece, SamplingParams
 from godwit.errors import CheckpointError, UsageError
-from tests.cli.conftest import CALL, Models
+from tests.cli.conftest import Models
+from tests.engine.tiny import CALL
 
 
 def invoke(*args: str, stdin: str = "") -> Any:

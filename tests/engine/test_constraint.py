@@ -396,7 +396,7 @@ def test_trials_beyond_the_workers_are_refused_in_the_end(tokenizer: Tokenizer) 
         forms.json_object()
     for worker in workers:
         forms._trials._free.put(worker)
-        assert worker._process is None  # nothing was started for a form that was never tried
+        assert worker.child.process is None  # nothing was started for a form that was never tried
 
 
 def test_a_form_is_compiled_once_and_not_kept_for_ever(

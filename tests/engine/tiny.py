@@ -76,6 +76,21 @@ CONFIGS: Mapping[str, dict[str, Any]] = {
 }
 
 
+CALL = {"name": "get_time", "arguments": {"city": "Oslo"}}
+#: Models that always say the same: for each last token the next one.
+CHAINS: Mapping[str, Mapping[str, str]] = {
+    "hello": {"\n": "Hello", "Hello": " there.", " there.": "<|im_end|>"},
+    "endless": {"\n": "la ", "la ": "la "},
+    "thinking": {
+        "\n": "<think>",
+        "<think>": "hm",
+        "hm": "</think>",
+        "</think>": "Yes.",
+        "Yes.": "<|im_end|>",
+    },
+}
+
+
 def tiny_model(kind: str, seed: int = 0) -> CausalLM:
     """A model of one of the kinds in CONFIGS with random weights, float32."""
     model = CausalLM(ModelConfig.from_dict(CONFIGS[kind]))

@@ -20,19 +20,10 @@ from godwit.server.host import EngineHost
 from godwit.server.run import Server, listen, make_server
 from godwit.server.service import Service
 from godwit.server.settings import Settings
-from tests.engine.tiny import write_chain_model
+from tests.engine.tiny import CALL, CHAINS, write_chain_model
 
-CALL = {"name": "get_time", "arguments": {"city": "Oslo"}}
 FOLLOW: Mapping[str, Mapping[str, str]] = {
-    "hello": {"\n": "Hello", "Hello": " there.", " there.": "<|im_end|>"},
-    "endless": {"\n": "la ", "la ": "la "},
-    "thinking": {
-        "\n": "<think>",
-        "<think>": "hm",
-        "hm": "</think>",
-        "</think>": "Yes.",
-        "Yes.": "<|im_end|>",
-    },
+    **CHAINS,
     "tool": {
         "\n": "<tool_call>",
         "<tool_call>": json.dumps(CALL),

@@ -10,7 +10,8 @@ import anthropic
 import pytest
 from anthropic import Anthropic
 
-from tests.server.conftest import CALL, Running, Servers
+from tests.engine.tiny import CALL
+from tests.server.conftest import Running, Servers
 
 TOOL: dict[str, Any] = {
     "name": "get_time",

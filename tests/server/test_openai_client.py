@@ -11,7 +11,8 @@ import openai
 import pytest
 from openai import OpenAI
 
-from tests.server.conftest import CALL, Running, Servers
+from tests.engine.tiny import CALL
+from tests.server.conftest import Running, Servers
 
 TOOL: Any = {
     "type": "function",

@@ -9,7 +9,8 @@ import openai
 import pytest
 from openai.types.responses import Response
 
-from tests.server.conftest import CALL, Running, Servers
+from tests.engine.tiny import CALL
+from tests.server.conftest import Running, Servers
 from tests.server.test_openai_client import client_of
 
 TOOL: Any = {

@@ -176,7 +176,7 @@ class TestProcess:
     def test_it_ends_with_the_template(self) -> None:
         template = ChatTemplate("x")
         template.render(USER)
-        process = template._worker._process
+        process = template._worker.child.process
         assert process is not None
         del template
         gc.collect()

@@ -68,10 +68,10 @@ class PackedFile:
         """Open the file ``path``; see :meth:`open`."""
         self.path = path
         try:
-            with open(path, "rb", opener=safetensors._open_regular) as file:
+            with open(path, "rb", opener=safetensors.open_regular) as file:
                 size = os.fstat(file.fileno()).st_size
                 table = read_table(file, size, path)
-                self._map = safetensors._map(file.fileno(), size)
+                self._map = safetensors.map_file(file.fileno(), size)
                 _in_huge_pages(self._map)
         except OSError as error:
             raise CheckpointError(

@@ -136,7 +136,7 @@ class PackedWriter:
             if hasattr(os, "posix_fadvise"):  # out of small pages: the reader asks for large ones
                 os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
             os.rename(self.partial, self.path)
-            publish._sync_directory(self.path.parent)
+            publish.sync_directory(self.path.parent)
             self.journal.unlink(missing_ok=True)
 
     def _put(self, key: tuple[str, str], parts: Iterable[Any]) -> str:
@@ -157,7 +157,7 @@ class PackedWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
-            if not publish._lock(file) or not publish._is_still(self.partial, file):
+            if not publish.lock(file) or not publish.is_still(self.partial, file):
                 raise CheckpointError(
                     f"{self.path}: another process is writing it; wait, or choose another name"
                 )

@@ -81,7 +81,7 @@ def _claimed(staging: Path, destination: Path) -> Iterator[None]:
     descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         # The save that held the lock before may have published the directory behind this descriptor.
-        if not _lock(descriptor) or not _is_still(staging, descriptor):
+        if not lock(descriptor) or not is_still(staging, descriptor):
             raise CheckpointError(
                 f"{destination}: another process is saving there; wait, or choose another name"
             )
@@ -103,7 +103,8 @@ def _empty(directory: Path) -> None:
             os.unlink(entry.path)
 
 
-def _lock(descriptor: int) -> bool:
+def lock(descriptor: int) -> bool:
+    """Claim an open file for this process; False where another has it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -114,7 +115,8 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def _is_still(path: Path, descriptor: int) -> bool:
+def is_still(path: Path, descriptor: int) -> bool:
+    """Whether ``path`` names the very file that is open."""
     with suppress(FileNotFoundError):
         return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(descriptor))
     return False
@@ -136,19 +138,19 @@ def _recover(destination: Path) -> None:
 
 
 def _publish(staging: Path, destination: Path) -> None:
-    _sync_directory(staging)
+    sync_directory(staging)
     if destination.is_dir() and os.listdir(destination):
         _replace(staging, destination)
     else:
         os.rename(staging, destination)
-    _sync_directory(destination.parent)
+    sync_directory(destination.parent)
 
 
 def _replace(staging: Path, destination: Path) -> None:
     # The lock keeps another save from taking the old directory for its staging while we remove it.
     old = os.open(destination, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        _lock(old)
+        lock(old)
         if _exchange(staging, destination):
             shutil.rmtree(staging, ignore_errors=True)
             return
@@ -174,7 +176,8 @@ def _exchange(first: Path, second: Path) -> bool:
     raise OSError(code, os.strerror(code))
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Make renames in a directory last through a loss of power."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -133,10 +133,10 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with open(path, "rb", opener=_open_regular) as file:
+            with open(path, "rb", opener=open_regular) as file:
                 size = os.fstat(file.fileno()).st_size
                 self.entries = _read_header(file, size, path)
-                self._map = _map(file.fileno(), size)
+                self._map = map_file(file.fileno(), size)
         except OSError as error:
             raise CheckpointError(
                 f"{path}: cannot be read ({error.strerror or error}); check the file"
@@ -164,7 +164,8 @@ class SafetensorsFile:
             self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
-def _open_regular(path: str, flags: int) -> int:
+def open_regular(path: str, flags: int) -> int:
+    """An opener that refuses what is no regular file. Raises CheckpointError."""
     # O_NONBLOCK: opening a named pipe must not wait for a writer.
     descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -173,7 +174,8 @@ def _open_regular(path: str, flags: int) -> int:
     return descriptor
 
 
-def _map(descriptor: int, size: int) -> mmap.mmap:
+def map_file(descriptor: int, size: int) -> mmap.mmap:
+    """A private map of a whole file: writing to it changes this process's pages, never the file."""
     if sys.platform == "win32":
         return mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)
     return mmap.mmap(

@@ -19,6 +19,7 @@ from godwit.cli.options import (
     Dtype,
     Model,
     Quantize,
+    Restart,
     SamplingOptions,
     System,
     Threads,
@@ -334,9 +335,7 @@ def quantize(
         Path | None, typer.Option(help="Compare with the original on this text.", metavar="TEXT")
     ] = None,
     threads: Threads = None,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew where OUT.partial is of something else.")
-    ] = False,
+    restart: Restart = False,
     as_json: AsJson = False,
 ) -> None:
     """Pack a model into one file of fewer bits; a run that was cut off goes on."""
@@ -371,9 +370,7 @@ def synth(
         Literal["uniform", "real"],
         typer.Option(help="Whether experts are equally popular, or as in real models."),
     ] = "uniform",
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew where OUT.partial is of something else.")
-    ] = False,
+    restart: Restart = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a packed model of random weights, to measure speed and memory with."""

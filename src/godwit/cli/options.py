@@ -35,6 +35,9 @@ Quantize = Annotated[
     QuantizeName | None,
     typer.Option(help="Pack the weights in 8 or 4 bits while loading; see godwit quantize."),
 ]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Begin anew where OUT.partial is of something else.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")]
 
 

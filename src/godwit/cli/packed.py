@@ -44,7 +44,7 @@ def bytes_of_parts(blobs: Mapping[str, TensorBlob], config: ModelConfig) -> dict
     found: dict[str, dict[str, Any]] = {}
     for name, blob in blobs.items():
         # The rule goes by parameters, of which a stack of experts holds two.
-        part = found.setdefault(planner._part_of(f"{name}.", config), {"weights": 0, "bytes": 0})
+        part = found.setdefault(planner.part_of(f"{name}.", config), {"weights": 0, "bytes": 0})
         part["weights"] += blob.num_weights
         part["bytes"] += blob.nbytes
     for part in found.values():

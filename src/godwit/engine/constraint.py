@@ -249,7 +249,7 @@ class _Vocabulary:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop: int) -> None:
         self.eos_token_id = stop
-        self.tokens = [tokenizer._token_bytes(id, False) or b"" for id in range(vocab_size)]
+        self.tokens = [tokenizer.token_bytes(id) or b"" for id in range(vocab_size)]
         self.special_token_ids = sorted(
             id for id in tokenizer.special_ids | tokenizer.stop_ids if id < vocab_size
         )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from godwit.errors import GodwitError, UsageError
+from godwit.kernels import native
 
 #: Below this a temperature counts as 0: the division would overflow, and the likeliest token wins anyway.
 MIN_TEMPERATURE = 1e-5
@@ -250,7 +251,9 @@ def penalize_counts(scores: Tensor, counts: Tensor, presence: float, frequency: 
 
 def top_k_mask(scores: Tensor, k: int) -> Tensor:
     """Which of ``scores [C]`` are the k largest, or equal to the k-th: bool ``[C]``."""
-    return scores >= scores.topk(min(k, scores.shape[0])).values[-1]
+    if k >= scores.shape[0]:
+        return torch.ones_like(scores, dtype=torch.bool)
+    return scores >= native.kth_largest(scores, k)
 
 
 def top_p_mask(scores: Tensor, p: float) -> Tensor:

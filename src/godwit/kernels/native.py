@@ -38,6 +38,12 @@ def embed(ids: Tensor, w: QuantTensor) -> Tensor:
     return out
 
 
+def kth_largest(values: Tensor, k: int) -> float:
+    """The k-th largest of ``values [C]`` float32 on the CPU, 1 <= k <= C."""
+    top, _ = _native.top_k(values.contiguous(), k)
+    return top[-1]
+
+
 for _format in FORMATS:
     ops.register("linear", _format, "cpu", linear)
     ops.register("embed", _format, "cpu", embed)

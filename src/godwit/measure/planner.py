@@ -131,7 +131,7 @@ def _kv_bytes(specs: Iterable[object]) -> int:
 def _parts(model: CausalLM) -> dict[str, Part]:
     counts = {name: [0, 0] for name in PARTS}
     for name, param in model.named_parameters():
-        part = _part_of(name, model.config)
+        part = part_of(name, model.config)
         counts[part][0] += param.numel()
         counts[part][1] += _active(name, part, param.numel(), model.config)
     if model.head is None:
@@ -139,7 +139,8 @@ def _parts(model: CausalLM) -> dict[str, Part]:
     return {name: Part(*count) for name, count in counts.items()}
 
 
-def _part_of(name: str, config: ModelConfig) -> str:
+def part_of(name: str, config: ModelConfig) -> str:
+    """Which of :data:`PARTS` a parameter belongs to, by its name."""
     top = name.split(".")[0]
     if top in ("embedding", "head", "mtp"):
         return top

@@ -24,7 +24,8 @@ from godwit.models.mixers import Attention, GatedDeltaNet
 from godwit.qtensor import QuantExperts, QuantTensor, expert_layout, quantize
 
 Value = Tensor | QuantTensor | QuantExperts
-#: Small matrices whose errors move whole tokens elsewhere: which experts, how fast to forget.
+#: Matrices that no recipe rounds: routers choose among hundreds of experts by small differences, and the
+#: decay and write strength of a delta layer act on its state for thousands of tokens. Both are small.
 EXACT = ("router.weight", "in_proj_ba.weight")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,7 +102,7 @@ def text_logprobs(logprobs: Sequence[TokenLogprobs], tokenizer: Tokenizer, offse
 
 def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
     """The UTF-8 bytes of a token, which may be a part of a character."""
-    return tokenizer._token_bytes(token, False) or b""
+    return tokenizer.token_bytes(token) or b""
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
@@ -113,7 +114,7 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-class ChunkStream:
+class ChunkStream(ABC):
     """The chunks of a streamed completion.
 
     Args:
@@ -131,13 +132,13 @@ class ChunkStream:
         self._num_prompts = num_prompts
         self._usage = usage
 
+    @abstractmethod
     def begin(self, num_choices: int) -> list[dict[str, Any]]:
         """The chunks before anything is known."""
-        raise NotImplementedError
 
+    @abstractmethod
     def chunks(self, update: Update) -> list[dict[str, Any]]:
         """The chunks for an update."""
-        raise NotImplementedError
 
     def end(self, answers: Sequence[Answer]) -> list[dict[str, Any]]:
         """The chunks behind all answers."""

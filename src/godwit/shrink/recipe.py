@@ -14,15 +14,14 @@ from godwit.checkpoint.packed_layout import ExpertStack, Matrix, Plain, TensorBl
 from godwit.config import ModelConfig
 from godwit.errors import CheckpointError, UsageError
 from godwit.models.causal_lm import CausalLM
+from godwit.models.native import EXACT
 from godwit.qtensor import FORMATS
 
 MAX_RECIPE_BYTES = 1 << 20
 
 Rules = tuple[tuple[str, str], ...]
 
-# Routers choose among hundreds of experts by small differences, and the decay and write strength of a delta
-# layer act on its state for thousands of tokens: both stay as they are, and both are small.
-_SMALL: Rules = (("*.router.weight", "bf16"), ("*.in_proj_ba.weight", "bf16"))
+_SMALL: Rules = tuple((f"*.{name}", "bf16") for name in EXACT)
 BUILT_IN: Mapping[str, Rules] = {
     "q4": (*_SMALL, ("embedding.weight", "q8"), ("head.weight", "q8"), ("*", "q4")),
     "q8": (*_SMALL, ("*", "q8")),
