@@ -435,7 +435,7 @@ inline void attention_step(const Attention& layer, const Batch& batch, const Pag
         norm_row(x + t * hidden, layer.norm, hidden, layer.eps, mixed + t * hidden);
       }
     });
-    product(layer.in, quantize(mixed, count, hidden, hidden), layer.in_bias, s.proj, width);
+    product(layer.in, quantize(mixed, count, hidden, hidden, layer.in), layer.in_bias, s.proj, width);
   }
   {
     const Timed timed("attn.scores");
@@ -443,7 +443,7 @@ inline void attention_step(const Attention& layer, const Batch& batch, const Pag
     attend_all(s);
   }
   const Timed timed("attn.out_proj");
-  product(layer.out, quantize(s.out, count, queries, queries), layer.out_bias, mixed, hidden);
+  product(layer.out, quantize(s.out, count, queries, queries, layer.out), layer.out_bias, mixed, hidden);
   parallel(count, 16, [=](int64_t begin, int64_t end, int) {
     for (int64_t i = begin * hidden; i < end * hidden; ++i) x[i] += mixed[i];
   });

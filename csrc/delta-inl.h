@@ -315,7 +315,10 @@ inline void delta_in(const DeltaBlock& b, const float* x) {
       norm_row(x + t * hidden, b.layer.norm, hidden, b.layer.eps, normed + t * hidden);
     }
   });
-  const Rows rows = quantize(normed, b.n, hidden, hidden);
+  Needs needs;
+  needs.add(b.layer.qkvz.format);
+  needs.add(b.layer.ba.format);
+  const Rows rows = quantize(normed, b.n, hidden, hidden, needs);
   product(b.layer.qkvz, rows, nullptr, b.mixed, b.stride);
   product(b.layer.ba, rows, nullptr, b.ba, 2 * b.layer.num_v_heads);
 }
@@ -341,7 +344,7 @@ inline void delta_out(const DeltaBlock& b, float* x) {
     }
   });
   float* out = take<float>(b.n * hidden);
-  product(b.layer.out, quantize(normed, b.n, width, width), nullptr, out, hidden);
+  product(b.layer.out, quantize(normed, b.n, width, width, b.layer.out), nullptr, out, hidden);
   parallel(b.n, 8, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin * hidden; i < end * hidden; ++i) x[i] += out[i];
   });

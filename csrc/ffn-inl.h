@@ -1,12 +1,13 @@
 // Feed-forward parts: router, experts, shared expert, dense. Included after the products.
 //
 // Every expert that has tokens is a part, the shared expert (or the one MLP of a dense layer) the last of
-// them. Two passes over all parts: gate and up into the quantised hidden rows, then down, where the one
+// them. Two passes over all parts: gate and up into the rounded hidden rows, then down, where the one
 // thread that holds some columns of the output adds the parts in ascending order. So a token's result does
 // not depend on the other tokens or on who computed it, and no two threads write the same place.
 
 constexpr int64_t kUnit = 2 * kGroup;  // hidden columns made together: whole groups, an even number of them
-constexpr int64_t kMaxTokens = 4096;   // of one round; more tokens take several
+constexpr int64_t kWideUnit = kSpan * kGroup;  // or a whole span
+constexpr int64_t kMaxTokens = 4096;           // of one round; more tokens take several
 constexpr int64_t kRowBytes =
     512 * 1024;                      // codes of the rows that a tile meets at a time: they stay in cache
 constexpr int64_t kWeightCost = 8;   // reading a weight takes as long as computing with this many rows
@@ -15,28 +16,25 @@ constexpr int64_t kMaxColumns = 16;  // tiles of the output side by side in a th
 // Rows that can be written.
 struct RowBuffer {
   int64_t cols = 0;
-  float* f = nullptr;  // null where no weight needs floats
-  int8_t* q = nullptr;
-  float* scale = nullptr;
-  int32_t* sum = nullptr;
+  float* f = nullptr;  // null where nobody needs floats
+  GroupCodes q8;
+  SpanCodes q4;
 };
 
-inline RowBuffer take_rows(int64_t m, int64_t cols, bool floats) {
-  const int64_t n = groups(cols);
-  return {cols, floats ? take<float>(m * n * kGroup) : nullptr, take<int8_t>(m * n * kGroup),
-          take<float>(m * n), take<int32_t>(m * n)};
+inline RowBuffer take_rows(int64_t m, int64_t cols, const Needs& needs) {
+  return {cols, needs.bf16 ? take<float>(m * groups(cols) * kGroup) : nullptr,
+          needs.q8 ? take_groups(m, cols) : GroupCodes{}, needs.q4 ? take_spans(m, cols) : SpanCodes{}};
 }
 
 // The buffer from row `first` on.
 inline RowBuffer skip(const RowBuffer& b, int64_t first) {
-  const int64_t n = groups(b.cols);
-  return {b.cols, b.f == nullptr ? nullptr : b.f + first * n * kGroup, b.q + first * n * kGroup,
-          b.scale + first * n, b.sum + first * n};
+  return {b.cols, b.f == nullptr ? nullptr : b.f + first * groups(b.cols) * kGroup, skip(b.q8, b.cols, first),
+          skip(b.q4, b.cols, first)};
 }
 
 inline Rows rows_of(const RowBuffer& b, int64_t first, int64_t m) {
   const RowBuffer from = skip(b, first);
-  return {m, b.cols, from.f, groups(b.cols) * kGroup, from.q, from.scale, from.sum};
+  return {m, b.cols, from.f, groups(b.cols) * kGroup, from.q8, from.q4};
 }
 
 // Rows to compute together, so that their codes stay in cache; enough of them to pay for unpacking the
@@ -56,6 +54,10 @@ struct Part {
   const int32_t* tokens = nullptr;  // [num_rows] ascending
   const float* weights = nullptr;   // [num_rows] factors of the results
   RowBuffer hidden;                 // [num_rows, width]
+  int64_t unit = kUnit;             // hidden columns made together
+
+  // Whether hidden rows are floats first and rounded when all is there: a unit is less than a span.
+  bool rounded_later() const { return format2 == Format::q4 && unit < kWideUnit; }
 };
 
 struct Ranges {  // of one item of the first pass: units and rows of a part
@@ -155,8 +157,9 @@ struct Parts {
 
 inline int64_t add_experts(const Ffn& layer, const Routing& routing, Part* parts) {
   int64_t count = 0;
-  const RowBuffer hidden =
-      take_rows(routing.starts[layer.num_experts], layer.intermediate, layer.format2 == Format::bf16);
+  Needs needs;
+  needs.add(layer.format2);
+  const RowBuffer hidden = take_rows(routing.starts[layer.num_experts], layer.intermediate, needs);
   for (int64_t e = 0; e < layer.num_experts; ++e) {
     const int64_t first = routing.starts[e], num_rows = routing.starts[e + 1] - first;
     if (num_rows == 0) continue;
@@ -181,6 +184,8 @@ inline Part shared_part(const Mlp& mlp, int64_t num_tokens, const float* gates) 
   int32_t* tokens = take<int32_t>(num_tokens);
   for (int64_t t = 0; t < num_tokens; ++t) tokens[t] = static_cast<int32_t>(t);
   const int64_t width = mlp.w13.rows / 2;
+  Needs needs;
+  needs.add(mlp.w2.format);
   return {mlp.w13.data,
           mlp.w2.data,
           mlp.w13.format,
@@ -191,7 +196,19 @@ inline Part shared_part(const Mlp& mlp, int64_t num_tokens, const float* gates) 
           num_tokens,
           tokens,
           gates,
-          take_rows(num_tokens, width, mlp.w2.format == Format::bf16)};
+          take_rows(num_tokens, width, needs)};
+}
+
+// Whole spans at once where they give all threads enough to do.
+inline void choose_units(const Parts& all) {
+  int64_t wide = 0;
+  for (int64_t p = 0; p < all.count; ++p) wide += (all.parts[p].width + kWideUnit - 1) / kWideUnit;
+  for (int64_t p = 0; p < all.count; ++p) {
+    Part& part = all.parts[p];
+    if (part.format2 != Format::q4) continue;
+    if (wide >= 16 * num_threads()) part.unit = kWideUnit;
+    if (part.rounded_later()) part.hidden.f = take<float>(part.num_rows * groups(part.width) * kGroup);
+  }
 }
 
 // ---- Gate and up -----------------------------------------------------------------------------------
@@ -203,7 +220,7 @@ inline void for_each_item(const Parts& all, const F& f) {
   int64_t total = 0, most = 0;
   for (int64_t p = 0; p < all.count; ++p) {
     const Part& part = all.parts[p];
-    total += (part.num_rows + kWeightCost) * ((part.width + kUnit - 1) / kUnit);
+    total += (part.num_rows + kWeightCost) * ((part.width + part.unit - 1) / part.unit) * part.unit;
     most = part.num_rows > most ? part.num_rows : most;
   }
   const int64_t share = total / (32 * num_threads()) + 1;
@@ -211,8 +228,9 @@ inline void for_each_item(const Parts& all, const F& f) {
     for (int64_t p = 0; p < all.count; ++p) {
       const Part& part = all.parts[p];
       if (part.num_rows > high || part.num_rows <= high / 2) continue;
-      const int64_t num_units = (part.width + kUnit - 1) / kUnit;
-      const int64_t units = share / (part.num_rows + kWeightCost) + 1, rows = share < 64 ? 64 : share;
+      const int64_t num_units = (part.width + part.unit - 1) / part.unit;
+      const int64_t units = share / ((part.num_rows + kWeightCost) * part.unit) + 1;
+      const int64_t rows = share < 64 * kUnit ? 64 : share / kUnit;
       for (int64_t u = 0; u < num_units; u += units) {
         for (int64_t r = 0; r < part.num_rows; r += rows) {
           const int64_t end_u = u + units < num_units ? u + units : num_units;
@@ -225,90 +243,108 @@ inline void for_each_item(const Parts& all, const F& f) {
   }
 }
 
-// Rows `tokens` [m] of x side by side: x itself where they are that already.
-inline Rows gather(const RowBuffer& x, const int32_t* tokens, int64_t m, bool floats, const RowBuffer& to) {
+// Rows `tokens` [m] of x side by side, for weights of one format: x itself where they are that already.
+inline Rows gather(const RowBuffer& x, const int32_t* tokens, int64_t m, Format format, const RowBuffer& to) {
   if (tokens[m - 1] - tokens[0] == m - 1) return rows_of(x, tokens[0], m);
   const int64_t n = groups(x.cols);
+  const auto codes = static_cast<size_t>(n * kGroup), num = static_cast<size_t>(n);
   for (int64_t i = 0; i < m; ++i) {
     const RowBuffer from = skip(x, tokens[i]), row = skip(to, i);
-    if (floats) {
-      std::memcpy(row.f, from.f, static_cast<size_t>(n * kGroup) * sizeof(float));
-      continue;
+    if (format == Format::bf16) {
+      std::memcpy(row.f, from.f, codes * sizeof(float));
+    } else if (format == Format::q8) {
+      std::memcpy(row.q8.q, from.q8.q, codes);
+      std::memcpy(row.q8.scale, from.q8.scale, num * sizeof(float));
+      std::memcpy(row.q8.sum, from.q8.sum, num * sizeof(int32_t));
+    } else {
+      std::memcpy(row.q4.q, from.q4.q, codes);
+      std::memcpy(row.q4.scale, from.q4.scale, static_cast<size_t>(spans(x.cols)) * sizeof(float));
+      std::memcpy(row.q4.sum, from.q4.sum, num * sizeof(int16_t));
     }
-    std::memcpy(row.q, from.q, static_cast<size_t>(n * kGroup));
-    std::memcpy(row.scale, from.scale, static_cast<size_t>(n) * sizeof(float));
-    std::memcpy(row.sum, from.sum, static_cast<size_t>(n) * sizeof(int32_t));
   }
   return rows_of(to, 0, m);
 }
 
-constexpr int64_t kUpStride = kUnit + kTileRows;    // up's rows may begin inside a tile
-constexpr int64_t kUnitStride = kUnit + kUpStride;  // floats of a row in a unit's buffer: gate, then up
+// Floats of a row in a unit's buffer: gate, then up, whose rows may begin inside a tile.
+inline int64_t unit_stride(int64_t unit) { return 2 * unit + kTileRows; }
 
-// Hidden columns of one unit: silu(gate x) * (up x), into `hidden` as rows. `work` is [x.m, kUnitStride].
+// Hidden columns of one unit: silu(gate x) * (up x), into `hidden` as rows. `work` is [x.m, unit_stride].
 inline void gate_up(const Part& part, int64_t unit, const Rows& x, float* work, const RowBuffer& hidden) {
-  const int64_t first = unit * kUnit, width = part.width - first < kUnit ? part.width - first : kUnit;
+  const int64_t first = unit * part.unit, stride = unit_stride(part.unit);
+  const int64_t width = part.width - first < part.unit ? part.width - first : part.unit;
   const int64_t bytes = tile_bytes(part.format13, x.cols), first_up = part.width + first;
   const int64_t gate_tile = first / kTileRows, up_tile = first_up / kTileRows;
   const int64_t num_gate = num_tiles(width), num_up = num_tiles(first_up + width) - up_tile;
   fetch_early(part.w13 + up_tile * bytes, 512);
-  for (int64_t t = 0; t < num_gate; ++t) {
-    tile_product(part.format13, part.w13 + (gate_tile + t) * bytes, x, work + t * kTileRows, kUnitStride,
-                 kTileRows);
-  }
-  for (int64_t t = 0; t < num_up; ++t) {
-    tile_product(part.format13, part.w13 + (up_tile + t) * bytes, x, work + kUnit + t * kTileRows,
-                 kUnitStride, kTileRows);
-  }
+  tile_products(part.format13, part.w13 + gate_tile * bytes, num_gate, x, work, stride, num_gate * kTileRows);
+  tile_products(part.format13, part.w13 + up_tile * bytes, num_up, x, work + part.unit, stride,
+                num_up * kTileRows);
   const int64_t n = groups(part.width);
   for (int64_t i = 0; i < x.m; ++i) {
-    float* gate = work + i * kUnitStride;
-    float* up = gate + kUnit + first_up % kTileRows;
+    float* gate = work + i * stride;
+    float* up = gate + part.unit + first_up % kTileRows;
     for (int64_t c = 0; part.bias13 != nullptr && c < width; ++c) {
       gate[c] += part.bias13[first + c];
       up[c] += part.bias13[first_up + c];
     }
     for (int64_t c = 0; c < width; c += W) store(gate + c, mul(silu(load(gate + c)), load(up + c)));
-    if (hidden.f != nullptr) {
+    if (part.format2 == Format::q8) {
+      quantize_row(gate, width, skip(hidden.q8, part.width, i, first / kGroup));
+    } else if (part.format2 == Format::q4 && !part.rounded_later()) {
+      quantize_row(gate, width, skip(hidden.q4, part.width, i, first / kGroup));
+    } else {
       float* f = hidden.f + i * n * kGroup + first;
       std::memcpy(f, gate, static_cast<size_t>(width) * sizeof(float));
-      std::memset(f + width, 0, static_cast<size_t>(kUnit - width) * sizeof(float));
-    } else {
-      const int64_t g = i * n + first / kGroup;
-      quantize_row(gate, width, hidden.q + g * kGroup, hidden.scale + g, hidden.sum + g);
+      std::memset(f + width, 0, static_cast<size_t>(groups(width) * kGroup - width) * sizeof(float));
     }
+  }
+}
+
+// Rounds the hidden rows that were left as floats.
+inline void round_hidden(const Parts& all) {
+  for (int64_t p = 0; p < all.count; ++p) {
+    const Part& part = all.parts[p];
+    if (!part.rounded_later()) continue;
+    parallel(part.num_rows, 1 + 65536 / part.width, [&part](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) {
+        const RowBuffer row = skip(part.hidden, i);
+        quantize_row(row.f, part.width, row.q4);
+      }
+    });
   }
 }
 
 inline void gate_up(const Parts& all, const RowBuffer& x) {
   const Timed timed("ffn.gate_up");
-  int64_t count = 0, most = 0;
-  bool floats = false;
+  int64_t count = 0, most = 0, unit = kUnit;
+  Needs needs;
   for_each_item(all, [&](const Ranges&) { ++count; });
   Ranges* items = take<Ranges>(count);
   count = 0;
   for_each_item(all, [&](const Ranges& item) { items[count++] = item; });
   for (int64_t p = 0; p < all.count; ++p) {
     most = all.parts[p].num_rows > most ? all.parts[p].num_rows : most;
-    floats = floats || all.parts[p].format13 == Format::bf16;
+    unit = all.parts[p].unit > unit ? all.parts[p].unit : unit;
+    needs.add(all.parts[p].format13);
   }
   const int64_t block = row_block(x.cols) < most ? row_block(x.cols) : most;
-  const RowBuffer gathered = take_rows(block * num_threads(), x.cols, floats);
-  float* work = take<float>(block * num_threads() * kUnitStride);
+  const RowBuffer gathered = take_rows(block * num_threads(), x.cols, needs);
+  const int64_t size = block * unit_stride(unit);
+  float* work = take<float>(num_threads() * size);
   parallel(count, 1, [=, &all](int64_t begin, int64_t end, int thread) {
     for (int64_t i = begin; i < end; ++i) {
       const Ranges& item = items[i];
       const Part& part = all.parts[item.part];
       for (int64_t r = item.row; r < item.end_row; r += block) {
         const int64_t m = item.end_row - r < block ? item.end_row - r : block;
-        const Rows rows =
-            gather(x, part.tokens + r, m, part.format13 == Format::bf16, skip(gathered, thread * block));
+        const Rows rows = gather(x, part.tokens + r, m, part.format13, skip(gathered, thread * block));
         for (int64_t u = item.unit; u < item.end_unit; ++u) {
-          gate_up(part, u, rows, work + thread * block * kUnitStride, skip(part.hidden, r));
+          gate_up(part, u, rows, work + thread * size, skip(part.hidden, r));
         }
       }
     }
   });
+  round_hidden(all);
 }
 
 // ---- Down ------------------------------------------------------------------------------------------
@@ -319,9 +355,8 @@ inline void add_part(const Part& part, int64_t begin, int64_t end, int64_t hidde
   const int64_t bytes = tile_bytes(part.format2, part.width), block = row_block(part.width);
   for (int64_t r = 0; r < part.num_rows; r += block) {
     const Rows rows = rows_of(part.hidden, r, part.num_rows - r < block ? part.num_rows - r : block);
-    for (int64_t t = begin; t < end; ++t) {
-      tile_product(part.format2, part.w2 + t * bytes, rows, y + (t - begin) * kTileRows, stride, kTileRows);
-    }
+    tile_products(part.format2, part.w2 + begin * bytes, end - begin, rows, y, stride,
+                  (end - begin) * kTileRows);
     for (int64_t i = 0; i < rows.m; ++i) {
       float* out = sums + part.tokens[r + i] * stride;
       float* row = y + i * stride;
@@ -385,7 +420,8 @@ inline void norm_rows(const Ffn& layer, int64_t num_tokens, const float* x, cons
       const RowBuffer row = skip(rows, t);
       norm_row(x + t * h, layer.norm, h, layer.eps, row.f);
       std::memset(row.f + h, 0, static_cast<size_t>(n * kGroup - h) * sizeof(float));
-      quantize_row(row.f, h, row.q, row.scale, row.sum);
+      quantize_row(row.f, h, row.q8);
+      quantize_row(row.f, h, row.q4);
       alignas(64) float gate[W] = {1.0F};
       if (layer.shared_gate != nullptr) store(gate, sigmoid(set1(dot(row.f, layer.shared_gate, h))));
       gates[t] = gate[0];
@@ -395,7 +431,14 @@ inline void norm_rows(const Ffn& layer, int64_t num_tokens, const float* x, cons
 
 inline void ffn_round(const Ffn& layer, int64_t num_tokens, float* x, float* router_logits) {
   arena().reset();
-  const RowBuffer rows = take_rows(num_tokens, layer.hidden, true);
+  Needs needs;
+  needs.bf16 = true;  // what is not rounded takes the gate of the shared expert
+  if (layer.router.data != nullptr) {
+    needs.add(layer.router.format);
+    needs.add(layer.format13);
+  }
+  if (layer.shared.w13.data != nullptr) needs.add(layer.shared.w13.format);
+  const RowBuffer rows = take_rows(num_tokens, layer.hidden, needs);
   Parts all{take<Part>(layer.num_experts + 1), 0};
   float* gates = take<float>(num_tokens);
   {
@@ -409,6 +452,7 @@ inline void ffn_round(const Ffn& layer, int64_t num_tokens, float* x, float* rou
     if (layer.shared.w13.data != nullptr)
       all.parts[all.count++] = shared_part(layer.shared, num_tokens, gates);
   }
+  choose_units(all);
   gate_up(all, rows);
   down(all, num_tokens, layer.hidden, x);
 }

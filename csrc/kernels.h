@@ -2,9 +2,9 @@
 // Plain C++ and raw pointers; only bindings.cpp knows Python. All activations are float32 and contiguous.
 //
 // One arithmetic: a row's result never depends on how many rows are computed with it, on how a sequence is
-// cut into steps, or on the number of threads. Products with q4 and q8 weights are exact integers inside a
-// group of 32 inputs and are added in ascending order of groups with one fused multiply-add each, so there
-// every instruction set gives the same bits.
+// cut into steps, or on the number of threads. Products with q8 weights are exact integers inside a group of
+// 32 inputs, those with q4 weights inside a span of 256; they are added in ascending order with one fused
+// multiply-add each, so there every instruction set gives the same bits.
 #pragma once
 
 #include <cstddef>
@@ -117,17 +117,20 @@ std::vector<ProfileEntry> profile();
 enum class Format : int { bf16 = 0, q8 = 1, q4 = 2 };
 
 constexpr int64_t kTileRows = 16;  // output rows side by side in a tile
-constexpr int64_t kGroup = 32;     // inputs that share a scale
+constexpr int64_t kGroup = 32;     // inputs that share a scale, or in q4 a step
+constexpr int64_t kSpan = 8;       // groups that share a scale in q4
 
 // A matrix [rows, cols] as tiles of 16 rows over all columns, one after the other. Missing rows of the last
-// tile and missing columns are zero. G = groups(cols) groups of 32 columns, rounded up to an even number. A
-// tile is
-//   q4:   G x 256 bytes of codes, then G x 16 half-precision scales [group][row]. Weight = (code - 8) *
-//   scale.
+// tile and missing columns are zero. G = groups(cols) groups of 32 columns, rounded up to an even number, and
+// S = spans(cols) spans of 8 groups. A tile is
+//   q4:   G x 256 bytes of codes, then G x 16 steps [group][row] of a byte, then S x 16 half-precision scales
+//         [span][row], then zeros up to a multiple of 64. A step is size + 16 * zero and makes
+//         weight = (code - zero) * size * scale; size * max(zero, 15 - zero) is at most 127, so that all but
+//         the scale fits in a signed byte.
 //         In a group's 256 bytes, byte 64 v + 4 r + j holds of row r column 4 v + j in its low and column
 //         16 + 4 v + j in its high nibble, v < 4, j < 4.
-//   q8:   G x 512 bytes of codes, then scales as in q4. Weight = (code - 128) * scale, codes 1 to 255.
-//         Byte 64 v + 4 r + j of a group holds column 4 v + j of row r, v < 8.
+//   q8:   G x 512 bytes of codes, then G x 16 half-precision scales [group][row]. Weight = (code - 128) *
+//         scale, codes 1 to 255. Byte 64 v + 4 r + j of a group holds column 4 v + j of row r, v < 8.
 //   bf16: G x 1024 bytes. Element 32 v + 2 r + j of a group is column 2 v + j of row r, v < 16, j < 2.
 struct Weight {
   Format format = Format::bf16;
@@ -137,17 +140,21 @@ struct Weight {
 
 // Static, like everything with a body here: translation units built for different CPUs must share no symbol.
 static constexpr int64_t groups(int64_t cols) { return (cols + 2 * kGroup - 1) / (2 * kGroup) * 2; }
+static constexpr int64_t spans(int64_t cols) { return (groups(cols) + kSpan - 1) / kSpan; }
 static constexpr int64_t num_tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
 static constexpr int64_t code_bytes(Format f) {  // of a group of a tile
   return f == Format::q4 ? 256 : f == Format::q8 ? 512 : 1024;
 }
 static constexpr int64_t tile_bytes(Format f, int64_t cols) {
-  return groups(cols) * (code_bytes(f) + (f == Format::bf16 ? 0 : 2 * kTileRows));
+  const int64_t codes = groups(cols) * code_bytes(f);
+  if (f == Format::bf16) return codes;
+  if (f == Format::q8) return codes + groups(cols) * 2 * kTileRows;
+  return (codes + groups(cols) * kTileRows + spans(cols) * 2 * kTileRows + 63) / 64 * 64;
 }
 static constexpr int64_t weight_bytes(Format f, int64_t rows, int64_t cols) {
   return num_tiles(rows) * tile_bytes(f, cols);
 }
-static_assert(tile_bytes(Format::q4, 2048) == 64 * 288 && tile_bytes(Format::q4, 33) % 64 == 0);
+static_assert(tile_bytes(Format::q4, 2048) == 64 * 272 + 8 * 32 && tile_bytes(Format::q4, 100) == 1152);
 static_assert(tile_bytes(Format::q8, 32) == 2 * 544 && tile_bytes(Format::bf16, 64) == 2048);
 
 // ---- What a layer is made of -----------------------------------------------------------------------

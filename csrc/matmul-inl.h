@@ -1,56 +1,128 @@
 // Products of packed weights with rows of activations: loops written once over the tile product of a
 // target.
 
-// Rows of activations, ready for weights of any format. Columns beyond `cols` are zero up to groups(cols)
+// Activations in 8 bits, x / scale from -127 to 127, and their sums over groups. A scale is NaN where what
+// shares it has a NaN or an infinity.
+struct GroupCodes {        // for q8
+  int8_t* q = nullptr;     // [m, groups(cols) * 32]; null where no weight needs them
+  float* scale = nullptr;  // [m, groups(cols)]
+  int32_t* sum = nullptr;  // [m, groups(cols)]
+};
+struct SpanCodes {         // for q4
+  int8_t* q = nullptr;     // [m, groups(cols) * 32]; null where no weight needs them
+  float* scale = nullptr;  // [m, spans(cols)]
+  int16_t* sum = nullptr;  // [m, groups(cols)]
+};
+
+// Rows of activations, ready for weights of some formats. Columns beyond `cols` are zero up to groups(cols)
 // * 32.
 struct Rows {
   int64_t m = 0, cols = 0;
-  const float* f = nullptr;      // [m, f_stride]
-  int64_t f_stride = 0;          // at least groups(cols) * 32
-  const int8_t* q = nullptr;     // [m, groups(cols) * 32] x / scale, -127 to 127
-  const float* scale = nullptr;  // [m, groups(cols)]; NaN where the group has a NaN or an infinity
-  const int32_t* sum = nullptr;  // [m, groups(cols)] sums of q over a group
+  const float* f = nullptr;  // [m, f_stride]; for bf16
+  int64_t f_stride = 0;      // at least groups(cols) * 32
+  GroupCodes q8;
+  SpanCodes q4;
 };
+
+// What the formats of some weights need of their rows.
+struct Needs {
+  bool bf16 = false, q8 = false, q4 = false;
+
+  void add(Format format) {
+    bf16 = bf16 || format == Format::bf16;
+    q8 = q8 || format == Format::q8;
+    q4 = q4 || format == Format::q4;
+  }
+};
+
+inline GroupCodes take_groups(int64_t m, int64_t cols) {
+  const int64_t n = groups(cols);
+  return {take<int8_t>(m * n * kGroup), take<float>(m * n), take<int32_t>(m * n)};
+}
+inline SpanCodes take_spans(int64_t m, int64_t cols) {
+  const int64_t n = groups(cols);
+  return {take<int8_t>(m * n * kGroup), take<float>(m * spans(cols)), take<int16_t>(m * n)};
+}
+
+// From row `first` and group `group` on; for spans a multiple of 8.
+inline GroupCodes skip(const GroupCodes& c, int64_t cols, int64_t first, int64_t group = 0) {
+  if (c.q == nullptr) return c;
+  const int64_t at = first * groups(cols) + group;
+  return {c.q + at * kGroup, c.scale + at, c.sum + at};
+}
+inline SpanCodes skip(const SpanCodes& c, int64_t cols, int64_t first, int64_t group = 0) {
+  if (c.q == nullptr) return c;
+  const int64_t at = first * groups(cols) + group;
+  return {c.q + at * kGroup, c.scale + first * spans(cols) + group / kSpan, c.sum + at};
+}
 
 // What a target's tiles_*.h defines, the same bits on all of them:
 
-// One group: scale = max |x| / 127 and q = x * (127 / max |x|), to the nearest, halves to even. A group
-// below kLeast counts as zero, since 127 / max |x| would overflow near the bottom; any NaN or infinity
-// makes the scale NaN and with it every product of the row.
-constexpr float kLeast = 0x1p-120F;
-inline void quantize_group(const float* x, int8_t* q, float* scale, int32_t* sum);
+// The largest |x| of `count` groups as the bits of a float: as integers they are in order, NaN the greatest.
+inline int32_t top_bits(const float* x, int64_t count);
+
+// One group: q = x * inverse to the nearest, halves to even; returns their sum.
+inline int32_t round_group(const float* x, float inverse, int8_t* q);
 
 // out [x.m, out_stride], its first `width` columns: products of `width` rows of a matrix, held by `count`
-// tiles one after the other, with the rows of x. q4 and q8 add fma(float(dot of a group), scale_w *
-// scale_x, total) from the first group to the last; bf16 adds even and odd columns apart, each from the
-// first to the last, and then both.
+// tiles one after the other, with the rows of x. q8 adds fma(float(dot of a group), scale_w * scale_x,
+// total) from the first group to the last, q4 the same with spans; bf16 adds even and odd columns apart, each
+// from the first to the last, and then both.
 inline void tile_products(Format format, const uint8_t* tiles, int64_t count, const Rows& x, float* out,
                           int64_t out_stride, int64_t width);
 
-inline void tile_product(Format format, const uint8_t* tile, const Rows& x, float* out, int64_t out_stride,
-                         int64_t width) {
-  tile_products(format, tile, 1, x, out, out_stride, width);
+// `count` groups that share a scale of max |x| / 127. Where that maximum is below kLeast all counts as zero,
+// since 127 / max |x| would overflow near the bottom; any NaN or infinity makes the scale NaN and with it
+// every product of the row.
+constexpr float kLeast = 0x1p-120F;
+template <typename Sum>
+inline void round_groups(const float* x, int64_t count, int8_t* q, float* scale, Sum* sum) {
+  const int32_t bits = top_bits(x, count);
+  if (bits >= 0x7f800000) {
+    *scale = __builtin_nanf("");
+    std::memset(q, 0, static_cast<size_t>(count * kGroup));
+    std::memset(sum, 0, static_cast<size_t>(count) * sizeof(Sum));
+    return;
+  }
+  float top;
+  std::memcpy(&top, &bits, sizeof(top));
+  const float inverse = top >= kLeast ? 127.0F / top : 0.0F;
+  *scale = top / 127.0F;
+  for (int64_t g = 0; g < count; ++g) {
+    sum[g] = static_cast<Sum>(round_group(x + g * kGroup, inverse, q + g * kGroup));
+  }
 }
 
-// One row of groups(cols) groups.
-inline void quantize_row(const float* x, int64_t cols, int8_t* q, float* scale, int32_t* sum) {
-  const int64_t whole = cols / kGroup;
-  for (int64_t g = 0; g < whole; ++g) quantize_group(x + g * kGroup, q + g * kGroup, scale + g, sum + g);
-  for (int64_t g = whole; g < groups(cols); ++g) {
-    float rest[kGroup] = {};
-    for (int64_t i = g * kGroup; i < cols; ++i) rest[i - g * kGroup] = x[i];
-    quantize_group(rest, q + g * kGroup, scale + g, sum + g);
+// One row of groups(cols) groups, `step` of them with a scale together.
+template <typename Sum>
+inline void round_row(const float* x, int64_t cols, int64_t step, int8_t* q, float* scale, Sum* sum) {
+  const int64_t n = groups(cols);
+  for (int64_t g = 0; g < n; g += step, ++scale) {
+    const int64_t count = n - g < step ? n - g : step, left = cols - g * kGroup;
+    const float* from = x + g * kGroup;
+    alignas(64) float rest[kSpan * kGroup];
+    if (left < count * kGroup) {
+      std::memset(rest, 0, sizeof(rest));
+      for (int64_t i = 0; i < left; ++i) rest[i] = from[i];
+      from = rest;
+    }
+    round_groups(from, count, q + g * kGroup, scale, sum + g);
   }
+}
+inline void quantize_row(const float* x, int64_t cols, const GroupCodes& to) {
+  if (to.q != nullptr) round_row(x, cols, 1, to.q, to.scale, to.sum);
+}
+inline void quantize_row(const float* x, int64_t cols, const SpanCodes& to) {
+  if (to.q != nullptr) round_row(x, cols, kSpan, to.q, to.scale, to.sum);
 }
 
 // Rows from m x cols floats at distance `stride`. What is made lies in the arena; where cols is a multiple
 // of 64 the floats are x itself, so x must outlive the rows. Uses the pool.
-inline Rows quantize(const float* x, int64_t m, int64_t cols, int64_t stride) {
-  const int64_t n = groups(cols), padded = n * kGroup;
-  float* copy = padded == cols ? nullptr : take<float>(m * padded);
-  int8_t* q = take<int8_t>(m * padded);
-  float* scale = take<float>(m * n);
-  int32_t* sum = take<int32_t>(m * n);
+inline Rows quantize(const float* x, int64_t m, int64_t cols, int64_t stride, const Needs& needs) {
+  const int64_t padded = groups(cols) * kGroup;
+  float* copy = padded == cols || !needs.bf16 ? nullptr : take<float>(m * padded);
+  const GroupCodes q8 = needs.q8 ? take_groups(m, cols) : GroupCodes{};
+  const SpanCodes q4 = needs.q4 ? take_spans(m, cols) : SpanCodes{};
   parallel(m, 1 + 16384 / (padded + 1), [=](int64_t begin, int64_t end, int) {
     for (int64_t r = begin; r < end; ++r) {
       const float* row = x + r * stride;
@@ -58,22 +130,27 @@ inline Rows quantize(const float* x, int64_t m, int64_t cols, int64_t stride) {
         std::memcpy(copy + r * padded, row, static_cast<size_t>(cols) * sizeof(float));
         std::memset(copy + r * padded + cols, 0, static_cast<size_t>(padded - cols) * sizeof(float));
       }
-      quantize_row(row, cols, q + r * padded, scale + r * n, sum + r * n);
+      quantize_row(row, cols, skip(q8, cols, r));
+      quantize_row(row, cols, skip(q4, cols, r));
     }
   });
-  return {m, cols, copy != nullptr ? copy : x, copy != nullptr ? padded : stride, q, scale, sum};
+  return {m, cols, copy != nullptr ? copy : x, copy != nullptr ? padded : stride, q8, q4};
+}
+
+inline Rows quantize(const float* x, int64_t m, int64_t cols, int64_t stride, const Weight& w) {
+  Needs needs;
+  needs.add(w.format);
+  return quantize(x, m, cols, stride, needs);
 }
 
 // Rows [first, first + m) of x.
 inline Rows slice(const Rows& x, int64_t first, int64_t m) {
-  const int64_t n = groups(x.cols);
   return {m,
           x.cols,
           x.f == nullptr ? nullptr : x.f + first * x.f_stride,
           x.f_stride,
-          x.q + first * n * kGroup,
-          x.scale + first * n,
-          x.sum + first * n};
+          skip(x.q8, x.cols, first),
+          skip(x.q4, x.cols, first)};
 }
 
 inline float half_to_float(uint16_t h) {
@@ -88,10 +165,19 @@ inline float half_to_float(uint16_t h) {
   return sign != 0 ? -value : value;
 }
 
-inline int tile_code(Format format, const uint8_t* group, int64_t r, int64_t c) {
+// What a q4 or q8 weight is a multiple of its scale by, in a tile of n groups.
+inline int tile_code(Format format, const uint8_t* tile, int64_t n, int64_t g, int64_t r, int64_t c) {
+  const uint8_t* group = tile + g * code_bytes(format);
   if (format == Format::q8) return group[64 * (c / 4) + 4 * r + c % 4] - 128;
   const uint8_t byte = group[64 * (c % 16 / 4) + 4 * r + c % 4];
-  return (c < 16 ? byte & 15 : byte >> 4) - 8;
+  const uint8_t step = tile[n * code_bytes(format) + g * kTileRows + r];
+  return ((c < 16 ? byte & 15 : byte >> 4) - (step >> 4)) * (step & 15);
+}
+
+// [group][row] of a q8 tile, [span][row] of a q4 tile, of n groups.
+inline const uint16_t* tile_scales(Format format, const uint8_t* tile, int64_t n) {
+  const int64_t bytes = code_bytes(format) + (format == Format::q4 ? kTileRows : 0);
+  return reinterpret_cast<const uint16_t*>(tile + n * bytes);
 }
 
 // Rows of activations that stay in a core's own cache while tiles pass by: at most about 640 KB of them.
@@ -138,22 +224,23 @@ inline void product(const Weight& w, const Rows& x, const float* bias, float* ou
 inline void linear(const float* x, int64_t m, const Weight& w, const float* bias, float* out) {
   const Timed timed("linear");
   arena().reset();
-  product(w, quantize(x, m, w.cols, w.cols), bias, out, w.rows);
+  product(w, quantize(x, m, w.cols, w.cols, w), bias, out, w.rows);
 }
 
 // Row `id` of w.
 inline void embed_row(const Weight& w, int64_t id, float* out) {
   const int64_t r = id % kTileRows, n = groups(w.cols);
   const uint8_t* tile = w.data + id / kTileRows * tile_bytes(w.format, w.cols);
-  const auto* scales = reinterpret_cast<const uint16_t*>(tile + n * code_bytes(w.format));
+  const uint16_t* scales = tile_scales(w.format, tile, n);
   for (int64_t c = 0; c < w.cols; ++c) {
     const int64_t g = c / kGroup, column = c % kGroup;
-    const uint8_t* group = tile + g * code_bytes(w.format);
     if (w.format == Format::bf16) {
-      out[c] = from_bf16(reinterpret_cast<const uint16_t*>(group)[32 * (column / 2) + 2 * r + column % 2]);
+      const auto* group = reinterpret_cast<const uint16_t*>(tile + g * code_bytes(w.format));
+      out[c] = from_bf16(group[32 * (column / 2) + 2 * r + column % 2]);
     } else {
-      out[c] = static_cast<float>(tile_code(w.format, group, r, column)) *
-               half_to_float(scales[g * kTileRows + r]);
+      const int64_t share = w.format == Format::q4 ? g / kSpan : g;
+      out[c] = static_cast<float>(tile_code(w.format, tile, n, g, r, column)) *
+               half_to_float(scales[share * kTileRows + r]);
     }
   }
 }

@@ -7,29 +7,25 @@ inline void prefetch(const uint8_t* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);
 }
 
-inline void quantize_group(const float* x, int8_t* q, float* scale, int32_t* sum) {
-  const __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + 16);
-  const __m512i magnitude =
-      _mm512_set1_epi32(0x7fffffff);  // as integers magnitudes are in order, NaN the greatest
-  const int32_t bits =
-      _mm512_reduce_max_epi32(_mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(a), magnitude),
-                                               _mm512_and_si512(_mm512_castps_si512(b), magnitude)));
-  float top;
-  std::memcpy(&top, &bits, sizeof(top));
-  if (bits >= 0x7f800000) {
-    *scale = __builtin_nanf("");
-    *sum = 0;
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), _mm256_setzero_si256());
-    return;
+inline int32_t top_bits(const float* x, int64_t count) {
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  __m512i a = _mm512_setzero_si512(), b = a;
+  for (int64_t g = 0; g < count; ++g) {
+    const float* p = x + g * kGroup;
+    a = _mm512_max_epi32(a, _mm512_and_si512(_mm512_castps_si512(_mm512_loadu_ps(p)), magnitude));
+    b = _mm512_max_epi32(b, _mm512_and_si512(_mm512_castps_si512(_mm512_loadu_ps(p + 16)), magnitude));
   }
-  const __m512 inverse = _mm512_set1_ps(top >= kLeast ? 127.0F / top : 0.0F);
+  return _mm512_reduce_max_epi32(_mm512_max_epi32(a, b));
+}
+
+inline int32_t round_group(const float* x, float inverse, int8_t* q) {
+  const __m512 factor = _mm512_set1_ps(inverse);
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-  const __m512i p = _mm512_cvt_roundps_epi32(_mm512_mul_ps(a, inverse), kNearest);
-  const __m512i r = _mm512_cvt_roundps_epi32(_mm512_mul_ps(b, inverse), kNearest);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm512_cvtepi32_epi8(p));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 16), _mm512_cvtepi32_epi8(r));
-  *scale = top / 127.0F;
-  *sum = _mm512_reduce_add_epi32(_mm512_add_epi32(p, r));
+  const __m512i a = _mm512_cvt_roundps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), factor), kNearest);
+  const __m512i b = _mm512_cvt_roundps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + 16), factor), kNearest);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm512_cvtepi32_epi8(a));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 16), _mm512_cvtepi32_epi8(b));
+  return _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
 }
 
 // The eight registers of a group's unsigned codes.
@@ -47,9 +43,6 @@ inline void unpack(const uint8_t* group, __m512i* w) {
   }
 }
 
-template <Format F>
-constexpr int32_t kZero = F == Format::q4 ? 8 : 128;  // the code of a zero
-
 inline __mmask16 columns(int64_t width) {
   return static_cast<__mmask16>(width < 16 ? (1U << width) - 1 : 0xffffU);
 }
@@ -65,32 +58,30 @@ inline __m512i four(const int8_t* q) {  // the same four activations for every r
   return _mm512_set1_epi32(bits);
 }
 
-// R rows of x from `first` on with q4 or q8 weights.
-template <Format F, int R>
-inline void integer_rows(const uint8_t* tile, const Rows& x, int64_t first, float* out, int64_t out_stride,
-                         __mmask16 mask) {
-  const int64_t n = groups(x.cols);
-  const uint8_t* scales = tile + n * code_bytes(F);
-  const int8_t* q = x.q + first * n * kGroup;
-  const float* scale = x.scale + first * n;
-  const int32_t* sum = x.sum + first * n;
+// R rows of x from `first` on with q8 weights.
+template <int R>
+inline void q8_rows(const uint8_t* tile, const Rows& x, int64_t first, float* out, int64_t out_stride,
+                    __mmask16 mask) {
+  const int64_t n = groups(x.cols), bytes = code_bytes(Format::q8);
+  const uint8_t* scales = tile + n * bytes;
+  const GroupCodes rows = skip(x.q8, x.cols, first);
   __m512 total[R];
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i) total[i] = _mm512_setzero_ps();
   for (int64_t g = 0; g < n; ++g) {
-    const uint8_t* group = tile + g * code_bytes(F);
-    prefetch(group + kAhead, code_bytes(F));
-    prefetch(scales + tile_bytes(F, x.cols) + g * 2 * kTileRows, 2 * kTileRows);  // of the next tile
+    const uint8_t* group = tile + g * bytes;
+    prefetch(group + kAhead, bytes);
+    prefetch(scales + tile_bytes(Format::q8, x.cols) + g * 2 * kTileRows, 2 * kTileRows);  // of the next tile
     __m512i w[8];
-    unpack<F>(group, w);
+    unpack<Format::q8>(group, w);
     const __m512 s = scales_of(scales, g);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
-      const int8_t* a = q + (i * n + g) * kGroup;
-      __m512i dot = _mm512_set1_epi32(-kZero<F> * sum[i * n + g]);
+      const int8_t* a = rows.q + (i * n + g) * kGroup;
+      __m512i dot = _mm512_set1_epi32(-128 * rows.sum[i * n + g]);
 #pragma GCC unroll 8
       for (int v = 0; v < 8; ++v) dot = _mm512_dpbusd_epi32(dot, w[v], four(a + 4 * v));
-      const __m512 factor = _mm512_mul_ps(s, _mm512_set1_ps(scale[i * n + g]));
+      const __m512 factor = _mm512_mul_ps(s, _mm512_set1_ps(rows.scale[i * n + g]));
       total[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), factor, total[i]);
     }
   }
@@ -100,8 +91,118 @@ inline void integer_rows(const uint8_t* tile, const Rows& x, int64_t first, floa
   }
 }
 
+// The steps of up to four groups in bytes [group][row]: sizes, sizes times 16, and sizes times the codes of
+// zero. One of 16 bytes is spread over a register's rows by spread.
+struct Steps {
+  alignas(64) uint8_t size[64], high[64], zero[64];
+
+  Steps(const uint8_t* steps, int64_t count) {
+    const auto mask = static_cast<__mmask64>(count < 4 ? (uint64_t{1} << (16 * count)) - 1 : ~uint64_t{0});
+    const __m512i both = _mm512_maskz_loadu_epi8(mask, steps), nibble = _mm512_set1_epi8(15);
+    const __m512i low = _mm512_and_si512(both, nibble), odd = _mm512_set1_epi16(static_cast<int16_t>(0xff00));
+    const __m512i code = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+    // A product of two nibbles stays in its byte: even and odd bytes apart.
+    const __m512i even = _mm512_mullo_epi16(_mm512_andnot_si512(odd, low), code);
+    const __m512i other = _mm512_mullo_epi16(_mm512_and_si512(odd, low), _mm512_srli_epi16(code, 8));
+    _mm512_store_si512(size, low);
+    _mm512_store_si512(high, _mm512_slli_epi16(low, 4));
+    _mm512_store_si512(zero, _mm512_or_si512(_mm512_andnot_si512(odd, even), other));
+  }
+};
+
+inline __m512i spread(const uint8_t* bytes, __m512i pick) {
+  const __m128i rows = _mm_load_si128(reinterpret_cast<const __m128i*>(bytes));
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(rows), pick);
+}
+
+// For spread: register r has `pattern` plus r in its bytes; 0x80 makes a byte 0.
+inline __m512i rows_in(uint32_t pattern) {
+  const __m512i r = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i all = _mm512_mullo_epi32(r, _mm512_set1_epi32(0x01010101));
+  return _mm512_add_epi32(all, _mm512_set1_epi32(static_cast<int32_t>(pattern)));
+}
+
+// The eight registers of a group's codes times the sizes of their rows, at most 225: one multiplication for
+// two bytes, without a carry from one to the other, and for the high nibbles as 16 codes times 4096 sizes
+// over 65536.
+inline void unpack_sized(const uint8_t* group, const uint8_t* size, const uint8_t* high, __m512i* w) {
+  const __m512i low_factor = spread(size, rows_in(0x80008000)),
+                high_factor = spread(high, rows_in(0x00800080));
+  const __m512i nibble = _mm512_set1_epi8(15);
+#pragma GCC unroll 4
+  for (int v = 0; v < 4; ++v) {
+    const __m512i both = _mm512_load_si512(group + 64 * v);
+    w[v] = _mm512_mullo_epi16(_mm512_and_si512(both, nibble), low_factor);
+    w[v + 4] = _mm512_mulhi_epu16(_mm512_andnot_si512(nibble, both), high_factor);
+  }
+}
+
+// R rows of x from `first` on with q4 weights. A span is one sum of codes times sizes times activations, less
+// the zeros times the sums of the activations.
+template <int R>
+inline void q4_rows(const uint8_t* tile, const Rows& x, int64_t first, float* out, int64_t out_stride,
+                    __mmask16 mask) {
+  constexpr int kSums = R == 1 ? 4 : R <= 4 ? 2 : 1;  // of a row: additions to one wait for each other
+  constexpr int64_t kBytes = 256;
+  const int64_t n = groups(x.cols);
+  const uint8_t *steps = tile + n * kBytes, *scales = steps + n * kTileRows;
+  const SpanCodes rows = skip(x.q4, x.cols, first);
+  __m512 total[R];
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) total[i] = _mm512_setzero_ps();
+  for (int64_t begin = 0, span = 0; begin < n; begin += kSpan, ++span) {
+    const int64_t end = begin + kSpan < n ? begin + kSpan : n;
+    __m512i dot[kSums][R];
+    for (auto& sums : dot) {
+      for (auto& sum : sums) sum = _mm512_setzero_si512();
+    }
+    prefetch(steps + tile_bytes(Format::q4, x.cols) + begin * kTileRows, kSpan * kTileRows);  // of the next
+    for (int64_t g = begin; g < end; g += 2) {
+      const Steps step(steps + g * kTileRows, 2);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const uint8_t* group = tile + (g + half) * kBytes;
+        const int8_t* a = rows.q + (g + half) * kGroup;
+        __m512i w[8];
+        prefetch(group + kAhead, kBytes);
+        unpack_sized(group, step.size + 16 * half, step.high + 16 * half, w);
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 8
+          for (int v = 0; v < 8; ++v) {
+            __m512i& sum = dot[v % kSums][i];
+            sum = _mm512_dpbusd_epi32(sum, w[v], four(a + i * n * kGroup + 4 * v));
+          }
+        }
+      }
+      // The zeros of two groups side by side, with a minus.
+      const __m512i pairs = _mm512_or_si512(spread(step.zero, rows_in(0x80808000)),
+                                            spread(step.zero + 16, rows_in(0x80008080)));
+      const __m512i less = _mm512_sub_epi16(_mm512_setzero_si512(), pairs);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) {
+        int32_t sums;
+        std::memcpy(&sums, rows.sum + i * n + g, sizeof(sums));
+        dot[0][i] = _mm512_dpwssd_epi32(dot[0][i], less, _mm512_set1_epi32(sums));
+      }
+    }
+    const __m512 scale = scales_of(scales, span);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+      for (int k = 1; k < kSums; ++k) dot[0][i] = _mm512_add_epi32(dot[0][i], dot[k][i]);
+      const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(rows.scale[i * spans(x.cols) + span]));
+      total[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[0][i]), factor, total[i]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+    _mm512_mask_storeu_ps(out + (first + i) * out_stride, mask, _mm512_add_ps(total[i], _mm512_setzero_ps()));
+  }
+}
+
 // R rows of x from `first` on with bf16 weights.
-template <Format F, int R>
+template <int R>
 inline void bf16_rows(const uint8_t* tile, const Rows& x, int64_t first, float* out, int64_t out_stride,
                       __mmask16 mask) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000U));
@@ -130,9 +231,11 @@ template <Format F, int R>
 inline void some_rows(const uint8_t* tile, const Rows& x, int64_t first, float* out, int64_t out_stride,
                       __mmask16 mask) {
   if constexpr (F == Format::bf16) {
-    bf16_rows<F, R>(tile, x, first, out, out_stride, mask);
+    bf16_rows<R>(tile, x, first, out, out_stride, mask);
+  } else if constexpr (F == Format::q8) {
+    q8_rows<R>(tile, x, first, out, out_stride, mask);
   } else {
-    integer_rows<F, R>(tile, x, first, out, out_stride, mask);
+    q4_rows<R>(tile, x, first, out, out_stride, mask);
   }
 }
 

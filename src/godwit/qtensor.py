@@ -1,7 +1,8 @@
 """Quantised tensors: packed matrices of 4, 8 or 16 bits a weight, and how floats become them.
 
 The layouts are those of ``csrc/kernels.h``, byte for byte: tiles of 16 rows, in which the 32 columns of a
-group share a scale. Everything here is plain torch; the native kernels read the same bytes.
+group share a scale (``q8``) or a step, of which 8 share a scale (``q4``). Everything here is plain torch; the
+native kernels read the same bytes.
 """
 
 from __future__ import annotations
@@ -14,28 +15,39 @@ from torch import Tensor
 from godwit.errors import UsageError
 
 TILE_ROWS = 16  # output rows side by side in a tile
-GROUP = 32  # inputs that share a scale
+GROUP = 32  # inputs that share a scale, or in q4 a step
+SPAN = 8  # groups that share a scale in q4
 ALIGNMENT = 64  # of every packed matrix
 EXPERT_ALIGNMENT = 4096  # of every expert: what a disk reads on its own
 
 #: format -> bytes of codes in a group of a tile
 CODE_BYTES = {"bf16": 1024, "q8": 512, "q4": 256}
 FORMATS = tuple(CODE_BYTES)
-#: format -> the code that stands for zero, and the least and the greatest value of a code
-_CODES = {"q8": (128, -127, 127), "q4": (8, -8, 7)}
+#: format -> the greatest multiple of its scale that a weight of either sign can be
+_MOST = {"q8": 127, "q4": 105}
 _MAX_SCALE = 65504.0  # the largest number in half precision
 _MAX_BF16 = 3.3895e38
 _BLOCK = 1 << 16  # weights quantised at a time: the temporaries stay in a core's cache
 
-# Scales tried for a group, relative to the one that maps its extreme weight to the low end of the codes:
-# chosen greedily from a fine grid, which takes just 0.2 % off the error that these leave on normal weights.
-_TRIED = {"q4": (0.98, 0.92, 1.12, 1.02, 0.96, 1.18), "q8": (1.0,)}
+# A group's weights are (code - zero) times a width. Widths are tried relative to the least that reaches both
+# extremes, for the two zeros that fit these best.
+_WIDTHS = (0.8, 0.88, 0.96)
+_ZEROS = (4.0, 11.0)  # the least and the greatest zero that is tried
+# A span's scale is tried relative to the one that maps its greatest width to the greatest size.
+_SCALES = tuple(1.0 - 0.02 * i for i in range(-2, 9))
+_SIZES = 15  # of a q4 step, which is size + 16 * zero
+_LEAST_SCALE = 2.0**-24  # the smallest number in half precision
 _TINY = 1e-30  # what is smaller has no inverse in float32 and no scale in half precision
 
 
 def groups(cols: int) -> int:
     """Groups of a row, the padding to an even number included."""
     return -(-cols // (2 * GROUP)) * 2
+
+
+def spans(cols: int) -> int:
+    """Spans of a row, the last of which may be shorter."""
+    return -(-groups(cols) // SPAN)
 
 
 def _num_tiles(rows: int) -> int:
@@ -49,8 +61,8 @@ def weight_bytes(format: str, rows: int, cols: int) -> int:
         UsageError: an unknown format.
     """
     _check_format(format)
-    scales = 0 if format == "bf16" else 2 * TILE_ROWS
-    return _num_tiles(rows) * groups(cols) * (CODE_BYTES[format] + scales)
+    scales = {"bf16": 0, "q8": 2 * groups(cols), "q4": groups(cols) + 2 * spans(cols)}[format]
+    return _num_tiles(rows) * _round_up(groups(cols) * CODE_BYTES[format] + scales * TILE_ROWS, ALIGNMENT)
 
 
 def expert_layout(format13: str, format2: str, hidden: int, intermediate: int) -> tuple[int, int]:
@@ -103,8 +115,12 @@ class QuantTensor:
             )
             full = tiles.permute(0, 3, 1, 2, 4).float()
         else:
-            codes, scales = unpack(self)
-            full = (codes.to(torch.int16) - _CODES[self.format][0]).float() * scales.float().unsqueeze(-1)
+            codes, scales, steps = unpack(self)
+            whole = codes.to(torch.int16) - (128 if steps is None else (steps >> 4).unsqueeze(-1))
+            if steps is not None:
+                whole *= (steps & 15).unsqueeze(-1)
+                scales = scales.repeat_interleave(SPAN, 2)[:, :, : groups(cols)]
+            full = whole.float() * scales.float().unsqueeze(-1)
         return full.reshape(_num_tiles(rows) * TILE_ROWS, groups(cols) * GROUP)[:rows, :cols].contiguous()
 
 
@@ -169,35 +185,56 @@ def _check_bytes(data: Tensor, wanted: int, what: str) -> None:
         )
 
 
-def pack(codes: Tensor, scales: Tensor, format: str, shape: tuple[int, int]) -> QuantTensor:
-    """Lay out codes ``[tiles * 16, groups, 32]`` (uint8) and scales ``[tiles * 16, groups]`` (half)."""
+def pack(
+    codes: Tensor, scales: Tensor, format: str, shape: tuple[int, int], steps: Tensor | None = None
+) -> QuantTensor:
+    """Lay out a matrix of ``tiles * 16`` rows.
+
+    Args:
+        codes: ``[rows, groups, 32]`` uint8.
+        scales: half precision, ``[rows, groups]`` of q8 and ``[rows, spans]`` of q4.
+        format: q8 or q4.
+        shape: of the matrix, without padding.
+        steps: ``[rows, groups]`` uint8, of q4 only.
+    """
     tiles, size = _num_tiles(shape[0]), groups(shape[1])
-    if format == "q4":
+    if steps is not None:
         halves = codes.view(tiles, TILE_ROWS, size, 2, 4, 4).permute(3, 0, 2, 4, 1, 5)
-        body = (halves[0] | (halves[1] << 4)).reshape(tiles, -1)
+        parts = [(halves[0] | (halves[1] << 4)).reshape(tiles, -1), _by_row(steps, tiles)]
     else:
-        body = codes.view(tiles, TILE_ROWS, size, 8, 4).permute(0, 2, 3, 1, 4).reshape(tiles, -1)
-    tail = scales.view(tiles, TILE_ROWS, size).transpose(1, 2).contiguous().view(torch.uint8).view(tiles, -1)
-    return QuantTensor(format, shape, torch.cat((body, tail), 1).flatten())
+        parts = [codes.view(tiles, TILE_ROWS, size, 8, 4).permute(0, 2, 3, 1, 4).reshape(tiles, -1)]
+    parts.append(_by_row(scales, tiles).view(torch.uint8))
+    used = sum(part.shape[1] for part in parts)
+    parts.append(torch.zeros(tiles, _round_up(used, ALIGNMENT) - used, dtype=torch.uint8))
+    return QuantTensor(format, shape, torch.cat(parts, 1).flatten())
 
 
-def unpack(weight: QuantTensor) -> tuple[Tensor, Tensor]:
-    """Codes ``[tiles, 16, groups, 32]`` uint8 and scales ``[tiles, 16, groups]`` half, padding included."""
+def _by_row(values: Tensor, tiles: int) -> Tensor:
+    """``[tiles * 16, n]`` as ``[tiles, n * 16]``, the 16 rows of a tile side by side."""
+    return values.view(tiles, TILE_ROWS, -1).transpose(1, 2).reshape(tiles, -1)
+
+
+def unpack(weight: QuantTensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes ``[tiles, 16, groups, 32]``, scales ``[tiles, 16, groups or spans]`` and, of q4, steps.
+
+    They are uint8, half precision and uint8 ``[tiles, 16, groups]``; padding is included.
+    """
     tiles, size = _num_tiles(weight.shape[0]), groups(weight.shape[1])
     parts = weight.data.view(tiles, -1)
-    body = parts[:, : size * CODE_BYTES[weight.format]]
-    scales = (
-        parts[:, body.shape[1] :]
-        .contiguous()
-        .view(torch.float16)
-        .view(tiles, size, TILE_ROWS)
-        .transpose(1, 2)
-    )
+    at = size * CODE_BYTES[weight.format]
+    body, tail = parts[:, :at], parts[:, at:].contiguous()
+
+    def rows(values: Tensor) -> Tensor:
+        return values.view(tiles, -1, TILE_ROWS).transpose(1, 2)
+
     if weight.format == "q8":
-        return body.reshape(tiles, size, 8, TILE_ROWS, 4).permute(0, 3, 1, 2, 4).flatten(3), scales
+        codes = body.reshape(tiles, size, 8, TILE_ROWS, 4).permute(0, 3, 1, 2, 4).flatten(3)
+        return codes, rows(tail.view(torch.float16)), None
     packed = body.reshape(tiles, size, 4, TILE_ROWS, 4)
     halves = torch.stack((packed & 15, packed >> 4), 2)  # [tiles, groups, half, 4, 16, 4]
-    return halves.permute(0, 4, 1, 2, 3, 5).flatten(3), scales
+    steps, after = tail[:, : size * TILE_ROWS], size * TILE_ROWS + spans(weight.shape[1]) * 2 * TILE_ROWS
+    scales = tail[:, size * TILE_ROWS : after].contiguous().view(torch.float16)
+    return halves.permute(0, 4, 1, 2, 3, 5).flatten(3), rows(scales), rows(steps.contiguous())
 
 
 def quantize(weight: Tensor, format: str, importance: Tensor | None = None) -> QuantTensor:
@@ -257,21 +294,22 @@ def _pack_block(block: Tensor, format: str, spread: Tensor | None) -> QuantTenso
         laid = tiles.permute(0, 2, 3, 1, 4).contiguous()
         return QuantTensor(format, shape, laid.view(torch.uint8).flatten())
     x = _by_group(full)
-    scales = _search(x, format, spread)
-    return pack(_codes(x, scales, format).permute(1, 2, 0).contiguous(), scales, format, shape)
+    weighted = x if spread is None else x * spread
+    if format == "q8":
+        scales = _q8_scales(x, weighted, spread)
+        codes = (x * _inverse(scales.float())).round_().clamp_(-127, 127).add_(128)
+        return pack(codes.to(torch.uint8).permute(1, 2, 0).contiguous(), scales, format, shape)
+    widths, zeros, sharpness = _q4_widths(x, weighted, spread)
+    scales = _q4_scales(widths, zeros, sharpness)
+    codes, steps = _q4_codes(x, spread, widths, zeros, scales)
+    return pack(codes.to(torch.uint8).permute(1, 2, 0).contiguous(), scales, format, shape, steps)
 
 
 def _check_range(block: Tensor, format: str) -> None:
-    limit = _MAX_BF16 if format == "bf16" else _MAX_SCALE * _CODES[format][2]
+    limit = _MAX_BF16 if format == "bf16" else _MAX_SCALE * _MOST[format]
     extreme = float(block.abs().max())
     if not extreme <= limit:  # also where it is NaN
         raise UsageError(f"{format} takes finite weights of at most {limit:g}, and one is {extreme:g}")
-
-
-def _codes(x: Tensor, scales: Tensor, format: str) -> Tensor:
-    """The nearest codes of ``x [32, rows, groups]`` for half-precision scales."""
-    zero, low, high = _CODES[format]
-    return ((x * _inverse(scales.float())).round_().clamp_(low, high) + zero).to(torch.uint8)
 
 
 def _inverse(scales: Tensor) -> Tensor:
@@ -279,25 +317,99 @@ def _inverse(scales: Tensor) -> Tensor:
     return torch.where(scales.abs() < _TINY, 0.0, scales.reciprocal())
 
 
-def _search(x: Tensor, format: str, spread: Tensor | None) -> Tensor:
-    """Half-precision scales ``[rows, groups]`` with a small (weighted) squared error.
+def _rounded(x: Tensor, width: Tensor, zeros: Tensor, out: Tensor) -> Tensor:
+    """``x / width`` to the nearest differences of a code of 4 bits and the zero, in ``out``."""
+    torch.mul(x, _inverse(width), out=out).round_()
+    return torch.minimum(torch.maximum(out, -zeros, out=out), 15 - zeros, out=out)
 
-    For given codes q the best scale is <q, x> / <q, q>, and it takes <q, x>^2 / <q, q> off the error: the
-    candidate with the largest such gain wins.
+
+def _fit(q: Tensor, weighted: Tensor, spread: Tensor | None, work: Tensor) -> tuple[Tensor, Tensor]:
+    """The best width of each group for given integers q, and what a deviation of 1 from it costs.
+
+    The (weighted) squared error for a width is that of the best one, <q, x> / <q, q>, plus <q, q> times the
+    square of the difference.
     """
-    _, low, high = _CODES[format]
+    along = torch.mul(q, weighted, out=work).sum(0)
+    torch.mul(q, q, out=work)
+    square = (work if spread is None else work.mul_(spread)).sum(0)
+    return along * _inverse(square), square
+
+
+def _q8_scales(x: Tensor, weighted: Tensor, spread: Tensor | None) -> Tensor:
+    """Half-precision scales ``[rows, groups]``: the best ones for the codes that the extreme weight gives."""
     extreme = x.gather(0, x.abs().argmax(0, keepdim=True)).squeeze(0)
-    unit = _inverse(extreme) * low
-    weighted = x if spread is None else x * spread
-    q, product = torch.empty_like(x), torch.empty_like(x)
-    best_gain, best = torch.full_like(extreme, -1.0), torch.zeros_like(extreme)
-    for factor in _TRIED[format]:
-        torch.mul(x, unit / factor, out=q).round_().clamp_(low, high)
-        along = torch.mul(q, weighted, out=product).sum(0)
-        q.mul_(q) if spread is None else torch.mul(q, q, out=q).mul_(spread)
-        square = q.sum(0)
-        scale = along * _inverse(square)
-        gain = along * scale
-        better = gain > best_gain
-        best_gain, best = torch.where(better, gain, best_gain), torch.where(better, scale, best)
-    return best.clamp_(-_MAX_SCALE, _MAX_SCALE).half()
+    q = (x * (_inverse(extreme) * -127)).round_().clamp_(-127, 127)
+    scales, _ = _fit(q, weighted, spread, torch.empty_like(x))
+    return scales.clamp_(-_MAX_SCALE, _MAX_SCALE).half()
+
+
+def _q4_widths(x: Tensor, weighted: Tensor, spread: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Widths and zeros ``[rows, groups]`` with a small error, and what deviations from the widths cost."""
+    low, high = x.amin(0).clamp_max_(0).neg_(), x.amax(0).clamp_min_(0)
+    middle = (15 * low * _inverse(low + high)).clamp_(*_ZEROS)
+    best_gain = torch.full_like(low, -1.0)
+    best = (torch.zeros_like(low), torch.full_like(low, 8.0), torch.zeros_like(low))
+    q, work = torch.empty_like(x), torch.empty_like(x)
+    for zeros in (middle.floor(), middle.ceil()):
+        reach = torch.maximum(low / zeros, high / (15 - zeros))
+        for factor in _WIDTHS:
+            width, square = _fit(_rounded(x, reach * factor, zeros, q), weighted, spread, work)
+            gain = width * width * square
+            better = gain > best_gain
+            best_gain = torch.where(better, gain, best_gain)
+            best = (
+                torch.where(better, width, best[0]),
+                torch.where(better, zeros, best[1]),
+                torch.where(better, square, best[2]),
+            )
+    return best
+
+
+def _most(zeros: Tensor) -> Tensor:
+    """The greatest size beside a zero: products with all codes are within a signed byte."""
+    return torch.div(127, torch.maximum(zeros, 15 - zeros), rounding_mode="floor").clamp_max_(_SIZES)
+
+
+def _q4_scales(widths: Tensor, zeros: Tensor, sharpness: Tensor) -> Tensor:
+    """Half-precision scales ``[rows, spans]`` whose multiples come nearest to the widths of their groups."""
+    rows, size = widths.shape
+    shape = (rows, -(-size // SPAN), SPAN)
+
+    def spanned(values: Tensor) -> Tensor:
+        full = values.new_zeros(rows, shape[1] * SPAN)
+        full[:, :size] = values
+        return full.view(shape)
+
+    widths, most, sharpness = spanned(widths), spanned(_most(zeros)), spanned(sharpness)
+    top = (widths * _inverse(most)).amax(2)
+    least = torch.where(top > 0, _LEAST_SCALE, 0.0)
+    best_cost, best = torch.full_like(top, torch.inf), torch.zeros_like(top)
+    for factor in _SCALES:
+        scales = torch.maximum((top * factor).clamp_max_(_MAX_SCALE).half().float(), least)
+        each = scales.unsqueeze(2)
+        sizes = torch.minimum((widths * _inverse(each)).round_(), most)
+        cost = (sizes.mul_(each).sub_(widths).square_() * sharpness).sum(2)
+        better = cost < best_cost
+        best_cost, best = torch.where(better, cost, best_cost), torch.where(better, scales, best)
+    return best.half()
+
+
+def _q4_codes(
+    x: Tensor, spread: Tensor | None, widths: Tensor, zeros: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Codes ``[32, rows, groups]`` and steps: of the sizes around a width, the one with the least error."""
+    unit = scales.float().repeat_interleave(SPAN, 1)[:, : widths.shape[1]]
+    most = _most(zeros)
+    wanted = (widths * _inverse(unit)).floor_()
+    best_cost, best = torch.full_like(widths, torch.inf), torch.zeros_like(widths)
+    q, work = torch.empty_like(x), torch.empty_like(x)
+    for more in (0, 1):
+        sizes = torch.minimum(wanted + more, most)
+        width = sizes * unit
+        torch.mul(_rounded(x, width, zeros, q), width, out=work).sub_(x).square_()
+        cost = (work if spread is None else work.mul_(spread)).sum(0)
+        better = cost < best_cost
+        best_cost, best = torch.where(better, cost, best_cost), torch.where(better, sizes, best)
+    zeros = torch.where(best > 0, zeros, 8.0)
+    codes = _rounded(x, best * unit, zeros, q).add_(zeros)
+    return codes, (best + 16 * zeros).to(torch.uint8)

@@ -103,7 +103,7 @@ def with_header(content: bytes, header: object) -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     old = int.from_bytes(content[16:24], "little")
     data = content[-(-(64 + old) // 4096) * 4096 :]
-    prefix = struct.pack("<8sIIQ32s8x", b"GODWIT\0\0", 1, 0, len(text), hashlib.sha256(text).digest())
+    prefix = struct.pack("<8sIIQ32s8x", b"GODWIT\0\0", 2, 0, len(text), hashlib.sha256(text).digest())
     return (prefix + text).ljust(-(-(64 + len(text)) // 4096) * 4096, b"\0") + data
 
 
@@ -135,7 +135,7 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
 def test_the_bytes_are_those_of_the_specification(sample: bytes) -> None:
     """Parsed with nothing but the document's words."""
     magic, version, zero, length = struct.unpack_from("<8sIIQ", sample)
-    assert (magic, version, zero, sample[56:64]) == (b"GODWIT\0\0", 1, 0, bytes(8))
+    assert (magic, version, zero, sample[56:64]) == (b"GODWIT\0\0", 2, 0, bytes(8))
     assert sample[24:56] == hashlib.sha256(sample[64 : 64 + length]).digest()
     header = json.loads(sample[64 : 64 + length])
     start = (64 + length + 4095) // 4096 * 4096
@@ -150,14 +150,14 @@ def test_the_bytes_are_those_of_the_specification(sample: bytes) -> None:
     assert end == len(sample)
     assert list(header["tensors"]) == list(BLOBS)
     experts = header["tensors"]["layers.0.ffn.experts"]
-    # w13 q4 [64, 64]: 4 tiles of 2 groups of 288 bytes; w2 q8 [64, 32]: 4 tiles of 2 groups of 544
-    assert (experts["offset2"], experts["stride"]) == (4 * 2 * 288, 8192)
-    assert header["tensors"]["head.weight"]["nbytes"] == 3 * 2 * 288
+    # w13 q4 [64, 64]: 4 tiles of 2 groups of 272 bytes and a span of 32; w2 q8 [64, 32]: 4 of 2 groups of 544
+    assert (experts["offset2"], experts["stride"]) == (4 * (2 * 272 + 32), 8192)
+    assert header["tensors"]["head.weight"]["nbytes"] == 3 * (2 * 272 + 32)
 
 
 def test_the_example_of_the_specification(tmp_path: Path) -> None:
     weight = torch.zeros(2, 40)
-    weight[0, 0], weight[0, 17], weight[1, 39] = 4, -8, 1
+    weight[0, 0], weight[0, 17], weight[1, 39] = 3.75, -7.5, 0.9453125
     blobs: dict[str, TensorBlob] = {"norm.weight": Plain("F32", (2,)), "head.weight": Matrix("q4", (2, 40))}
     files = {"note.txt": b"hi\n"}
     with PackedWriter(
@@ -169,7 +169,7 @@ def test_the_example_of_the_specification(tmp_path: Path) -> None:
     content = (tmp_path / "m").read_bytes()
     text = (Path(__file__).parents[2] / "docs" / "packed-format.md").read_text()
     lines = re.findall(r"^([0-9a-f]{5})  ((?:[0-9a-f]{2} ){15}[0-9a-f]{2})\b", text, re.MULTILINE)
-    assert len(lines) == 11
+    assert len(lines) == 12
     for at, digits in lines:
         assert content[int(at, 16) :][:16] == bytes.fromhex(digits), at
     assert content[64 : 64 + 512].decode() in text.splitlines() and len(content) == 0x12C0
@@ -327,7 +327,8 @@ def refused(path: Path) -> str:
     [
         (0, b"G0DWIT", "not a packed model"),
         (0, bytes(64), "never finished"),
-        (8, b"\x02", "version 2"),
+        (8, b"\x01", "reads version 2; quantize the model again"),
+        (8, b"\x03", "reads version 2; update Godwit"),
         (12, b"\x01", "reserved"),
         (63, b"\x01", "reserved"),
         (16, b"\xff" * 8, "claims a header"),

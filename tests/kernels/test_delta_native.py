@@ -19,7 +19,7 @@ from godwit.kernels import ops
 from godwit.models.batch import ForwardBatch
 from godwit.models.caches import Caches, RecurrentState
 from godwit.models.mixers import GatedDeltaNet
-from godwit.qtensor import GROUP, QuantTensor, quantize
+from godwit.qtensor import GROUP, SPAN, QuantTensor, quantize
 from tests.kernels.packed import ints
 
 EPS = 1e-6
@@ -210,9 +210,10 @@ def test_outputs_are_those_of_the_reference(shape: Shape, level: str) -> None:
     assert float((found - wanted).abs().max()) <= layer.tolerance(written)
 
 
-def rounded(x: Tensor) -> Tensor:
-    """Activations as they meet a q4 or q8 weight: 8 bits in each group."""
-    grouped = torch.unflatten(x, -1, (-1, GROUP))
+def rounded(x: Tensor, format: str) -> Tensor:
+    """Activations as they meet a q4 or q8 weight: 8 bits in each span or group."""
+    size = GROUP if format == "q8" else min(GROUP * SPAN, x.shape[-1])
+    grouped = torch.unflatten(x, -1, (-1, size))
     scale = grouped.abs().amax(-1, keepdim=True) / 127
     return torch.flatten((grouped / scale).round() * scale, -2)
 
@@ -226,7 +227,7 @@ def test_only_the_rounding_of_activations_separates_quantised_layers(shape: Shap
     found = step(layer, start(layer, 0), [(0, x, 0)])[0]
     exact = layer.reference(x, [30])
     for linear in (layer.module.in_proj_qkvz, layer.module.out_proj):
-        linear.register_forward_pre_hook(lambda _module, inputs: (rounded(inputs[0]),))
+        linear.register_forward_pre_hook(lambda _module, inputs: (rounded(inputs[0], shape.format),))
     near = layer.reference(x, [30])
     rounding = float((near - exact).norm())
     assert 1e-3 < rounding / float((exact - x).norm()) < 0.1

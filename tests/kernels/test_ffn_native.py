@@ -13,7 +13,7 @@ from torch import Tensor
 from godwit import _native
 from godwit.config import MoeSpec
 from godwit.models.layers import SparseMoeBlock, SwiGLU
-from godwit.qtensor import GROUP, QuantExperts, QuantTensor, expert_layout, groups, quantize
+from godwit.qtensor import GROUP, SPAN, QuantExperts, QuantTensor, expert_layout, groups, quantize
 
 EPS = 1e-6
 UNIT = 2.0**-24  # relative error of one float32 operation
@@ -59,6 +59,8 @@ SHAPES = (
     Shape(16, 1, 1, 8, format13="q8", format2="q8"),
     Shape(64, shared=64, format13="bf16", format2="bf16"),
     Shape(33, shared=7, bias=True),
+    Shape(320, 48, 4, 300, shared=270, gate=True),
+    Shape(96, 48, 4, 264, format13="q8"),
 )
 
 
@@ -148,10 +150,15 @@ class Approx:
         return Approx(self.value[index], self.error[index])
 
 
-def quantized(x: Approx) -> Approx:
-    """As int8 in groups of 32. An error shifts a code only where the value lies close to a half."""
+def quantized(x: Approx, format: str) -> Approx:
+    """As int8 in groups of 32, or for q4 in spans of 256.
+
+    An error shifts a code only where the value lies close to a half.
+    """
     num_rows, cols = x.value.shape
-    padding, shape = (0, groups(cols) * GROUP - cols), (num_rows, groups(cols), GROUP)
+    size = GROUP if format == "q8" else GROUP * SPAN
+    count = -(-cols // size)
+    padding, shape = (0, count * size - cols), (num_rows, count, size)
     value, error = (F.pad(t, padding).view(shape) for t in (x.value, x.error))
     top, top_error = value.abs().amax(-1, keepdim=True), error.amax(-1, keepdim=True)
     scale = (top / 127).clamp_min(1e-300)
@@ -166,7 +173,8 @@ def quantized(x: Approx) -> Approx:
 def product(x: Approx, weight: QuantTensor, bias: Tensor | None = None) -> Approx:
     """Integers inside a group are exact: float32 rounds once a group and a few times more."""
     cols = x.value.shape[1]
-    given, num_roundings = (x, cols // 2 + 4) if weight.format == "bf16" else (quantized(x), groups(cols) + 5)
+    exact = weight.format == "bf16"
+    given, num_roundings = (x, cols // 2 + 4) if exact else (quantized(x, weight.format), groups(cols) + 5)
     w, added = weight.dequantize().double(), torch.zeros(()) if bias is None else bias.double()
     mass = (given.value.abs() + given.error) @ w.abs().T + added.abs()
     return Approx(given.value @ w.T + added, given.error @ w.abs().T + num_roundings * UNIT * mass)

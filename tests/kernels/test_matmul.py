@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from godwit import _native
-from godwit.qtensor import FORMATS, GROUP, TILE_ROWS, QuantTensor, groups, pack, quantize
+from godwit.qtensor import FORMATS, GROUP, SPAN, TILE_ROWS, QuantTensor, groups, pack, quantize, spans
 
 SETS = _native.available_instruction_sets()
 UNIT = 2.0**-24  # relative error of one float32 operation
-# One column, groups and pairs of them that are not full, several pieces of 32; tiles that are not full.
+# One column, groups, pairs and spans that are not full, several pieces of 32; tiles that are not full.
 SHAPES = (
     (1, 1),
     (15, 31),
@@ -23,6 +23,7 @@ SHAPES = (
     (16, 65),
     (33, 100),
     (5, 320),
+    (70, 512),
     (40, 1088),
     (19, 2112),
 )
@@ -38,16 +39,27 @@ def _settings() -> Iterator[None]:
 
 
 def random_weight(fmt: str, rows: int, cols: int) -> QuantTensor:
-    """Codes over their whole range and scales of both signs; padding is zero, as it must be."""
+    """Codes and steps over their whole range, scales of both signs; padding is zero, as it must be."""
     if fmt == "bf16":
         return quantize(torch.randn(rows, cols), fmt)
     size, padded = groups(cols), -(-rows // TILE_ROWS) * TILE_ROWS
     low, zero, high = (0, 8, 16) if fmt == "q4" else (1, 128, 256)
     codes = torch.full((padded, size * GROUP), zero, dtype=torch.uint8)
     codes[:rows, :cols] = torch.randint(low, high, (rows, cols), dtype=torch.uint8)
-    scales = torch.zeros(padded, size)
-    scales[:rows, : -(-cols // GROUP)] = torch.randn(rows, -(-cols // GROUP)) * 0.1
-    return pack(codes.view(padded, size, GROUP), scales.half(), fmt, (rows, cols))
+    codes, used = codes.view(padded, size, GROUP), -(-cols // GROUP)
+    if fmt == "q8":
+        scales = torch.zeros(padded, size)
+        scales[:rows, :used] = torch.randn(rows, used) * 0.1
+        return pack(codes, scales.half(), fmt, (rows, cols))
+    scales = torch.zeros(padded, spans(cols))
+    scales[:rows] = torch.randn(rows, spans(cols)) * 0.01
+    zeros = torch.randint(0, 16, (rows, used))
+    sizes = (torch.rand(rows, used) * (127 // torch.maximum(zeros, 15 - zeros) + 1)).long().clamp(max=15)
+    steps = torch.full((padded, size), 0x80, dtype=torch.uint8)
+    steps[:rows, :used] = (sizes + 16 * zeros).to(torch.uint8)
+    filler = zeros.to(torch.uint8).repeat_interleave(GROUP, 1)[:, cols:]
+    codes.view(padded, -1)[:rows, cols : cols + filler.shape[1]] = filler
+    return pack(codes, scales.half(), fmt, (rows, cols), steps)
 
 
 def native(w: QuantTensor) -> _native.Weight:
@@ -60,12 +72,13 @@ def linear(x: Tensor, w: QuantTensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
-def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+def rounded(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
     """Activations as the integer products see them, and half a step of each."""
     m, cols = x.shape
-    full = torch.zeros(m, groups(cols) * GROUP)
+    size = GROUP if fmt == "q8" else GROUP * SPAN
+    full = torch.zeros(m, -(-cols // size) * size)
     full[:, :cols] = x
-    grouped = full.view(m, -1, GROUP)
+    grouped = full.view(m, -1, size)
     top = grouped.abs().amax(2, keepdim=True)
     q = (grouped * torch.where(top > 0, 127 / top, 0.0)).round()
     step = (top / 127).double()
@@ -80,7 +93,7 @@ def test_near_exact(fmt: str, rows: int, cols: int, instruction_set: str) -> Non
     _native.set_instruction_set(instruction_set)
     w, x, bias = random_weight(fmt, rows, cols), torch.randn(9, cols), torch.randn(rows)
     exact = w.dequantize().double().T
-    seen, half = (x.double(), torch.zeros(9, cols)) if fmt == "bf16" else rounded(x)
+    seen, half = (x.double(), torch.zeros(9, cols)) if fmt == "bf16" else rounded(x, fmt)
     terms = groups(cols) * (GROUP // 2 if fmt == "bf16" else 1) + 5
     sizes = seen.abs() @ exact.abs() + bias.abs()
     out = linear(x, w, bias).double()
@@ -102,6 +115,17 @@ def test_the_same_bits_everywhere(fmt: str, rows: int, cols: int) -> None:
         for m in COUNTS:
             assert torch.equal(linear(x[:m], w, bias), expected[:m]), (instruction_set, m)
         assert torch.equal(linear(x[50:51], w, bias), expected[50:51]), instruction_set
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_the_same_bits_for_more_rows_than_are_summed_at_a_time(fmt: str) -> None:
+    w, x = random_weight(fmt, 40, 64), torch.randn(530, 64)
+    _native.set_instruction_set("scalar")
+    expected = linear(x, w)
+    for instruction_set in SETS:
+        _native.set_instruction_set(instruction_set)
+        for m in (255, 256, 257, 271, 272, 273, 511, 512, 513, 530):
+            assert torch.equal(linear(x[:m], w), expected[:m]), (instruction_set, m)
 
 
 @pytest.mark.parametrize("instruction_set", SETS)
@@ -126,12 +150,17 @@ def test_no_sum_of_integers_overflows(fmt: str, instruction_set: str, m: int) ->
     """The greatest codes times the greatest activations, which keep to powers of two and so are exact."""
     _native.set_instruction_set(instruction_set)
     ends = torch.tensor([0, 15] if fmt == "q4" else [1, 255], dtype=torch.uint8)
+    cols = 8 * GROUP
     for pattern in (ends[:1], ends[1:], ends, ends.flip(0)):
-        codes = pattern.repeat(TILE_ROWS * 2 * GROUP // len(pattern)).view(TILE_ROWS, 2, GROUP)
-        w = pack(codes, torch.ones(TILE_ROWS, 2).half(), fmt, (TILE_ROWS, 2 * GROUP))
-        for signs in ([1.0, 1.0], [-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0]):
-            x = (torch.tensor(signs).repeat(GROUP) * 127.0).expand(m, -1).contiguous()
-            assert torch.equal(linear(x, w), x @ w.dequantize().T)
+        codes = pattern.repeat(TILE_ROWS * cols // len(pattern)).view(TILE_ROWS, 8, GROUP)
+        # The greatest sizes beside the zeros in the middle and at both ends; q8 has none.
+        for step in (15 + 16 * 8, 15 + 16 * 7, 8 + 16 * 15, 8) if fmt == "q4" else (None,):
+            steps = None if step is None else torch.full((TILE_ROWS, 8), step, dtype=torch.uint8)
+            scales = torch.ones(TILE_ROWS, 8 if step is None else 1).half()
+            w = pack(codes, scales, fmt, (TILE_ROWS, cols), steps)
+            for signs in ([1.0, 1.0], [-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0]):
+                x = (torch.tensor(signs).repeat(cols // 2) * 127.0).expand(m, -1).contiguous()
+                assert torch.equal(linear(x, w), x @ w.dequantize().T)
 
 
 @pytest.mark.parametrize("instruction_set", SETS)

@@ -18,8 +18,9 @@ from tests.kernels.packed import ints, weight, zeros
 @pytest.mark.parametrize(
     ("fmt", "rows", "cols", "expected"),
     [
-        ("q4", 16, 2048, 64 * 288),
-        ("q4", 17, 33, 2 * 2 * 288),
+        ("q4", 16, 2048, 64 * 272 + 8 * 32),
+        ("q4", 17, 33, 2 * (2 * 272 + 32)),
+        ("q4", 1, 100, 1152),
         ("q8", 1, 64, 2 * 544),
         ("q8", 1, 65, 4 * 544),
         ("bf16", 48, 64, 3 * 2048),

@@ -37,8 +37,8 @@ def test_the_80b_in_four_bits_to_the_byte() -> None:
     plain16 = 36 * 131_072 + 48 * 1_048_576
     delta_vectors = 36 * (4 * 8192 + 32 + 32 + 128)
     plain32 = delta_vectors + 12 * 512 + 48 * (2048 + 4096) + 2048
-    assert costs.weights == packed * 18 // 32 + 2 * plain16 + 4 * plain32
-    assert {(e.num_experts, e.top_k, e.nbytes) for e in costs.experts} == {(512, 10, EXPERT * 18 // 32)}
+    assert costs.weights == packed * 69 // 128 + 2 * plain16 + 4 * plain32
+    assert {(e.num_experts, e.top_k, e.nbytes) for e in costs.experts} == {(512, 10, EXPERT * 69 // 128)}
     assert len(costs.experts) == 48
     assert costs.kv_per_token == 24_576
     assert costs.state == 75_497_472 + 36 * 3 * 8192 * 4
@@ -46,14 +46,14 @@ def test_the_80b_in_four_bits_to_the_byte() -> None:
 
 def test_the_bytes_of_a_step_add_up() -> None:
     costs = next_80b("q4")
-    one = costs.weights + 480 * EXPERT * 18 // 32 + 24_576 + 2 * costs.state
+    one = costs.weights + 480 * EXPERT * 69 // 128 + 24_576 + 2 * costs.state
     assert costs.step_bytes(1, 0) == pytest.approx(one, rel=1e-12)
-    assert 2.15e9 < one < 2.25e9  # 4.5 bits a weight, and 0.16 GB of state
+    assert 2.1e9 < one < 2.2e9  # 4.3125 bits a weight, and 0.16 GB of state
     assert costs.step_bytes(1, 4096) - one == pytest.approx(4096 * 24_576)
-    eight = costs.weights + 48 * 74.7397 * EXPERT * 18 / 32 + 8 * (24_576 * 33 + 2 * costs.state)
+    eight = costs.weights + 48 * 74.7397 * EXPERT * 69 / 128 + 8 * (24_576 * 33 + 2 * costs.state)
     assert costs.step_bytes(8, 32) == pytest.approx(eight, rel=1e-4)
     counted = costs.step_bytes(8, 32, [12.5] * 48)
-    assert counted == pytest.approx(eight - 48 * (74.7397 - 12.5) * EXPERT * 18 / 32, rel=1e-4)
+    assert counted == pytest.approx(eight - 48 * (74.7397 - 12.5) * EXPERT * 69 / 128, rel=1e-4)
 
 
 def test_operations_of_the_80b() -> None:
@@ -99,7 +99,7 @@ def test_distinct_experts_agree_with_a_simulation() -> None:
         ("q4", (16, 64), 576),
         ("q8", (16, 64), 1088),
         ("bf16", (17, 64), 2 * 2048),
-        ("q4", (5, 512, 2048), 512 * 2048 * 18 // 32),
+        ("q4", (5, 512, 2048), 512 * 2048 * 69 // 128),
         ("float32", (7,), 28),
         ("bfloat16", (5, 3, 4), 24),
     ],

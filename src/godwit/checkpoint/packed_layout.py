@@ -23,7 +23,7 @@ from godwit.qtensor import FORMATS, QuantExperts, QuantTensor, expert_layout, we
 
 SUFFIX = ".godwit"
 MAGIC = b"GODWIT\0\0"
-VERSION = 1
+VERSION = 2
 PREFIX = struct.Struct("<8sIIQ32s8x")  # magic, version, 0, header bytes, SHA-256 of the header, zeros
 PAGE = 4096  # where blobs begin, and the alignment of experts
 ALIGNMENT = 64  # of every other tensor and embedded file
@@ -230,9 +230,10 @@ def read_table(file: BinaryIO, size: int, path: Path) -> Table:
         damaged(path, f"only {size} bytes long, too short for a packed model")
     _, version, zero, length, digest = PREFIX.unpack(first)
     if version != VERSION:
+        remedy = "quantize the model again" if version < VERSION else "update Godwit"
         raise CheckpointError(
             f"{path}: written in version {version} of the packed format, and this Godwit reads version "
-            f"{VERSION}; pack the model again or update Godwit"
+            f"{VERSION}; {remedy}"
         )
     if zero or any(first[-8:]):
         damaged(path, "the reserved bytes of its prefix are not zero")

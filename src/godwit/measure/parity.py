@@ -19,7 +19,7 @@ from godwit.measure.costs import packed_weights
 from godwit.models.batch import BLOCK_SIZE, ForwardBatch
 from godwit.models.caches import Caches
 from godwit.models.causal_lm import CausalLM
-from godwit.qtensor import FORMATS, GROUP, QuantExperts, QuantTensor
+from godwit.qtensor import FORMATS, GROUP, SPAN, QuantExperts, QuantTensor
 
 Pack = Callable[[CausalLM, str], CausalLM]
 
@@ -27,10 +27,13 @@ HIDDEN, VOCAB, WIDTH = 96, 160, 64
 LENGTHS = (37, 21)  # tokens of the two sequences that are read, in one step or in several
 CUTS = (16, 1, 17)  # the longer one in several steps; the rest follows token by token
 
-_EIGHT_BITS = math.sqrt(GROUP / 12) / 127
 #: Relative error (root mean square) of rounding the inputs of one product. To eight bits with the scale of
-#: the largest of a group: at worst one large member among small ones. To bfloat16 with such weights.
-ROUNDING: Mapping[str, float] = {"q4": _EIGHT_BITS, "q8": _EIGHT_BITS, "bf16": 2**-8}
+#: the largest of a group or span: at worst one large member among small ones. To bfloat16 with such weights.
+ROUNDING: Mapping[str, float] = {
+    "q4": math.sqrt(GROUP * SPAN / 12) / 127,
+    "q8": math.sqrt(GROUP / 12) / 127,
+    "bf16": 2**-8,
+}
 PRODUCTS_PER_LAYER = 4  # one after the other: into and out of the mixer, w13, w2
 DELTA_AMPLIFICATION = 2.0  # of a relative error by the delta rule: small outputs are normed to full size
 

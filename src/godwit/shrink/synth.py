@@ -18,6 +18,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,13 @@ from godwit.errors import UsageError
 from godwit.qtensor import (
     CODE_BYTES,
     GROUP,
+    SPAN,
     TILE_ROWS,
     QuantTensor,
     groups,
     join_expert,
     quantize,
+    spans,
     weight_bytes,
 )
 from godwit.shrink.quantize import Report
@@ -51,7 +54,7 @@ _CONSTANT = 3.0  # the constant's square, summed over its dimensions, over that 
 _OUT = 0.5  # outputs over inputs in size, of the maps whose outputs are added to the hidden states
 _OUT_SKEWED = 0.15  # less, so that the constant keeps its share through many layers
 _GAINS = (("router.weight", 2.0), ("head.weight", 2.5))
-_RMS = {"q4": 4.637, "q8": 73.61}  # of uniform codes
+_RMS = {"q4": 58.5, "q8": 73.61}  # of uniform codes, in q4 times the sizes of steps
 
 
 def synthesize(
@@ -233,7 +236,11 @@ class _Maker:
         view = _View(data, format, cols)
         if format == "q8":
             view.codes[view.codes == 0] = 128
-        # A sign for each scale, since the mean of the codes of 4 bits is not zero.
+        else:  # zeros on both sides of the middle, so that the mean is zero
+            shape = tuple(view.steps.shape)
+            steps = self.random.integers(10, 16, shape) + 16 * self.random.integers(7, 9, shape)
+            view.steps.copy_(torch.from_numpy(steps))
+            view.padding.zero_()
         shape = tuple(view.scales.shape)
         scales = self.random.uniform(0.8, 1.2, shape) * self.random.choice((-1.0, 1.0), shape)
         view.scales.copy_(torch.from_numpy(scales * size / _RMS[format]))
@@ -251,22 +258,32 @@ class _Maker:
 
 
 class _View:
-    """Codes ``[tiles, groups, bytes]`` and scales ``[tiles, groups, 16]`` of packed bytes, to be changed."""
+    """Views of packed bytes, to be changed.
+
+    Codes ``[tiles, groups, bytes]``, steps ``[tiles, groups, 16]`` of q4, and scales ``[tiles, n, 16]`` with
+    n groups of q8 or spans of q4.
+    """
 
     def __init__(self, data: Tensor, format: str, cols: int) -> None:
         size, code_bytes = groups(cols), CODE_BYTES[format]
         tiles = data.view(-1, weight_bytes(format, TILE_ROWS, cols))
+        num_steps, num_scales = {"q4": (size, spans(cols)), "q8": (0, size), "bf16": (0, 0)}[format]
+        sizes = [size * code_bytes, num_steps * TILE_ROWS, num_scales * TILE_ROWS * 2]
+        ends = [0, sizes[0], sizes[0] + sizes[1], sum(sizes), tiles.shape[1]]
+        codes, steps, scales, self.padding = (tiles[:, a:b] for a, b in pairwise(ends))
         self.format = format
-        self.codes = tiles[:, : size * code_bytes].view(-1, size, code_bytes)
-        tail = tiles[:, size * code_bytes :].view(torch.float16)  # empty for bf16
-        self.scales = tail.view(len(tiles), tail.shape[1] // TILE_ROWS, TILE_ROWS)
+        self.codes = codes.view(-1, size, code_bytes)
+        self.steps = steps.view(len(tiles), num_steps, TILE_ROWS)
+        self.scales = scales.view(torch.float16).view(len(tiles), num_scales, TILE_ROWS)
 
     def clear_first_group(self) -> None:
         """Make columns 0 to 31 zero."""
         if self.format == "bf16":
             self.codes[:, 0] = 0
-        else:
+        elif self.format == "q8":
             self.scales[:, 0] = 0
+        else:
+            self.steps[:, 0] = 0x80
 
     def clear_first_rows(self) -> None:
         """Make rows 0 to 31 zero."""
@@ -279,6 +296,14 @@ class _View:
         """Make all of columns 0 to 31 ``value``."""
         if self.format == "bf16":
             self.codes[:, 0].view(torch.bfloat16)[:] = value
-        else:  # the code of 4
-            self.codes[:, 0] = 0xCC if self.format == "q4" else 132
+        elif self.format == "q8":  # the code of 4
+            self.codes[:, 0] = 132
             self.scales[:, 0] = value / 4
+        else:  # 15 - 8 times 15; what shares the scale keeps about its size
+            steps, scales = self.steps[:, 1:SPAN], self.scales[:, :1]
+            scale = torch.full_like(scales, value / 105)
+            sizes = ((steps & 15) * scales.float().abs() / scale.float()).round().clamp(1, 15)
+            steps.copy_((steps & 0xF0) + sizes.to(torch.uint8))
+            scales.copy_(scale)
+            self.codes[:, 0] = 0xFF
+            self.steps[:, 0] = 0x8F
