@@ -24,13 +24,9 @@ inline void quantize_group(const float* x, int8_t* q, float* scale, int32_t* sum
 // tiles one after the other, with the rows of x. q4 and q8 add fma(float(dot of a group), scale_w *
 // scale_x, total) from the first group to the last; bf16 adds even and odd columns apart, each from the
 // first to the last, and then both.
-inline void tile_products(Format format, const uint8_t* tiles, int64_t count, const Rows& x, float* out,
-                          int64_t out_stride, int64_t width);
-
-inline void tile_product(Format format, const uint8_t* tile, const Rows& x, float* out, int64_t out_stride,
-                         int64_t width) {
-  tile_products(format, tile, 1, x, out, out_stride, width);
-}
+// `after`: what this thread will read next, fetched early; any address of the weights.
+inline void tile_products(Format format, const uint8_t* tiles, int64_t count, const uint8_t* after,
+                          const Rows& x, float* out, int64_t out_stride, int64_t width);
 
 // One row of groups(cols) groups.
 inline void quantize_row(const float* x, int64_t cols, int8_t* q, float* scale, int32_t* sum) {
@@ -115,7 +111,9 @@ inline int64_t tiles_at_a_time(int64_t bytes_of_tile, int64_t m, int64_t tiles) 
 inline void product_columns(const Weight& w, const Rows& x, const float* bias, float* out, int64_t out_stride,
                             int64_t first, int64_t width) {
   const uint8_t* tiles = w.data + first / kTileRows * tile_bytes(w.format, w.cols);
-  tile_products(w.format, tiles, num_tiles(width), x, out + first, out_stride, width);
+  const int64_t count = num_tiles(width);
+  tile_products(w.format, tiles, count, tiles + count * tile_bytes(w.format, w.cols), x, out + first,
+                out_stride, width);
   for (int64_t i = 0; bias != nullptr && i < x.m; ++i) {
     for (int64_t r = first; r < first + width; ++r) out[i * out_stride + r] += bias[r];
   }

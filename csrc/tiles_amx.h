@@ -195,20 +195,16 @@ inline void unit_product(const uint8_t* tiles, int64_t num, const Rows& x, float
   _tile_release();
 }
 
-inline void tile_products(Format format, const uint8_t* tiles, int64_t count, const Rows& x, float* out,
-                          int64_t out_stride, int64_t width) {
-  const int64_t bytes = tile_bytes(format, x.cols);
-  const bool vectors = format == Format::bf16 || x.m < kFewest;
-  const int64_t step = vectors || x.m <= 32 ? 1 : kTogether;  // few rows: one tile's codes stay close
+inline void tile_products(Format format, const uint8_t* tiles, int64_t count, const uint8_t* after,
+                          const Rows& x, float* out, int64_t out_stride, int64_t width) {
+  if (format == Format::bf16 || x.m < kFewest) {
+    vector_products(format, tiles, count, after, x, out, out_stride, width);
+    return;
+  }
+  const auto product = format == Format::q4 ? unit_product<Format::q4> : unit_product<Format::q8>;
+  const int64_t step = x.m <= 32 ? 1 : kTogether;  // few rows: one tile's codes stay close
   for (int64_t t = 0; t < count; t += step) {
-    const uint8_t* tile = tiles + t * bytes;
-    const int64_t left = width - t * kTileRows, num = count - t < step ? count - t : step;
-    if (vectors) {
-      vector_product(format, tile, x, out + t * kTileRows, out_stride, left < kTileRows ? left : kTileRows);
-    } else if (format == Format::q4) {
-      unit_product<Format::q4>(tile, num, x, out + t * kTileRows, out_stride, left);
-    } else {
-      unit_product<Format::q8>(tile, num, x, out + t * kTileRows, out_stride, left);
-    }
+    product(tiles + t * tile_bytes(format, x.cols), count - t < step ? count - t : step, x,
+            out + t * kTileRows, out_stride, width - t * kTileRows);
   }
 }
