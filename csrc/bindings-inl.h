@@ -154,7 +154,17 @@ void require_shape(const Weight& weight, const char* name, int64_t rows, int64_t
 
 // ---- A step's tokens and the caches ----------------------------------------------------------------
 
+// From an array, or from a list or tuple, which spares few numbers the way through a tensor.
 std::vector<int64_t> numbers(nb::handle object, const char* name, const Shape& shape) {
+  std::vector<int64_t> listed;
+  if (nb::isinstance<nb::list>(object) || nb::isinstance<nb::tuple>(object)) {
+    if (!nb::try_cast(object, listed, false)) refuse(std::string(name) + " must hold integers.");
+    const auto size = static_cast<int64_t>(listed.size());
+    if (shape[0] != kAny && shape[0] != size) {
+      refuse(std::string(name) + " must have shape " + text_of(shape) + ", not " + text_of({size}) + ".");
+    }
+    return listed;
+  }
   const auto values = array<int64_t>(object, name, shape);
   return std::vector<int64_t>(values.data, values.data + values.size());
 }
@@ -255,6 +265,9 @@ struct RecurrentCache {
     journal_g = mutable_array<float>(g, "journal_g", {rows, max_rollback, heads});
     journal_k = mutable_array<float>(key, "journal_k", {rows, max_rollback, heads, state.shape[2]});
     journal_delta = mutable_array<float>(delta, "journal_delta", {rows, max_rollback, heads, state.shape[3]});
+  }
+  godwit::RecurrentCache view() const {
+    return {conv.data, state.data, journal_g.data, journal_k.data, journal_delta.data, history, max_rollback};
   }
   Array<float, Mutable> conv, state, journal_g, journal_k, journal_delta;
   int64_t history, max_rollback;

@@ -21,6 +21,7 @@
 #include <thread>
 #include <type_traits>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "kernels.h"
@@ -128,11 +129,7 @@ void gated_delta_net(const GatedDeltaNet& layer, const Batch& batch, const Recur
   const auto x = mutable_array<float>(x_object, "x", {batch.num_tokens(), layer.layer.hidden});
   layer.check(batch, cache);
   const Op op;
-  godwit::kernels().gated_delta_net(
-      layer.layer, batch.view(),
-      {cache.conv.data, cache.state.data, cache.journal_g.data, cache.journal_k.data,
-       cache.journal_delta.data, cache.history, cache.max_rollback},
-      x.data);
+  godwit::kernels().gated_delta_net(layer.layer, batch.view(), cache.view(), x.data);
 }
 
 void attention(const Attention& layer, const Batch& batch, const PagedCache& cache, nb::handle x_object) {
@@ -142,13 +139,16 @@ void attention(const Attention& layer, const Batch& batch, const PagedCache& cac
   godwit::kernels().attention(layer.layer, batch.view(), {cache.k.data, cache.v.data}, x.data);
 }
 
+// Where the router's logits of `num_tokens` tokens go; nowhere where the object is None.
+Array<float, Mutable> router_logits(const Ffn& layer, int64_t num_tokens, nb::handle object) {
+  if (object.is_none()) return {};
+  require(layer.router.has_value(), "A dense layer has no router logits.");
+  return mutable_array<float>(object, "router_logits", {num_tokens, layer.layer.num_experts});
+}
+
 void ffn(const Ffn& layer, nb::handle x_object, nb::handle logits_object) {
   const auto x = mutable_array<float>(x_object, "x", {kAny, layer.layer.hidden});
-  Array<float, Mutable> logits;
-  if (!logits_object.is_none()) {
-    require(layer.router.has_value(), "A dense layer has no router logits.");
-    logits = mutable_array<float>(logits_object, "router_logits", {x.shape[0], layer.layer.num_experts});
-  }
+  const auto logits = router_logits(layer, x.shape[0], logits_object);
   const Op op;
   godwit::kernels().ffn(layer.layer, x.shape[0], x.data, logits.data);
 }
@@ -162,6 +162,8 @@ std::pair<std::vector<float>, std::vector<int64_t>> top_k(nb::handle values_obje
   godwit::kernels().top_k(values.data, values.shape[0], k, top.data(), ids.data());
   return {top, ids};
 }
+
+#include "stack-inl.h"
 
 // ---- The module ------------------------------------------------------------------------------------
 
@@ -292,6 +294,11 @@ void bind_layers(nb::module_& m) {
            "router"_a.none() = nb::none(), "experts"_a.none() = nb::none(), "expert_stride"_a = 0,
            "offset2"_a = 0, "format13"_a = "q4", "format2"_a = "q4", "num_experts"_a = 0, "top_k"_a = 0,
            "intermediate"_a = 0, "renormalize"_a = false);
+  nb::class_<Stack>(m, "Stack", "Layers and a norm.")
+      .def(nb::init<const nb::sequence&, const nb::sequence&, H, float>(), "mixers"_a, "ffns"_a, "norm"_a,
+           "eps"_a)
+      .def("run", &Stack::run, "batch"_a, "caches"_a, "x"_a, "router_logits"_a.none() = nb::none(),
+           "x goes through all layers and the norm, in place; the caches advance.");
 }
 
 void bind_ops(nb::module_& m) {

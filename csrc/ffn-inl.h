@@ -9,9 +9,9 @@ constexpr int64_t kUnit = 2 * kGroup;  // hidden columns made together: whole gr
 constexpr int64_t kWideUnit = kSpan * kGroup;  // or a whole span
 constexpr int64_t kMaxTokens = 4096;           // of one round; more tokens take several
 constexpr int64_t kRowBytes =
-    512 * 1024;                      // codes of the rows that a tile meets at a time: they stay in cache
-constexpr int64_t kWeightCost = 8;   // reading a weight takes as long as computing with this many rows
-constexpr int64_t kMaxColumns = 16;  // tiles of the output side by side in a thread's sums
+    512 * 1024;                     // codes of the rows that a tile meets at a time: they stay in cache
+constexpr int64_t kWeightCost = 8;  // reading a weight takes as long as computing with this many rows
+constexpr int64_t kFewRows = 4;     // of a part, at which reading its weights takes all the time
 
 // Rows that can be written.
 struct RowBuffer {
@@ -63,10 +63,6 @@ struct Part {
 struct Ranges {  // of one item of the first pass: units and rows of a part
   int32_t part, unit, end_unit, row, end_row;
 };
-
-inline void fetch_early(const uint8_t* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
-}
 
 // ---- Router ----------------------------------------------------------------------------------------
 
@@ -213,8 +209,9 @@ inline void choose_units(const Parts& all) {
 
 // ---- Gate and up -----------------------------------------------------------------------------------
 
-// Calls f(Ranges) for the items of the first pass: about 32 a thread, those of parts with many rows first,
-// and whole parts where there are enough of them, since the rows of an item are gathered once.
+// Calls f(Ranges) for the items of the first pass: about 32 a thread, or 8 with few rows, since weights are
+// read best in long pieces; those of parts with many rows first, and whole parts where there are enough of
+// them, since the rows of an item are gathered once.
 template <typename F>
 inline void for_each_item(const Parts& all, const F& f) {
   int64_t total = 0, most = 0;
@@ -223,7 +220,7 @@ inline void for_each_item(const Parts& all, const F& f) {
     total += (part.num_rows + kWeightCost) * ((part.width + part.unit - 1) / part.unit) * part.unit;
     most = part.num_rows > most ? part.num_rows : most;
   }
-  const int64_t share = total / (32 * num_threads()) + 1;
+  const int64_t share = total / ((most <= kFewRows ? 8 : 32) * num_threads()) + 1;
   for (int64_t high = most; high > 0; high /= 2) {
     for (int64_t p = 0; p < all.count; ++p) {
       const Part& part = all.parts[p];
@@ -275,10 +272,10 @@ inline void gate_up(const Part& part, int64_t unit, const Rows& x, float* work, 
   const int64_t bytes = tile_bytes(part.format13, x.cols), first_up = part.width + first;
   const int64_t gate_tile = first / kTileRows, up_tile = first_up / kTileRows;
   const int64_t num_gate = num_tiles(width), num_up = num_tiles(first_up + width) - up_tile;
-  fetch_early(part.w13 + up_tile * bytes, 512);
-  tile_products(part.format13, part.w13 + gate_tile * bytes, num_gate, x, work, stride, num_gate * kTileRows);
-  tile_products(part.format13, part.w13 + up_tile * bytes, num_up, x, work + part.unit, stride,
-                num_up * kTileRows);
+  tile_products(part.format13, part.w13 + gate_tile * bytes, num_gate, part.w13 + up_tile * bytes, x, work,
+                stride, num_gate * kTileRows);
+  tile_products(part.format13, part.w13 + up_tile * bytes, num_up, part.w13 + (gate_tile + num_gate) * bytes,
+                x, work + part.unit, stride, num_up * kTileRows);
   const int64_t n = groups(part.width);
   for (int64_t i = 0; i < x.m; ++i) {
     float* gate = work + i * stride;
@@ -350,12 +347,12 @@ inline void gate_up(const Parts& all, const RowBuffer& x) {
 // ---- Down ------------------------------------------------------------------------------------------
 
 // sums [T, stride] += weights * (hidden rows w2^T + bias2) of one part for tiles [begin, end) of the output.
-inline void add_part(const Part& part, int64_t begin, int64_t end, int64_t hidden, float* y, float* sums,
-                     int64_t stride) {
+inline void add_part(const Part& part, const uint8_t* after, int64_t begin, int64_t end, int64_t hidden,
+                     float* y, float* sums, int64_t stride) {
   const int64_t bytes = tile_bytes(part.format2, part.width), block = row_block(part.width);
   for (int64_t r = 0; r < part.num_rows; r += block) {
     const Rows rows = rows_of(part.hidden, r, part.num_rows - r < block ? part.num_rows - r : block);
-    tile_products(part.format2, part.w2 + begin * bytes, end - begin, rows, y, stride,
+    tile_products(part.format2, part.w2 + begin * bytes, end - begin, after, rows, y, stride,
                   (end - begin) * kTileRows);
     for (int64_t i = 0; i < rows.m; ++i) {
       float* out = sums + part.tokens[r + i] * stride;
@@ -380,10 +377,11 @@ inline void down(const Parts& all, int64_t num_tokens, int64_t hidden, float* x)
     const int64_t rows = part.num_rows < row_block(part.width) ? part.num_rows : row_block(part.width);
     block = rows > block ? rows : block;
   }
-  // few tokens: the weights are read once and many small items balance; many: hidden rows are read by every
-  // item
-  const int64_t items = num_threads() * (num_tokens <= 16 ? 16 : 8), tiles = num_tiles(hidden);
-  const int64_t grain = tiles < items ? 1 : tiles / items > kMaxColumns ? kMaxColumns : tiles / items;
+  // few tokens: reading the weights takes all the time, and long pieces are read best; many: their hidden
+  // rows are read by every item, and their sums stay in cache
+  const bool few = num_tokens <= 16;
+  const int64_t items = num_threads() * (few ? 2 : 8), tiles = num_tiles(hidden), most = few ? 64 : 16;
+  const int64_t grain = tiles < items ? 1 : tiles / items > most ? most : tiles / items;
   const int64_t stride = grain * kTileRows;
   float* work = take<float>(num_threads() * (block + num_tokens) * stride);
   parallel(tiles, grain, [=, &all](int64_t begin, int64_t end, int thread) {
@@ -391,11 +389,9 @@ inline void down(const Parts& all, int64_t num_tokens, int64_t hidden, float* x)
     float* sums = y + block * stride;
     std::memset(sums, 0, static_cast<size_t>(num_tokens * stride) * sizeof(float));
     for (int64_t p = 0; p < all.count; ++p) {
-      if (p + 1 < all.count) {
-        const Part& next = all.parts[p + 1];
-        fetch_early(next.w2 + begin * tile_bytes(next.format2, next.width), 1024);
-      }
-      add_part(all.parts[p], begin, end, hidden, y, sums, stride);
+      const Part& next = all.parts[p + 1 < all.count ? p + 1 : p];
+      const uint8_t* after = next.w2 + begin * tile_bytes(next.format2, next.width);
+      add_part(all.parts[p], after, begin, end, hidden, y, sums, stride);
     }
     const int64_t first = begin * kTileRows,
                   width = (end * kTileRows < hidden ? end * kTileRows : hidden) - first;

@@ -67,9 +67,10 @@ inline int32_t round_group(const float* x, float inverse, int8_t* q);
 // out [x.m, out_stride], its first `width` columns: products of `width` rows of a matrix, held by `count`
 // tiles one after the other, with the rows of x. q8 adds fma(float(dot of a group), scale_w * scale_x,
 // total) from the first group to the last, q4 the same with spans; bf16 adds even and odd columns apart, each
-// from the first to the last, and then both.
-inline void tile_products(Format format, const uint8_t* tiles, int64_t count, const Rows& x, float* out,
-                          int64_t out_stride, int64_t width);
+// from the first to the last, and then both. `after`: what this thread will read next, fetched early; any
+// address of the weights.
+inline void tile_products(Format format, const uint8_t* tiles, int64_t count, const uint8_t* after,
+                          const Rows& x, float* out, int64_t out_stride, int64_t width);
 
 // `count` groups that share a scale of max |x| / 127. Where that maximum is below kLeast all counts as zero,
 // since 127 / max |x| would overflow near the bottom; any NaN or infinity makes the scale NaN and with it
@@ -191,8 +192,8 @@ inline int64_t rows_at_a_time(int64_t cols) {
 inline int64_t tiles_at_a_time(int64_t bytes_of_tile, int64_t m, int64_t tiles) {
   const int64_t work = bytes_of_tile * (1 + m / 8);  // in bytes to be read: computing 8 rows takes as long
   const int64_t least = 1 + 32768 / work;            // less is not worth a hand-over
-  const int64_t enough = 1 + 262144 / work, together = m < 16 ? 1 : 4, fair = tiles / (4 * num_threads());
-  int64_t grain = enough > together ? enough : together;
+  const int64_t enough = 1 + 262144 / work, together = 4, fair = tiles / (4 * num_threads());
+  int64_t grain = (enough + together - 1) / together * together;
   grain = grain < fair ? grain : fair;
   return grain > least ? grain : least;
 }
@@ -201,7 +202,9 @@ inline int64_t tiles_at_a_time(int64_t bytes_of_tile, int64_t m, int64_t tiles) 
 inline void product_columns(const Weight& w, const Rows& x, const float* bias, float* out, int64_t out_stride,
                             int64_t first, int64_t width) {
   const uint8_t* tiles = w.data + first / kTileRows * tile_bytes(w.format, w.cols);
-  tile_products(w.format, tiles, num_tiles(width), x, out + first, out_stride, width);
+  const int64_t count = num_tiles(width);
+  tile_products(w.format, tiles, count, tiles + count * tile_bytes(w.format, w.cols), x, out + first,
+                out_stride, width);
   for (int64_t i = 0; bias != nullptr && i < x.m; ++i) {
     for (int64_t r = first; r < first + width; ++r) out[i * out_stride + r] += bias[r];
   }

@@ -30,10 +30,8 @@ inline void configure(int64_t rows) {
 
 inline void unpack_signed(const uint8_t* codes, int64_t count, int8_t* out) {
   const __m512i zero = _mm512_set1_epi8(static_cast<char>(128));
-  for (int64_t g = 0; g < count; ++g) {
-    __m512i w[8];
-    unpack<Format::q8>(codes + g * code_bytes(Format::q8), w);
-    for (int v = 0; v < 8; ++v) _mm512_store_si512(out + g * 512 + 64 * v, _mm512_sub_epi8(w[v], zero));
+  for (int64_t at = 0; at < count * code_bytes(Format::q8); at += 64) {
+    _mm512_store_si512(out + at, _mm512_sub_epi8(_mm512_load_si512(codes + at), zero));
   }
 }
 
@@ -151,10 +149,10 @@ inline void tile_rows(const TilePiece& p, float* out, int64_t out_stride, __mmas
   }
 }
 
-// Some of the tiles of a matrix side by side, `width` columns in all: rows of activations and their scales
-// come once for all of them.
-inline void q8_products(const uint8_t* tiles, int64_t num, const Rows& x, float* out, int64_t out_stride,
-                        int64_t width) {
+// At most kTogether of the tiles of a matrix side by side, `width` columns in all: rows of activations and
+// their scales come once for all of them.
+inline void q8_block(const uint8_t* tiles, int64_t num, const Rows& x, float* out, int64_t out_stride,
+                     int64_t width) {
   constexpr Format F = Format::q8;
   using Some = void (*)(const TilePiece&, float*, int64_t, __mmask16);
   static constexpr Some kSome[] = {tile_rows<1>,  tile_rows<2>,  tile_rows<3>,  tile_rows<4>,
@@ -194,6 +192,15 @@ inline void q8_products(const uint8_t* tiles, int64_t num, const Rows& x, float*
     }
   }
   _tile_release();
+}
+
+inline void q8_products(const uint8_t* tiles, int64_t count, const Rows& x, float* out, int64_t out_stride,
+                        int64_t width) {
+  const int64_t step = x.m <= 32 ? 1 : kTogether;  // few rows: one tile's codes stay close
+  for (int64_t t = 0; t < count; t += step) {
+    q8_block(tiles + t * tile_bytes(Format::q8, x.cols), count - t < step ? count - t : step, x,
+             out + t * kTileRows, out_stride, width - t * kTileRows);
+  }
 }
 
 // ---- q4 ----------------------------------------------------------------------------------------------
@@ -445,19 +452,13 @@ inline void q4_products(const uint8_t* tiles, int64_t count, const Rows& x, floa
   _tile_release();
 }
 
-inline void tile_products(Format format, const uint8_t* tiles, int64_t count, const Rows& x, float* out,
-                          int64_t out_stride, int64_t width) {
-  const int64_t bytes = tile_bytes(format, x.cols);
-  const bool vectors = format == Format::bf16 || x.m < kFewest;
-  if (!vectors && format == Format::q4) return q4_products(tiles, count, x, out, out_stride, width);
-  const int64_t step = vectors || x.m <= 32 ? 1 : kTogether;  // few rows: one tile's codes stay close
-  for (int64_t t = 0; t < count; t += step) {
-    const uint8_t* tile = tiles + t * bytes;
-    const int64_t left = width - t * kTileRows, num = count - t < step ? count - t : step;
-    if (vectors) {
-      vector_product(format, tile, x, out + t * kTileRows, out_stride, left < kTileRows ? left : kTileRows);
-    } else {
-      q8_products(tile, num, x, out + t * kTileRows, out_stride, left);
-    }
+inline void tile_products(Format format, const uint8_t* tiles, int64_t count, const uint8_t* after,
+                          const Rows& x, float* out, int64_t out_stride, int64_t width) {
+  if (format == Format::bf16 || x.m < kFewest) {
+    vector_products(format, tiles, count, after, x, out, out_stride, width);
+  } else if (format == Format::q4) {
+    q4_products(tiles, count, x, out, out_stride, width);
+  } else {
+    q8_products(tiles, count, x, out, out_stride, width);
   }
 }

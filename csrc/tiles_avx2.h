@@ -230,8 +230,8 @@ inline void vector_product(Format format, const uint8_t* tile, const Rows& x, fl
   }
 }
 
-inline void tile_products(Format format, const uint8_t* tiles, int64_t count, const Rows& x, float* out,
-                          int64_t out_stride, int64_t width) {
+inline void tile_products(Format format, const uint8_t* tiles, int64_t count, const uint8_t*, const Rows& x,
+                          float* out, int64_t out_stride, int64_t width) {
   for (int64_t t = 0; t < count; ++t) {
     const int64_t left = width - t * kTileRows;
     vector_product(format, tiles + t * tile_bytes(format, x.cols), x, out + t * kTileRows, out_stride,

@@ -1,9 +1,16 @@
 // Products of tiles with AVX-512 and VNNI. Included after matmul-inl.h. A register holds 16 rows x 4
 // columns.
 
-constexpr int64_t kAhead = 4096;  // bytes from what is used to what is fetched into the second-level cache
+// A core has some fifty lines under way at a time, and its own prefetchers keep that many only over several
+// streams of addresses, since each of them begins anew at every page. So few rows take four runs of tiles at
+// once, one stream each, fetched this much ahead.
+constexpr int64_t kAhead = 3072;  // bytes
 
-inline void prefetch(const uint8_t* p, int64_t bytes) {
+inline void fetch(const uint8_t* p, int64_t bytes) {  // into the nearest cache
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T0);
+}
+
+inline void prefetch(const uint8_t* p, int64_t bytes) {  // into the second-level cache
   for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);
 }
 
@@ -28,21 +35,6 @@ inline int32_t round_group(const float* x, float inverse, int8_t* q) {
   return _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
 }
 
-// The eight registers of a group's unsigned codes.
-template <Format F>
-inline void unpack(const uint8_t* group, __m512i* w) {
-  if constexpr (F == Format::q8) {
-    for (int v = 0; v < 8; ++v) w[v] = _mm512_load_si512(group + 64 * v);
-  } else {
-    const __m512i nibble = _mm512_set1_epi8(15);
-    for (int v = 0; v < 4; ++v) {
-      const __m512i both = _mm512_load_si512(group + 64 * v);
-      w[v] = _mm512_and_si512(both, nibble);
-      w[v + 4] = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
-    }
-  }
-}
-
 inline __mmask16 columns(int64_t width) {
   return static_cast<__mmask16>(width < 16 ? (1U << width) - 1 : 0xffffU);
 }
@@ -58,36 +50,65 @@ inline __m512i four(const int8_t* q) {  // the same four activations for every r
   return _mm512_set1_epi32(bits);
 }
 
-// R rows of x from `first` on with q8 weights.
-template <int R>
-inline void q8_rows(const uint8_t* tile, const Rows& x, int64_t first, float* out, int64_t out_stride,
-                    __mmask16 mask) {
-  const int64_t n = groups(x.cols), bytes = code_bytes(Format::q8);
-  const uint8_t* scales = tile + n * bytes;
-  const GroupCodes rows = skip(x.q8, x.cols, first);
-  __m512 total[R];
+// T tiles, one of each stream, and what they meet: R rows of x from `first` on.
+struct Run {
+  const uint8_t* tiles;
+  int64_t apart;         // tiles from one stream to the next
+  const uint8_t* after;  // what this thread reads next, as many tiles apart
+  const Rows& x;
+  int64_t first;
+  float* out;
+  int64_t out_stride, width;
+};
+
+inline void store_columns(const Run& run, int i, int t, __m512 value) {
+  const int64_t column = t * run.apart * kTileRows;
+  float* out = run.out + (run.first + i) * run.out_stride + column;
+  _mm512_mask_storeu_ps(out, columns(run.width - column), value);
+}
+
+// The group of tiles that is fetched while group g of n is computed, `ahead` groups on: of the tiles at hand,
+// or of those that come next.
+inline const uint8_t* fetched_at(const Run& run, int64_t g, int64_t ahead, int64_t n, int64_t bytes) {
+  return g + ahead < n ? run.tiles + (g + ahead) * bytes : run.after + (g + ahead - n) * bytes;
+}
+
+// With q8 weights.
+template <int R, int T>
+inline void q8_rows(const Run& run) {
+  constexpr int64_t kBytes = code_bytes(Format::q8);
+  const int64_t n = groups(run.x.cols), apart = run.apart * tile_bytes(Format::q8, run.x.cols);
+  const uint8_t* scales = run.tiles + n * kBytes;
+  const GroupCodes rows = skip(run.x.q8, run.x.cols, run.first);
+  __m512 total[R][T];
 #pragma GCC unroll 16
-  for (int i = 0; i < R; ++i) total[i] = _mm512_setzero_ps();
+  for (int i = 0; i < R * T; ++i) total[i / T][i % T] = _mm512_setzero_ps();
   for (int64_t g = 0; g < n; ++g) {
-    const uint8_t* group = tile + g * bytes;
-    prefetch(group + kAhead, bytes);
-    prefetch(scales + tile_bytes(Format::q8, x.cols) + g * 2 * kTileRows, 2 * kTileRows);  // of the next tile
-    __m512i w[8];
-    unpack<Format::q8>(group, w);
-    const __m512 s = scales_of(scales, g);
-#pragma GCC unroll 16
-    for (int i = 0; i < R; ++i) {
-      const int8_t* a = rows.q + (i * n + g) * kGroup;
-      __m512i dot = _mm512_set1_epi32(-128 * rows.sum[i * n + g]);
+    const uint8_t* fetched = fetched_at(run, g, kAhead / kBytes, n, kBytes);
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+      fetch(fetched + t * apart, kBytes);
+      if (g % 2 == 0) prefetch(run.after + t * apart + n * kBytes + g * 2 * kTileRows, 64);
+      __m512i w[8];
 #pragma GCC unroll 8
-      for (int v = 0; v < 8; ++v) dot = _mm512_dpbusd_epi32(dot, w[v], four(a + 4 * v));
-      const __m512 factor = _mm512_mul_ps(s, _mm512_set1_ps(rows.scale[i * n + g]));
-      total[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), factor, total[i]);
+      for (int v = 0; v < 8; ++v) {
+        w[v] = _mm512_load_si512(run.tiles + t * apart + g * kBytes + 64 * v);
+      }
+      const __m512 s = scales_of(scales + t * apart, g);
+#pragma GCC unroll 16
+      for (int i = 0; i < R; ++i) {
+        const int8_t* a = rows.q + (i * n + g) * kGroup;
+        __m512i dot = _mm512_set1_epi32(-128 * rows.sum[i * n + g]);
+#pragma GCC unroll 8
+        for (int v = 0; v < 8; ++v) dot = _mm512_dpbusd_epi32(dot, w[v], four(a + 4 * v));
+        const __m512 factor = _mm512_mul_ps(s, _mm512_set1_ps(rows.scale[i * n + g]));
+        total[i][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), factor, total[i][t]);
+      }
     }
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < R; ++i) {
-    _mm512_mask_storeu_ps(out + (first + i) * out_stride, mask, _mm512_add_ps(total[i], _mm512_setzero_ps()));
+  for (int i = 0; i < R * T; ++i) {
+    store_columns(run, i / T, i % T, _mm512_add_ps(total[i / T][i % T], _mm512_setzero_ps()));
   }
 }
 
@@ -137,134 +158,175 @@ inline void unpack_sized(const uint8_t* group, const uint8_t* size, const uint8_
   }
 }
 
-// R rows of x from `first` on with q4 weights. A span is one sum of codes times sizes times activations, less
-// the zeros times the sums of the activations.
-template <int R>
-inline void q4_rows(const uint8_t* tile, const Rows& x, int64_t first, float* out, int64_t out_stride,
-                    __mmask16 mask) {
-  constexpr int kSums = R == 1 ? 4 : R <= 4 ? 2 : 1;  // of a row: additions to one wait for each other
-  constexpr int64_t kBytes = 256;
-  const int64_t n = groups(x.cols);
-  const uint8_t *steps = tile + n * kBytes, *scales = steps + n * kTileRows;
-  const SpanCodes rows = skip(x.q4, x.cols, first);
-  __m512 total[R];
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i) total[i] = _mm512_setzero_ps();
-  for (int64_t begin = 0, span = 0; begin < n; begin += kSpan, ++span) {
-    const int64_t end = begin + kSpan < n ? begin + kSpan : n;
-    __m512i dot[kSums][R];
-    for (auto& sums : dot) {
-      for (auto& sum : sums) sum = _mm512_setzero_si512();
-    }
-    prefetch(steps + tile_bytes(Format::q4, x.cols) + begin * kTileRows, kSpan * kTileRows);  // of the next
-    for (int64_t g = begin; g < end; g += 2) {
-      const Steps step(steps + g * kTileRows, 2);
+// Adds the products of two groups of a tile with R rows to `dot`: codes times sizes times activations, less
+// the zeros times the sums of the activations. K sums a row, since additions to one wait for each other.
+template <int R, int K>
+inline void add_groups(const uint8_t* codes, const uint8_t* steps, const SpanCodes& rows, int64_t n,
+                       __m512i (&dot)[R][K]) {
+  const Steps step(steps, 2);
 #pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        const uint8_t* group = tile + (g + half) * kBytes;
-        const int8_t* a = rows.q + (g + half) * kGroup;
-        __m512i w[8];
-        prefetch(group + kAhead, kBytes);
-        unpack_sized(group, step.size + 16 * half, step.high + 16 * half, w);
-#pragma GCC unroll 8
-        for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 8
-          for (int v = 0; v < 8; ++v) {
-            __m512i& sum = dot[v % kSums][i];
-            sum = _mm512_dpbusd_epi32(sum, w[v], four(a + i * n * kGroup + 4 * v));
-          }
-        }
-      }
-      // The zeros of two groups side by side, with a minus.
-      const __m512i pairs = _mm512_or_si512(spread(step.zero, rows_in(0x80808000)),
-                                            spread(step.zero + 16, rows_in(0x80008080)));
-      const __m512i less = _mm512_sub_epi16(_mm512_setzero_si512(), pairs);
-#pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) {
-        int32_t sums;
-        std::memcpy(&sums, rows.sum + i * n + g, sizeof(sums));
-        dot[0][i] = _mm512_dpwssd_epi32(dot[0][i], less, _mm512_set1_epi32(sums));
-      }
-    }
-    const __m512 scale = scales_of(scales, span);
+  for (int half = 0; half < 2; ++half) {
+    __m512i w[8];
+    unpack_sized(codes + half * code_bytes(Format::q4), step.size + 16 * half, step.high + 16 * half, w);
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
+      const int8_t* a = rows.q + (i * n + half) * kGroup;
+#pragma GCC unroll 8
+      for (int v = 0; v < 8; ++v) dot[i][v % K] = _mm512_dpbusd_epi32(dot[i][v % K], w[v], four(a + 4 * v));
+    }
+  }
+  // The zeros of two groups side by side, with a minus.
+  const __m512i pairs =
+      _mm512_or_si512(spread(step.zero, rows_in(0x80808000)), spread(step.zero + 16, rows_in(0x80008080)));
+  const __m512i less = _mm512_sub_epi16(_mm512_setzero_si512(), pairs);
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+    int32_t sums;
+    std::memcpy(&sums, rows.sum + i * n, sizeof(sums));
+    dot[i][0] = _mm512_dpwssd_epi32(dot[i][0], less, _mm512_set1_epi32(sums));
+  }
+}
+
+// With q4 weights: a span is one sum of integers.
+template <int R, int T>
+inline void q4_rows(const Run& run) {
+  constexpr int64_t kBytes = code_bytes(Format::q4);
+  constexpr int kSums = R * T == 1 ? 4 : R * T <= 4 ? 2 : 1;
+  const int64_t n = groups(run.x.cols), num_spans = spans(run.x.cols);
+  const int64_t apart = run.apart * tile_bytes(Format::q4, run.x.cols);
+  const int64_t steps = n * kBytes, scales = steps + n * kTileRows;  // from the beginning of a tile
+  __m512 total[R][T];
+#pragma GCC unroll 16
+  for (int i = 0; i < R * T; ++i) total[i / T][i % T] = _mm512_setzero_ps();
+  for (int64_t span = 0; span < num_spans; ++span) {
+    const int64_t begin = span * kSpan, end = begin + kSpan < n ? begin + kSpan : n;
+    __m512i dot[T][R][kSums];
 #pragma GCC unroll 4
-      for (int k = 1; k < kSums; ++k) dot[0][i] = _mm512_add_epi32(dot[0][i], dot[k][i]);
-      const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(rows.scale[i * spans(x.cols) + span]));
-      total[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[0][i]), factor, total[i]);
+    for (int t = 0; t < T; ++t) {
+      for (auto& sums : dot[t]) {
+        for (auto& sum : sums) sum = _mm512_setzero_si512();
+      }
+      prefetch(run.after + t * apart + steps + begin * kTileRows, kSpan * kTileRows);
+      prefetch(run.after + t * apart + scales + span * 2 * kTileRows, 2 * kTileRows);
+    }
+    for (int64_t g = begin; g < end; g += 2) {
+      const SpanCodes rows = skip(run.x.q4, run.x.cols, run.first, g);
+      const uint8_t* fetched = fetched_at(run, g, kAhead / kBytes, n, kBytes);
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) {
+        const uint8_t* tile = run.tiles + t * apart;
+        fetch(fetched + t * apart, 2 * kBytes);
+        add_groups(tile + g * kBytes, tile + steps + g * kTileRows, rows, n, dot[t]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < R * T; ++i) {
+      auto& sums = dot[i % T][i / T];
+#pragma GCC unroll 4
+      for (int k = 1; k < kSums; ++k) sums[0] = _mm512_add_epi32(sums[0], sums[k]);
+      const __m512 row = _mm512_set1_ps(run.x.q4.scale[(run.first + i / T) * num_spans + span]);
+      const __m512 factor = _mm512_mul_ps(scales_of(run.tiles + i % T * apart + scales, span), row);
+      total[i / T][i % T] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[0]), factor, total[i / T][i % T]);
     }
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i) {
-    _mm512_mask_storeu_ps(out + (first + i) * out_stride, mask, _mm512_add_ps(total[i], _mm512_setzero_ps()));
+#pragma GCC unroll 16
+  for (int i = 0; i < R * T; ++i) {
+    store_columns(run, i / T, i % T, _mm512_add_ps(total[i / T][i % T], _mm512_setzero_ps()));
   }
 }
 
-// R rows of x from `first` on with bf16 weights.
-template <int R>
-inline void bf16_rows(const uint8_t* tile, const Rows& x, int64_t first, float* out, int64_t out_stride,
-                      __mmask16 mask) {
+// With bf16 weights.
+template <int R, int T>
+inline void bf16_rows(const Run& run) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000U));
-  const float* a = x.f + first * x.f_stride;
-  __m512 even[R], odd[R];
+  const int64_t stride = run.x.f_stride, bytes = run.apart * tile_bytes(Format::bf16, run.x.cols);
+  const float* a = run.x.f + run.first * stride;
+  __m512 even[R][T], odd[R][T];
 #pragma GCC unroll 16
-  for (int i = 0; i < R; ++i) even[i] = odd[i] = _mm512_setzero_ps();
-  for (int64_t v = 0; v < groups(x.cols) * kGroup / 2; ++v) {
-    prefetch(tile + v * 64 + kAhead, 64);
-    const __m512i pair = _mm512_load_si512(tile + v * 64);
-    const __m512 w0 = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
-    const __m512 w1 = _mm512_castsi512_ps(_mm512_and_si512(pair, upper));
+  for (int i = 0; i < R * T; ++i) even[i / T][i % T] = odd[i / T][i % T] = _mm512_setzero_ps();
+  for (int64_t v = 0; v < groups(run.x.cols) * kGroup / 2; ++v) {
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+      const uint8_t* at = run.tiles + t * bytes + v * 64;
+      fetch(at + kAhead, 64);
+      const __m512i pair = _mm512_load_si512(at);
+      const __m512 w0 = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
+      const __m512 w1 = _mm512_castsi512_ps(_mm512_and_si512(pair, upper));
 #pragma GCC unroll 16
-    for (int i = 0; i < R; ++i) {
-      even[i] = _mm512_fmadd_ps(w0, _mm512_set1_ps(a[i * x.f_stride + 2 * v]), even[i]);
-      odd[i] = _mm512_fmadd_ps(w1, _mm512_set1_ps(a[i * x.f_stride + 2 * v + 1]), odd[i]);
+      for (int i = 0; i < R; ++i) {
+        even[i][t] = _mm512_fmadd_ps(w0, _mm512_set1_ps(a[i * stride + 2 * v]), even[i][t]);
+        odd[i][t] = _mm512_fmadd_ps(w1, _mm512_set1_ps(a[i * stride + 2 * v + 1]), odd[i][t]);
+      }
     }
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < R; ++i) {
-    _mm512_mask_storeu_ps(out + (first + i) * out_stride, mask, _mm512_add_ps(even[i], odd[i]));
+  for (int i = 0; i < R * T; ++i) {
+    store_columns(run, i / T, i % T, _mm512_add_ps(even[i / T][i % T], odd[i / T][i % T]));
   }
 }
 
-template <Format F, int R>
-inline void some_rows(const uint8_t* tile, const Rows& x, int64_t first, float* out, int64_t out_stride,
-                      __mmask16 mask) {
+template <Format F, int R, int T>
+inline void some_rows(const Run& run) {
   if constexpr (F == Format::bf16) {
-    bf16_rows<R>(tile, x, first, out, out_stride, mask);
+    bf16_rows<R, T>(run);
   } else if constexpr (F == Format::q8) {
-    q8_rows<R>(tile, x, first, out, out_stride, mask);
+    q8_rows<R, T>(run);
   } else {
-    q4_rows<R>(tile, x, first, out, out_stride, mask);
+    q4_rows<R, T>(run);
   }
+}
+
+// T tiles with all rows, up to 8 / T of them at a time, so that the sums stay in registers.
+using Some = void (*)(const Run&);
+template <Format F, int R, int T>
+constexpr Some kRows = some_rows<F, (R < 8 / T ? R : 8 / T), T>;
+
+template <Format F, int T>
+inline void all_rows(Run run) {
+  static constexpr Some kSome[] = {kRows<F, 1, T>, kRows<F, 2, T>, kRows<F, 3, T>, kRows<F, 4, T>,
+                                   kRows<F, 5, T>, kRows<F, 6, T>, kRows<F, 7, T>, kRows<F, 8, T>};
+  constexpr int kMost = 8 / T;
+  for (; run.first < run.x.m; run.first += kMost) {
+    const int64_t left = run.x.m - run.first;
+    kSome[(left < kMost ? left : kMost) - 1](run);
+  }
+}
+
+// `count` tiles as T streams of equal length; gives how many tiles that is.
+template <Format F, int T>
+inline int64_t streams(const uint8_t* tiles, int64_t count, const uint8_t* after, const Rows& x, float* out,
+                       int64_t out_stride, int64_t width) {
+  const int64_t apart = count / T, bytes = tile_bytes(F, x.cols);
+  for (int64_t j = 0; j < apart; ++j) {
+    const uint8_t* next = j + 1 < apart ? tiles + (j + 1) * bytes : after;
+    all_rows<F, T>(
+        {tiles + j * bytes, apart, next, x, 0, out + j * kTileRows, out_stride, width - j * kTileRows});
+  }
+  return apart * T;
 }
 
 template <Format F>
-inline void all_rows(const uint8_t* tile, const Rows& x, float* out, int64_t out_stride, __mmask16 mask) {
-  using Some = void (*)(const uint8_t*, const Rows&, int64_t, float*, int64_t, __mmask16);
-  static constexpr Some kSome[] = {some_rows<F, 1>, some_rows<F, 2>, some_rows<F, 3>, some_rows<F, 4>,
-                                   some_rows<F, 5>, some_rows<F, 6>, some_rows<F, 7>, some_rows<F, 8>};
-  for (int64_t first = 0; first < x.m; first += 8) {
-    const int64_t count = x.m - first < 8 ? x.m - first : 8;
-    kSome[count - 1](tile, x, first, out, out_stride, mask);
-  }
+inline void all_tiles(const uint8_t* tiles, int64_t count, const uint8_t* after, const Rows& x, float* out,
+                      int64_t out_stride, int64_t width) {
+  const auto some = x.m <= 2 && count >= 4   ? streams<F, 4>
+                    : x.m <= 4 && count >= 2 ? streams<F, 2>
+                                             : streams<F, 1>;
+  const int64_t done = some(tiles, count, after, x, out, out_stride, width);
+  streams<F, 1>(tiles + done * tile_bytes(F, x.cols), count - done, after, x, out + done * kTileRows,
+                out_stride, width - done * kTileRows);
 }
 
-inline void vector_product(Format format, const uint8_t* tile, const Rows& x, float* out, int64_t out_stride,
-                           int64_t width) {
-  const __mmask16 mask = columns(width);
-  if (format == Format::q4) return all_rows<Format::q4>(tile, x, out, out_stride, mask);
-  if (format == Format::q8) return all_rows<Format::q8>(tile, x, out, out_stride, mask);
-  all_rows<Format::bf16>(tile, x, out, out_stride, mask);
+inline void vector_products(Format format, const uint8_t* tiles, int64_t count, const uint8_t* after,
+                            const Rows& x, float* out, int64_t out_stride, int64_t width) {
+  const auto run = format == Format::q4   ? all_tiles<Format::q4>
+                   : format == Format::q8 ? all_tiles<Format::q8>
+                                          : all_tiles<Format::bf16>;
+  run(tiles, count, after, x, out, out_stride, width);
 }
 
 #ifndef GODWIT_AMX
-inline void tile_products(Format format, const uint8_t* tiles, int64_t count, const Rows& x, float* out,
-                          int64_t out_stride, int64_t width) {
-  for (int64_t t = 0; t < count; ++t) {
-    const int64_t left = width - t * kTileRows;
-    vector_product(format, tiles + t * tile_bytes(format, x.cols), x, out + t * kTileRows, out_stride,
-                   left < kTileRows ? left : kTileRows);
-  }
+inline void tile_products(Format format, const uint8_t* tiles, int64_t count, const uint8_t* after,
+                          const Rows& x, float* out, int64_t out_stride, int64_t width) {
+  vector_products(format, tiles, count, after, x, out, out_stride, width);
 }
 #endif

@@ -57,8 +57,8 @@ inline float plain_product(Format format, const uint8_t* tile, const Rows& x, in
   return integer_product(format, kSpan, tile, row.q, row.scale, n, r);
 }
 
-inline void tile_products(Format format, const uint8_t* tiles, int64_t, const Rows& x, float* out,
-                          int64_t out_stride, int64_t width) {
+inline void tile_products(Format format, const uint8_t* tiles, int64_t, const uint8_t*, const Rows& x,
+                          float* out, int64_t out_stride, int64_t width) {
   for (int64_t i = 0; i < x.m; ++i) {
     for (int64_t r = 0; r < width; ++r) {
       const uint8_t* tile = tiles + r / kTileRows * tile_bytes(format, x.cols);

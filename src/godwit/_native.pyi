@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -64,7 +65,7 @@ class Weight:
     def nbytes(self) -> int: ...
 
 class Batch:
-    """The tokens of a step: a copy of int64 arrays, named as in ``ForwardBatch``.
+    """The tokens of a step: a copy of int64 arrays (or lists, tuples), named as in ``ForwardBatch``.
 
     ``state_rows`` are its ``state_indices``; ``pending`` counts each sequence's journaled tokens.
     """
@@ -72,13 +73,13 @@ class Batch:
     def __init__(
         self,
         positions: _Array,
-        cu_seqlens: _Array,
-        seq_lens: _Array,
+        cu_seqlens: _Array | Sequence[int],
+        seq_lens: _Array | Sequence[int],
         slot_mapping: _Array,
         block_tables: _Array,
-        state_rows: _Array,
-        num_tentative: _Array,
-        pending: _Array,
+        state_rows: _Array | Sequence[int],
+        num_tentative: _Array | Sequence[int],
+        pending: _Array | Sequence[int],
     ) -> None: ...
 
 class PagedCache:
@@ -170,6 +171,24 @@ class Ffn:
         intermediate: int = 0,
         renormalize: bool = False,
     ) -> None: ...
+
+class Stack:
+    """Decoder layers, each a mixer and a feed-forward part, and a norm: one op for all of them."""
+
+    def __init__(
+        self, mixers: Sequence[GatedDeltaNet | Attention], ffns: Sequence[Ffn], norm: _Array, eps: float
+    ) -> None: ...
+    def run(
+        self,
+        batch: Batch,
+        caches: Sequence[PagedCache | RecurrentCache],
+        x: _Array,
+        router_logits: Sequence[_Array | None] | None = None,
+    ) -> None:
+        """``x [T, H]`` goes through all layers and the norm, in place; the caches advance.
+
+        ``router_logits [T, E]`` of the layers that route receive their router's; None for the others.
+        """
 
 def linear(x: _Array, w: Weight, bias: _Array | None, out: _Array) -> None:
     """``out [M, rows] = x [M, cols] w^T + bias``."""

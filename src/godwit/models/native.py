@@ -175,9 +175,9 @@ class NativeStack:
 
     def __init__(self, layers: Sequence[DecoderLayer], norm: RMSNorm) -> None:
         self.layers = layers
-        self.norm, self.eps = _factor(norm), norm.eps
-        self.mixers = [_mixer(layer) for layer in layers]
-        self.ffns = [_ffn(layer) for layer in layers]
+        self.stack = _native.Stack(
+            [_mixer(layer) for layer in layers], [_ffn(layer) for layer in layers], _factor(norm), norm.eps
+        )
 
     def __call__(
         self,
@@ -191,16 +191,17 @@ class NativeStack:
         x = x.float().clone(memory_format=torch.contiguous_format)
         if caches is None:
             batch, caches, pending = self._own_caches(batch)
-        step = _step(batch, pending)
-        for layer, mixer, ffn, cache in zip(self.layers, self.mixers, self.ffns, caches, strict=True):
-            mixer(step, cache, x)
-            logits = None
-            if router_logits is not None and isinstance(layer.ffn, SparseMoeBlock):
-                logits = torch.empty(x.shape[0], layer.ffn.spec.num_experts)
-                router_logits.append(logits)
-            _native.ffn(ffn, x, logits)
-        _native.rms_norm(x, self.norm, self.eps, x)
+        logits = None if router_logits is None else [self._logits(layer, x.shape[0]) for layer in self.layers]
+        self.stack.run(_step(batch, pending), [_view(cache) for cache in caches], x, logits)
+        if router_logits is not None and logits is not None:
+            router_logits.extend(one for one in logits if one is not None)
         return x
+
+    @staticmethod
+    def _logits(layer: DecoderLayer, num_tokens: int) -> Tensor | None:
+        if not isinstance(layer.ffn, SparseMoeBlock):
+            return None
+        return torch.empty(num_tokens, layer.ffn.spec.num_experts)
 
     def _own_caches(
         self, batch: ForwardBatch
@@ -225,55 +226,38 @@ def _step(batch: ForwardBatch, pending: Sequence[int]) -> _native.Batch:
     if batch.slot_mapping is None or batch.block_tables is None:
         raise UsageError("a batch for caches needs slots and block tables")
 
-    def whole(values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long)
-
     num_seqs = len(batch.seq_lens)
     return _native.Batch(
         batch.positions,
-        whole(batch.cu_seqlens),
-        whole(batch.seq_lens),
+        batch.cu_seqlens,
+        batch.seq_lens,
         batch.slot_mapping,
         batch.block_tables,
-        whole(batch.state_indices),
-        whole(batch.num_tentative),
-        whole(pending if len(pending) == num_seqs else [0] * num_seqs),
+        batch.state_indices,
+        batch.num_tentative,
+        pending if len(pending) == num_seqs else [0] * num_seqs,
     )
 
 
-MixerCall = Callable[[_native.Batch, "PagedKV | RecurrentState", Tensor], None]
+def _view(cache: PagedKV | RecurrentState) -> _native.PagedCache | _native.RecurrentCache:
+    """The native view of a layer's cache; made once and kept with it."""
+    view = cache.native
+    if isinstance(view, _native.PagedCache | _native.RecurrentCache):
+        return view
+    if isinstance(cache, PagedKV):
+        view = _native.PagedCache(cache.k, cache.v)
+    else:
+        view = _native.RecurrentCache(
+            cache.conv, cache.state, cache.journal_g, cache.journal_k, cache.journal_delta, cache.history
+        )
+    cache.native = view
+    return view
 
 
-def _mixer(layer: DecoderLayer) -> MixerCall:
+def _mixer(layer: DecoderLayer) -> _native.GatedDeltaNet | _native.Attention:
     if isinstance(layer.mixer, GatedDeltaNet):
-        return _delta_call(_delta(layer.mixer, _factor(layer.input_norm)))
-    return _attention_call(_attention(layer.mixer, _factor(layer.input_norm), layer.input_norm.eps))
-
-
-def _delta_call(native_layer: _native.GatedDeltaNet) -> MixerCall:
-    def call(step: _native.Batch, cache: PagedKV | RecurrentState, x: Tensor) -> None:
-        if not isinstance(cache, RecurrentState):
-            raise UsageError("a delta layer needs a recurrent cache")
-        view = cache.native
-        if not isinstance(view, _native.RecurrentCache):
-            view = cache.native = _native.RecurrentCache(
-                cache.conv, cache.state, cache.journal_g, cache.journal_k, cache.journal_delta, cache.history
-            )
-        _native.gated_delta_net(native_layer, step, view, x)
-
-    return call
-
-
-def _attention_call(native_layer: _native.Attention) -> MixerCall:
-    def call(step: _native.Batch, cache: PagedKV | RecurrentState, x: Tensor) -> None:
-        if not isinstance(cache, PagedKV):
-            raise UsageError("an attention layer needs a paged cache")
-        view = cache.native
-        if not isinstance(view, _native.PagedCache):
-            view = cache.native = _native.PagedCache(cache.k, cache.v)
-        _native.attention(native_layer, step, view, x)
-
-    return call
+        return _delta(layer.mixer, _factor(layer.input_norm))
+    return _attention(layer.mixer, _factor(layer.input_norm), layer.input_norm.eps)
 
 
 def _factor(norm: RMSNorm) -> Tensor:
