@@ -4,9 +4,10 @@ Stands alone: needs numpy and the `gguf` package, and not godwit, so that it run
 
     python benchmarks/gguf_model.py CONFIG.json OUT.gguf --layers 8 --mix q4_k_m
 
-Blocks are drawn as bytes, with scales that give weights a deviation of about 0.02. `--mix` chooses formats as
-llama.cpp's own quantiser does: q4_0 throughout, or q4_k_m, with more bits for some matrices of half of the
-layers. In both the head is Q6_K, and routers, norms and other small tensors are float32.
+Blocks are drawn as bytes; scales give weights a deviation of about 0.02. `--mix` chooses formats as
+llama.cpp's own quantiser does: bf16 or q4_0 throughout, or q4_k_m, with more bits for some matrices of half
+of the layers. With quantised matrices the head is Q6_K; routers, norms and other small tensors are float32.
+`--tokenizer` adds a vocabulary, a byte-level BPE, and the chat template, so that the file can be served.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ POOL_BYTES = 1 << 26  # random bytes are drawn once and used again from other pl
 #: format -> weights of a block, bytes of a block
 BLOCKS: Mapping[str, tuple[int, int]] = {
     "F32": (1, 4),
+    "BF16": (1, 2),
     "Q4_0": (32, 18),
     "Q4_K": (256, 144),
     "Q6_K": (256, 210),
 }
-MIXES = ("q4_0", "q4_k_m")
+MIXES = ("q4_0", "q4_k_m", "bf16")
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,10 @@ def tensors(config: Mapping[str, Any], mix: str) -> list[GgufTensor]:
     found = [
         GgufTensor("token_embd.weight", (vocab, hidden), matrix_format(mix, hidden)),
         GgufTensor("output_norm.weight", (hidden,), "F32", 1.0),
-        GgufTensor("output.weight", (vocab, hidden), "Q6_K" if hidden % 256 == 0 else "Q4_0"),
     ]
+    if not config.get("tie_word_embeddings"):
+        best = matrix_format(mix, hidden) if mix == "bf16" or hidden % 256 else "Q6_K"
+        found.append(GgufTensor("output.weight", (vocab, hidden), best))
     for layer in range(config["num_hidden_layers"]):
         mixer = _attention if is_attention(config, layer) else _delta
         parts = [("attn_norm.weight", (hidden,), 1.0), ("post_attention_norm.weight", (hidden,), 1.0)]
@@ -131,6 +135,8 @@ def _format(name: str, shape: tuple[int, ...], mix: str, layer: int, config: Map
 
 def matrix_format(mix: str, columns: int) -> str:
     """The format of most matrices; rows that are no multiple of 256 cannot be Q4_K."""
+    if mix == "bf16":
+        return "BF16"
     return "Q4_K" if mix == "q4_k_m" and columns % 256 == 0 else "Q4_0"
 
 
@@ -181,6 +187,9 @@ class Filler:
 
     def _blocks(self, count: int, format: str) -> NDArray[np.uint8]:
         """Random codes under scales that are all alike."""
+        if format == "BF16":
+            values = self.rng.standard_normal(count, np.float32) * np.float32(STD)
+            return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8).reshape(count, 2)
         if format == "Q4_0":  # scale, 16 bytes of codes 0 to 15 less 8
             return np.hstack((_half(STD / 4.6, count), self._bytes(count, 16)))
         if format == "Q4_K":  # scale, minimum, 8 scales and 8 minima of 32 in 6 bits each, codes 0 to 15
@@ -195,12 +204,24 @@ def _half(value: float, count: int) -> NDArray[np.uint8]:
     return np.tile(np.array([value], np.float16).view(np.uint8), (count, 1))
 
 
-def write(config: Mapping[str, Any], out: Path, mix: str) -> int:
-    """Write the file, first under another name; its size in bytes."""
+def write(config: Mapping[str, Any], out: Path, mix: str, tokenizer: Path | None = None) -> int:
+    """Write the file, first under another name; its size in bytes.
+
+    Args:
+        config: of the model.
+        out: the file.
+        mix: one of MIXES.
+        tokenizer: a directory with tokenizer.json, tokenizer_config.json and chat_template.jinja.
+    """
     gguf: Any = importlib.import_module("gguf")
     part = out.with_name(out.name + ".part")
     writer = gguf.GGUFWriter(part, "qwen3next")
-    _metadata(writer, config, 2 if mix == "q4_0" else 15)
+    _metadata(writer, config, {"q4_0": 2, "q4_k_m": 15, "bf16": 32}[mix])
+    if tokenizer is None:
+        writer.add_tokenizer_model("no_vocab")
+        writer.add_vocab_size(config["vocab_size"])
+    else:
+        _vocabulary(writer, tokenizer, config["vocab_size"])
     listed = tensors(config, mix)
     for tensor in listed:
         if tensor.format == "F32":
@@ -262,8 +283,29 @@ def _metadata(writer: Any, config: Mapping[str, Any], file_type: int) -> None:
     writer.add_ssm_time_step_rank(config["linear_num_value_heads"])
     writer.add_ssm_inner_size(config["linear_num_value_heads"] * config["linear_value_head_dim"])
     writer.add_full_attention_interval(config.get("full_attention_interval", 4))
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_vocab_size(config["vocab_size"])
+
+
+def _vocabulary(writer: Any, folder: Path, size: int) -> None:
+    """Tokens and merges as llama.cpp has those of GPT-2, and how text is cut before as Qwen 2 cuts it."""
+    gguf: Any = importlib.import_module("gguf")
+    raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    added = {one["content"]: one for one in raw["added_tokens"]}
+    ids = {**raw["model"]["vocab"], **{text: one["id"] for text, one in added.items()}}
+    tokens = [f"[unused {id}]" for id in range(size)]
+    types = [gguf.TokenType.UNUSED] * size
+    for text, id in ids.items():
+        tokens[id] = text
+        types[id] = gguf.TokenType.CONTROL if text in added else gguf.TokenType.NORMAL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges([" ".join(pair) for pair in raw["model"]["merges"]])
+    writer.add_add_bos_token(False)
+    writer.add_bos_token_id(ids[settings["pad_token"]])
+    writer.add_eos_token_id(ids[settings["eos_token"]])
+    writer.add_chat_template((folder / "chat_template.jinja").read_text(encoding="utf-8"))
 
 
 def main() -> int:
@@ -272,11 +314,14 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, help="its first layers only")
     parser.add_argument("--mix", choices=MIXES, default="q4_k_m")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="a directory with tokenizer and chat template to put in"
+    )
     args = parser.parse_args()
     config = json.loads(args.config.read_text())
     if args.layers:
         config["num_hidden_layers"] = args.layers
-    print(f"{write(config, args.out, args.mix):,} bytes in {args.out}", file=sys.stderr)
+    print(f"{write(config, args.out, args.mix, args.tokenizer):,} bytes in {args.out}", file=sys.stderr)
     return 0
 
 

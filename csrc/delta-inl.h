@@ -126,11 +126,12 @@ inline void conv_unit(const DeltaBlock& b, const Piece& piece, int64_t unit, int
   }
 }
 
-// Moves the unit's channels of the window on to the piece's last token, in place: sources lie behind.
+// Moves the unit's channels of the window on to the piece's last token, in place: sources lie behind. Rows
+// before those that a rollback could ask for stay as they are.
 inline void advance_window(const DeltaBlock& b, const Piece& piece, int64_t unit) {
   const ConvInput input = conv_input(b, piece, unit);
   const int64_t length = piece.end - piece.begin;
-  for (int64_t j = 0; j < input.window_rows; ++j) {
+  for (int64_t j = input.window_rows - b.cache.history - piece.tentative; j < input.window_rows; ++j) {
     copy_floats(input.window + j * input.channels, input.row(j + length - input.window_rows),
                 b.unit_width(unit));
   }

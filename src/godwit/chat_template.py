@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .child import Child
-from .errors import TemplateError
+from .errors import BusyError, TemplateError
 from .template_worker import read_frame, write_frame
 
 MAX_SOURCE_CHARS = 1 << 20
@@ -116,9 +116,7 @@ class _Worker:
         try:
             self.child.start()
         except OSError as error:
-            raise TemplateError(
-                f"the process that renders chat templates cannot be started: {error}"
-            ) from None
+            raise BusyError(f"the process that renders chat templates cannot be started: {error}") from None
         if self._exchange(self._setup | {"sys_path": sys.path}) is None:
             raise TemplateError(
                 "the process that renders chat templates ended at its start; "

@@ -43,3 +43,15 @@ class TemplateError(GodwitError):
     """A chat template that is missing, broken or exceeds its limits."""
 
     exit_code = 7
+
+
+class KernelParityError(GodwitError):
+    """The native kernels give other results than the reference."""
+
+    exit_code = 8
+
+
+class BusyError(GodwitError):
+    """What the machine has no room for at the moment; the same request may do later."""
+
+    exit_code = 9

@@ -22,7 +22,15 @@ import tokenizers
 from .chat_template import ROLE_OTHER, TOOL_RESULT, ChatTemplate, RoleTracker, Shield
 from .detokenizer import DecodePlan, StreamDecoder
 from .errors import CheckpointError, GodwitError, TemplateError
-from .tokenizer_files import eos_ids, read_json, read_template, token_text
+from .tokenizer_files import (
+    ReadText,
+    eos_ids,
+    in_folder,
+    in_memory,
+    read_json,
+    read_template,
+    token_text,
+)
 
 __all__ = ["AddedToken", "ChatTemplate", "StreamDecoder", "Tokenizer"]
 
@@ -117,13 +125,21 @@ class Tokenizer:
         Reads `tokenizer.json` and, where they exist, `tokenizer_config.json`, `chat_template.jinja`,
         `generation_config.json` and `config.json`.
         """
-        folder = Path(path)
-        raw = read_json(folder / "tokenizer.json", MAX_TOKENIZER_BYTES)
+        return cls._read(in_folder(Path(path)), str(path))
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes], where: str) -> Tokenizer:
+        """The tokenizer in files that were read from what errors call `where`. Raises as `from_dir`."""
+        return cls._read(in_memory(files, where), where)
+
+    @classmethod
+    def _read(cls, read: ReadText, where: str) -> Tokenizer:
+        raw = read_json(read, where, "tokenizer.json", MAX_TOKENIZER_BYTES)
         if raw is None:
-            raise CheckpointError(f"{folder} has no tokenizer.json; give a directory that holds a tokenizer")
-        settings = read_json(folder / "tokenizer_config.json") or {}
-        generation = read_json(folder / "generation_config.json") or {}
-        config = read_json(folder / "config.json") or {}
+            raise CheckpointError(f"{where} has no tokenizer.json; give a directory that holds a tokenizer")
+        settings = read_json(read, where, "tokenizer_config.json") or {}
+        generation = read_json(read, where, "generation_config.json") or {}
+        config = read_json(read, where, "config.json") or {}
         special = {name: text for name in _SPECIAL_NAMES if (text := token_text(settings.get(name)))}
         nested = config.get("text_config")
         sources = [generation, config, nested if isinstance(nested, Mapping) else {}]
@@ -131,7 +147,7 @@ class Tokenizer:
         try:
             return cls(
                 raw,
-                chat_template=read_template(folder, settings, special),
+                chat_template=read_template(read, settings, special),
                 stop_ids=[id for source in sources for id in eos_ids(source.get("eos_token_id"))],
                 stop_tokens=[special["eos_token"]] if "eos_token" in special else [],
                 generation_defaults={key: numbers[key] for key in _SAMPLING if key in numbers},
@@ -139,7 +155,7 @@ class Tokenizer:
         except TemplateError:
             raise
         except GodwitError as error:
-            raise type(error)(f"{folder / 'tokenizer.json'}: {error}") from None
+            raise type(error)(f"{where}/tokenizer.json: {error}") from None
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token in its vocabulary spelling, control tokens included."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +13,67 @@ from .errors import CheckpointError
 MAX_SIDE_FILE_BYTES = 16 << 20
 
 
-def read_json(path: Path, limit: int = MAX_SIDE_FILE_BYTES) -> dict[str, Any] | None:
+#: The texts of files by their names, None where there is no such file; raises CheckpointError.
+ReadText = Callable[[str, int], str | None]
+
+
+def in_folder(folder: Path) -> ReadText:
+    """The files in a directory."""
+
+    def read(name: str, limit: int) -> str | None:
+        path = folder / name
+        try:
+            _check_size(path.stat().st_size, limit, path)
+            return path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+    return read
+
+
+def in_memory(files: Mapping[str, bytes], where: str) -> ReadText:
+    """Files that were read already, from what errors call ``where``."""
+
+    def read(name: str, limit: int) -> str | None:
+        if name not in files:
+            return None
+        _check_size(len(files[name]), limit, f"{where}/{name}")
+        try:
+            return files[name].decode()
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{where}/{name} cannot be read: {error}") from None
+
+    return read
+
+
+def _check_size(size: int, limit: int, name: object) -> None:
+    if size > limit:
+        raise CheckpointError(f"{name} is refused: it is larger than {limit >> 20} MiB, more than any needs")
+
+
+def read_json(
+    read: ReadText, where: str, name: str, limit: int = MAX_SIDE_FILE_BYTES
+) -> dict[str, Any] | None:
     """The object in a file, or None where there is no file; raises CheckpointError."""
-    text = read_text(path, limit)
+    text = read(name, limit)
     if text is None:
         return None
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from None
+        raise CheckpointError(f"{where}/{name} is not valid JSON ({error}); download it again") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object; download it again")
+        raise CheckpointError(f"{where}/{name} does not hold a JSON object; download it again")
     return value
 
 
-def read_text(path: Path, limit: int = MAX_SIDE_FILE_BYTES) -> str | None:
-    """The text of a file, or None where there is no file; raises CheckpointError."""
-    try:
-        if path.stat().st_size > limit:
-            raise CheckpointError(
-                f"{path} is refused: it is larger than {limit >> 20} MiB, more than any needs"
-            )
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-
-
 def read_template(
-    folder: Path, settings: Mapping[str, Any], special: Mapping[str, str]
+    read: ReadText, settings: Mapping[str, Any], special: Mapping[str, str]
 ) -> ChatTemplate | None:
     """The template of a checkpoint: `chat_template.jinja`, else the one or two in `tokenizer_config.json`."""
-    text = read_text(folder / "chat_template.jinja")
+    text = read("chat_template.jinja", MAX_SIDE_FILE_BYTES)
     if text is not None:
         return ChatTemplate(text, special)
     found = settings.get("chat_template")

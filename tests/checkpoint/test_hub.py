@@ -153,7 +153,9 @@ def offline(home: Path, source: str) -> str:
 
 
 def test_offline_and_not_cached(tmp_path: Path) -> None:
-    assert offline(tmp_path, "org/name").startswith("OfflineError org/name: not complete in the local cache")
+    assert offline(tmp_path, "org/name").startswith(
+        "OfflineError org/name: no such local directory, not complete in"
+    )
 
 
 def test_offline_from_the_cache(make_model: MakeModel, tmp_path: Path) -> None:

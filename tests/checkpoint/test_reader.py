@@ -130,7 +130,7 @@ def test_paths_that_are_no_directories(
         ("n" * 5000, "no such directory"),
         ("", "'': no such directory"),
         (directory / "config.json", "a bare config without weights"),
-        (directory / "model.safetensors", "give the directory that holds config.json"),
+        (directory / "model.safetensors", "nor a directory with config.json"),
         (directory / "old.bin", "a pickle, which can run code and is never opened"),
     ]
     for source, sentence in rows:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from godwit.checkpoint.safetensors import DTYPES, SafetensorsFile
-from godwit.errors import CheckpointError, GodwitError, UnsupportedModelError
+from godwit.errors import CheckpointError, GodwitError, MemoryBudgetError, UnsupportedModelError
 
 Pack = Callable[..., bytes]
 
@@ -187,3 +189,18 @@ def test_a_released_view_reads_the_file_again(tmp_path: Path) -> None:
     opened.release("x")
     opened.release("y")
     assert torch.equal(x, torch.arange(10000))
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.ENOMEM, MemoryBudgetError), (errno.EIO, CheckpointError)]
+)
+def test_files_that_cannot_be_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[GodwitError]
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    save_file({"a": torch.ones(3)}, tmp_path / "m.safetensors")
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(kind, match=r"m\.safetensors"):
+        SafetensorsFile(tmp_path / "m.safetensors")

@@ -55,6 +55,16 @@ def test_one_json_object_and_the_same_in_a_file(models: Models, tmp_path: Path) 
     assert len(row["prefill"]) == 2 and len(row["decode"]) == 4 and row["profile"] == []
 
 
+def test_where_the_file_cannot_be(models: Models, tmp_path: Path) -> None:
+    result = invoke(models("hello"), *FEW, "--output", tmp_path)
+    assert (result.exit_code, result.stdout) == (2, "") and "a directory; name a file" in result.stderr
+    (tmp_path / "file").touch()
+    words = ("-p", "4", "-n", "0", "--repeats", "1", "--json", "--output", tmp_path / "file" / "row.json")
+    result = invoke(models("hello"), *words)
+    assert result.exit_code == 2 and "could not be written" in result.stderr
+    assert json.loads(result.stdout)["prefill"]  # what was measured is not lost
+
+
 def test_what_fits_the_context_is_measured_unasked(models: Models) -> None:
     model = models("hello", max_position=600)
     row = json.loads(invoke(model, "-n", "2", "--repeats", "1", "--json").stdout)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,8 @@ from godwit.cli.main import app
 from godwit.cli.options import SamplingOptions
 from godwit.engine import Piece, SamplingParams
 from godwit.errors import CheckpointError, UsageError
+from godwit.shrink.quantize import quantize_checkpoint
+from godwit.shrink.recipe import Recipe
 from tests.cli.conftest import Models
 from tests.engine.tiny import CALL
 
@@ -169,6 +172,26 @@ def test_the_built_in_model_knows_its_name_and_the_date(
     assert opened.system("Be brief.") == "Be brief." and opened.system("") is None
     assert common.open_model(models("hello")).system(None) is None
     assert json.loads(answer("--json", "-p", "x"))["model"] == "built-in"
+
+
+def test_the_built_in_model_has_a_name(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "default_model_report", lambda: report(models("hello")))
+    monkeypatch.chdir(tmp_path)
+    for words in ((), ("built-in",)):
+        assert json.loads(answer(*words, "--json", "-p", "x"))["model"] == "built-in"
+    assert common.open_model("built-in").system(None) == common.open_model(None).system(None)
+    Path("built-in").mkdir()  # what is there goes first
+    assert invoke("built-in", "-p", "x").exit_code == 3
+
+
+def test_a_broken_tokenizer_inside_a_packed_file(models: Models, tmp_path: Path) -> None:
+    source = shutil.copytree(models("hello"), tmp_path / "source")
+    (source / "tokenizer.json").write_text("{")
+    quantize_checkpoint(source, tmp_path / "m.godwit", Recipe.find("q8"))
+    result = invoke(str(tmp_path / "m.godwit"), "-p", "x")
+    assert result.exit_code == 3 and f"{tmp_path}/m.godwit/tokenizer.json is not valid" in result.stderr
 
 
 # settings

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from godwit.checkpoint import save_checkpoint
-from godwit.cli import inspect
+from godwit.cli import doctor, inspect
 from godwit.cli.main import app
 from godwit.config import ModelConfig
 from godwit.models.causal_lm import CausalLM
@@ -179,6 +179,32 @@ def test_a_config_that_is_none(tmp_path: Path, text: str, code: int) -> None:
     (tmp_path / "config.json").write_text(text)
     result = invoke(tmp_path)
     assert (result.exit_code, result.stdout) == (code, "") and result.stderr.startswith("godwit: ")
+
+
+def test_without_a_model_the_built_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    there = {"path": str(tmp_path), "present": True, "absent_files": []}
+    monkeypatch.setattr(doctor, "default_model_report", lambda: there)
+    for words in ([], ["built-in"]):
+        found = json.loads(CliRunner().invoke(app, ["inspect", *words, "--json"]).stdout)
+        assert found["model"] == "built-in" and found["hidden_size"] == 64
+
+
+def test_what_it_would_take_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "mtp_num_hidden_layers": 0}))
+    monkeypatch.setattr(inspect, "memory", lambda: {"total": 10**6, "available": 10**6})
+    found = report(tmp_path)["if_packed"]
+    for name in ("q4", "q8"):
+        made = tmp_path / name
+        assert CliRunner().invoke(app, ["synth", str(tmp_path), str(made), "--recipe", name]).exit_code == 0
+        packed = report(made)
+        assert found[name]["resident"] == packed["resident_packed"]
+        assert found[name]["spare_without_context"] == packed["spare_without_context"]
+        assert found[name]["longest_context"] == packed["longest_context"]
+    assert found["q4"]["resident"] < found["q8"]["resident"]
+    assert "Packed as q4 it takes " in invoke(tmp_path).stdout and "if_packed" not in report(tmp_path / "q4")
+    monkeypatch.setattr(inspect, "memory", lambda: {"total": 1000, "available": 1000})
+    assert " too much." in invoke(tmp_path).stdout
 
 
 def test_nothing_there(tmp_path: Path) -> None:

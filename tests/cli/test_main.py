@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 import godwit
 from godwit import errors
-from godwit.cli.main import app, parse_logit_bias
-from godwit.cli.options import SamplingOptions
+from godwit.cli.main import app
+from godwit.cli.options import SamplingOptions, parse_logit_bias
 
 HEAVY = ["torch", "numpy", "transformers", "tokenizers", "jinja2", "huggingface_hub", "rich"]
 ERRORS = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.GodwitError)]
@@ -53,7 +53,10 @@ def test_help_and_version_stay_light() -> None:
 
 @pytest.mark.parametrize(
     "verb",
-    ["chat", "generate", "inspect", "doctor", "train", "quantize", "verify", "synth", "bench", "serve"],
+    [
+        *("chat", "generate", "serve", "inspect", "doctor", "bench"),
+        *("quantize", "calibrate", "synth", "verify", "train"),
+    ],
 )
 def test_every_verb_has_help(verb: str) -> None:
     assert verb in invoke("--help").stdout
@@ -108,7 +111,10 @@ def test_nothing_asked_for_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    ["--temperature -1", "--top-p 1.5", "--max-tokens 0", "--dtype int3", "--threads 0", "--nonsense"],
+    [
+        *("--temperature -1", "--top-p 1.5", "--max-tokens 0", "--dtype int3"),
+        *("--threads 0", "--threads 100000", "--nonsense"),
+    ],
 )
 def test_values_out_of_range_are_refused(generate: Verb, wrong: str) -> None:
     result = invoke("generate", *wrong.split())
@@ -139,6 +145,16 @@ def test_an_unexpected_error_is_one_line_that_names_the_way_to_more(generate: Ve
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("alloc_cpu.cpp: can't allocate memory: you tried 8 bytes")]
+)
+def test_memory_that_runs_out(generate: Verb, error: Exception) -> None:
+    generate.error = error
+    result = invoke("generate")
+    assert result.exit_code == errors.MemoryBudgetError.exit_code
+    assert result.stderr.startswith("godwit: memory ran out; ") and result.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("error", [RuntimeError("odd"), errors.CheckpointError("cut short")])
 def test_debug_shows_where(generate: Verb, error: Exception) -> None:
     generate.error = error
@@ -149,7 +165,7 @@ def test_debug_shows_where(generate: Verb, error: Exception) -> None:
 def test_interrupt_ends_with_130(generate: Verb) -> None:
     generate.error = KeyboardInterrupt()
     result = invoke("generate")
-    assert (result.exit_code, result.stderr) == (130, "\n")
+    assert (result.exit_code, result.stderr) == (130, "\ngodwit: interrupted\n")
 
 
 def test_a_reader_that_leaves_ends_it_quietly() -> None:

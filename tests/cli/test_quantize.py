@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ def test_packing_verifying_and_inspecting(random_model: Path, tmp_path: Path) ->
         and "whole" in checked.stdout
         and f"{len(packed.names())} tensors" in checked.stdout
     )
+    whole = {"path": str(out), "whole": True, "tensors": len(packed.names()), "bytes": packed.nbytes}
+    assert report("verify", out) == whole
     seen = report("inspect", out)
     assert seen["packed"]["parts"] == found["parts"] and seen["parameters"]["total"] == count
     assert (
@@ -117,12 +120,12 @@ def test_evaluating(random_model: Path, tmp_path: Path, recipe: str, least: floa
 
 
 def test_synthetic_models(model: Path, tmp_path: Path) -> None:
-    found = report("synth", model / "config.json", tmp_path / "m", "--layers", "3", "--format", "q8")
+    found = report("synth", model / "config.json", tmp_path / "m", "--layers", "3", "--recipe", "q8")
     assert {"delta", "experts", "head"} < set(found["parts"])
     seen = report("inspect", tmp_path / "m")
     assert seen["layers"]["total"] == 3 and seen["packed"]["files"] == []
     skewed = report(
-        "synth", model, tmp_path / "n", "--layers", "3", "--format", "q8", "--skew", "real", "--seed", "3"
+        "synth", model, tmp_path / "n", "--layers", "3", "--recipe", "q8", "--skew", "real", "--seed", "3"
     )
     assert skewed["bytes"] == pytest.approx(found["bytes"], rel=0.01)
     assert "skewed" in PackedFile.open(tmp_path / "n").metadata["source"]
@@ -137,7 +140,7 @@ def test_synthetic_models(model: Path, tmp_path: Path) -> None:
         (["--importance", "absent"], 3, "absent"),
         (["--evaluate", "absent"], 2, "cannot be read"),
         (["--evaluate", "empty"], 2, "two at least"),
-        (["--evaluate", "latin"], 2, "cannot be read"),
+        (["--evaluate", "latin"], 2, "not UTF-8 text"),
     ],
 )
 def test_mistakes(
@@ -155,6 +158,42 @@ def test_mistakes(
     result = invoke("quantize", random_model, "m", *words)
     assert (result.exit_code, result.stdout) == (code, "") and sentence in result.stderr
     assert result.stderr.count("\n") == 1 and not Path("m").exists() and not Path("m.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "sentence"),
+    [("", "no name of a file"), ("/", "no name of a file"), ("text/m", "choose another place")],
+)
+def test_places_where_no_file_can_be(
+    random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, sentence: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text").touch()
+    for words in (("quantize", random_model), ("synth", random_model)):
+        result = invoke(*words, out)
+        assert (result.exit_code, result.stdout) == (3, "") and sentence in result.stderr
+        assert "stays in" not in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_tokenizer_is_looked_at_first(random_model: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(random_model, tmp_path / "source")
+    (source / "tokenizer.json").write_text("{")
+    result = invoke("quantize", source, tmp_path / "m")
+    assert result.exit_code == 3 and "tokenizer.json is not valid JSON" in result.stderr
+    assert not (tmp_path / "m.partial").exists()
+    (source / "tokenizer.json").unlink()
+    result = invoke("quantize", source, tmp_path / "m")
+    assert result.exit_code == 0 and result.stderr.startswith("warning: ")
+    assert "can be measured but not talked to" in result.stderr
+    packed = PackedFile.open(tmp_path / "m")
+    assert "tokenizer.json" not in packed.files()
+
+
+def test_packed_files_are_not_packed_again(random_model: Path, tmp_path: Path) -> None:
+    assert invoke("quantize", random_model, tmp_path / "m.godwit").exit_code == 0
+    for words in (("quantize",), ("synth",)):
+        result = invoke(*words, tmp_path / "m.godwit", tmp_path / "n")
+        assert result.exit_code == 3 and "packed already" in result.stderr
 
 
 def test_an_original_that_does_not_fit_is_refused_first(

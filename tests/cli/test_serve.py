@@ -14,8 +14,10 @@ import pytest
 from typer.testing import CliRunner
 
 from godwit.cli.main import app
-from godwit.cli.serve import shown_name
+from godwit.cli.serve import shares, shown_name
+from godwit.engine.engine import DEFAULT_SNAPSHOT_BYTES
 from tests.cli.conftest import Models
+from tests.engine.tiny import tiny_model
 
 HELLO = {"messages": [{"role": "user", "content": "Hello!"}]}
 
@@ -91,3 +93,12 @@ def test_without_its_packages_serving_says_what_to_install(monkeypatch: pytest.M
 )
 def test_a_name_for_clients(name: str, shown: str) -> None:
     assert shown_name(name) == shown
+
+
+def test_memory_is_shared_by_what_runs_and_what_is_remembered() -> None:
+    gib = 1 << 30
+    assert shares(tiny_model("hybrid"), 1.0) == (3 * gib // 4, gib // 4)
+    assert shares(tiny_model("hybrid"), 8.0) == (7 * gib, gib)
+    assert shares(tiny_model("attention"), 1.0) == (gib, DEFAULT_SNAPSHOT_BYTES)
+    budget, snapshots = shares(tiny_model("hybrid"), None)
+    assert budget is None or budget > 2 * snapshots

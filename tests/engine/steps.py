@@ -9,7 +9,7 @@ from godwit.engine.core import CoreSettings, Drafter, EngineCore
 from godwit.engine.generation import Generation
 from godwit.engine.sampling import Sampler, SamplingParams
 from godwit.engine.scheduler import Sequence
-from godwit.engine.stream import Channel, Event, Finish, GenerationRequest
+from godwit.engine.stream import Channel, Event, Finish, GenerationRequest, Piece
 from godwit.models.causal_lm import CausalLM
 from tests.engine.tiny import VOCAB, tiny_tokenizer
 
@@ -30,7 +30,7 @@ class Run:
 
     @property
     def text(self) -> str:
-        return "".join(event.text for event in self.events if not isinstance(event, Finish))
+        return "".join(event.text for event in self.events if isinstance(event, Piece))
 
     @property
     def made(self) -> list[int]:
@@ -67,9 +67,11 @@ class Core(EngineCore):
     ) -> Run:
         params = params or SamplingParams(temperature=0, max_tokens=10)
         asked = GenerationRequest(tuple(ids), params, **request)
-        limit = min(len(ids) + (params.max_tokens or 1000), 16 * self.settings.num_blocks)
+        length = 1000 if params.max_tokens is None else params.max_tokens
+        limit = min(len(ids) + length, 16 * self.settings.num_blocks)
         number = next(self._numbers)
         seq = Sequence(number, list(ids), len(ids), limit, asked.salt, asked.priority, list(cuts))
+        seq.scored = asked.score_prompt
         sampler = Sampler(params, min(VOCAB, self.model.config.vocab_size), ids)
         generation = Generation(asked, seq, sampler, TOKENIZER, Channel(lambda: None))
         self.add(generation)

@@ -17,7 +17,7 @@ from godwit.engine.cache import CacheSize
 from godwit.engine.core import divide
 from godwit.engine.runner import ModelRunner
 from godwit.engine.sampling import SamplingParams
-from godwit.engine.stream import Finish
+from godwit.engine.stream import Piece
 from godwit.errors import MemoryBudgetError
 from godwit.models.batch import ForwardBatch
 from godwit.models.causal_lm import CausalLM
@@ -47,7 +47,7 @@ def asked(seed: int, length: int = 12, **how: Any) -> SamplingParams:
 def answer(run: Run) -> tuple[Any, ...]:
     """All that a client sees, but for times and reuse."""
     assert run.finish is not None
-    pieces = [event for event in run.events if not isinstance(event, Finish)]
+    pieces = [event for event in run.events if isinstance(event, Piece)]
     logprobs = [one for piece in pieces for one in piece.logprobs or ()]
     assert [one.token_id for one in logprobs] == [token for piece in pieces for token in piece.token_ids]
     return run.text, run.finish.reason, run.finish.token_ids, logprobs
@@ -212,6 +212,9 @@ class Guesses:
 
     def start(self, runner: ModelRunner) -> None:
         assert runner.cache.rows.num_free == runner.cache.rows.num_rows
+
+    def wants(self, num_sequences: int) -> bool:
+        return num_sequences > 0
 
     def propose(self, limits: Mapping[scheduler.Sequence, int]) -> dict[scheduler.Sequence, list[int]]:
         drafts = {}

@@ -24,7 +24,7 @@ from godwit.engine import (
     Session,
     TokenLogprobs,
 )
-from godwit.engine.stream import Event, Finish, Piece, Stream
+from godwit.engine.stream import Event, Finish, Piece, Started, Stream
 from godwit.errors import MemoryBudgetError, UsageError
 from godwit.models.causal_lm import CausalLM
 from godwit.models.native import pack_model
@@ -85,7 +85,7 @@ def request(ids: tuple[int, ...] = PROMPT, params: SamplingParams = GREEDY, **mo
 
 
 def pieces_of(stream: Stream) -> tuple[list[Piece], Finish]:
-    *pieces, finish = stream
+    *pieces, finish = (event for event in stream if not isinstance(event, Started))
     assert isinstance(finish, Finish) and all(isinstance(piece, Piece) for piece in pieces)
     return [piece for piece in pieces if isinstance(piece, Piece)], finish
 
@@ -270,7 +270,8 @@ def test_requests_wait_in_order_and_all_are_served(make: Make) -> None:
 def test_cancelling_ends_a_stream(make: Make) -> None:
     engine = make(max_context=4096)
     stream = engine.submit(request(params=SamplingParams(logit_bias=ENDLESS)))
-    next(stream)
+    assert next(stream) == Started(0)
+    assert isinstance(next(stream), Piece)
     stream.cancel()
     _, finish = pieces_of(stream)
     assert finish.reason == "cancelled" and 1 <= len(finish.token_ids) < 4000
@@ -282,7 +283,7 @@ def test_cancelling_ends_a_stream(make: Make) -> None:
 def test_whoever_drops_a_stream_cancels_it(make: Make) -> None:
     engine = make(max_context=4096)
     stream = engine.submit(request(params=SamplingParams(logit_bias=ENDLESS)))
-    next(stream)
+    assert [type(next(stream)) for _ in range(2)] == [Started, Piece]
     del stream
     gc.collect()
     until(lambda: engine.stats().num_finished == 1)
@@ -339,7 +340,7 @@ def test_closing_ends_all(make: Make) -> None:
     engine = make(max_context=4096, max_sequences=1)
     endless = SamplingParams(logit_bias=ENDLESS)
     streams = [engine.submit(request(params=endless)) for _ in range(3)]
-    next(streams[0])
+    assert [type(next(streams[0])) for _ in range(2)] == [Started, Piece]
     engine.close()
     assert [stream.result()[1].reason for stream in streams] == ["cancelled"] * 3
     with pytest.raises(UsageError, match="closed"):
@@ -414,3 +415,20 @@ def test_times_and_counts_add_up(make: Make) -> None:
     assert (finish.prompt_tokens, finish.cached_tokens, finish.prefill_tokens) == (45, 0, 45)
     assert (finish.drafted, finish.accepted, finish.preemptions, finish.error) == (0, 0, 0, None)
     assert finish.reuse_note == "no text in the cache begins like this"
+
+
+def test_no_step_ends_close_behind_where_a_prompt_goes_on(make: Make) -> None:
+    engine = make(max_context=512)
+    known = tuple(range(1, 151))
+    engine.submit(request(known, SamplingParams(temperature=0, max_tokens=1))).result()
+
+    def steps(*boundaries: int) -> int:
+        before = engine.stats().num_steps
+        ids = (*known, *range(len(boundaries), len(boundaries) + 100))
+        params = SamplingParams(temperature=0, max_tokens=1)
+        finish = engine.submit(request(ids, params, boundaries=boundaries)).result()[1]
+        assert finish.cached_tokens == len(known)
+        return engine.stats().num_steps - before
+
+    assert steps(151) == steps(20, 151, 160) == 1
+    assert steps(150, 220) == 2

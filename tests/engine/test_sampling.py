@@ -9,13 +9,7 @@ import torch
 from torch import Tensor
 
 from godwit.engine import Sampler, SamplingParams
-from godwit.engine.sampling import (
-    min_p_mask,
-    penalize_counts,
-    penalize_repetition,
-    top_k_mask,
-    top_p_mask,
-)
+from godwit.engine.sampling import Tally
 from godwit.errors import GodwitError, UsageError
 
 INF, NAN = math.inf, math.nan
@@ -45,7 +39,7 @@ def logits_of(size: int, seed: int, spread: float = 3.0) -> Tensor:
         ("presence_penalty", [-2.1, 2.1, NAN, -INF]),
         ("frequency_penalty", [3, NAN, 10**400]),
         ("seed", [1.0, 2**64, -(2**63) - 1, True, "7"]),
-        ("max_tokens", [0, -1, 10**9, 1.0, True]),
+        ("max_tokens", [-1, 10**9, 1.0, True]),
         ("stop", ["text", [""], [1], ["a"] * 65, ["a" * 1025], None]),
         ("logit_bias", [{-1: 0.0}, {1.0: 0.0}, {"1": 0.0}, {1: NAN}, {1: INF}, {1: 1e30}, {1: "x"}, [1]]),
     ],
@@ -75,36 +69,69 @@ def test_ids_that_do_not_exist_cannot_be_biased() -> None:
 @pytest.mark.parametrize("penalty", [0.5, 1.3, 4.0])
 def test_repetition_penalty_is_that_of_transformers(size: int, penalty: float) -> None:
     logits = logits_of(size, 1)
-    ids = torch.tensor([[0, size // 2, 0, size - 1]])
-    wanted = hf().RepetitionPenaltyLogitsProcessor(penalty)(ids, logits[None].clone())[0]
-    seen = torch.zeros(size, dtype=torch.bool)
-    seen[ids[0]] = True
-    torch.testing.assert_close(penalize_repetition(logits, seen, penalty), wanted, rtol=0, atol=0)
+    ids = [0, size // 2, 0, size - 1]
+    wanted = hf().RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), logits[None].clone())[0]
+    sampler = Sampler(SamplingParams(repetition_penalty=penalty), size, ids[:2])
+    for token in ids[2:]:
+        sampler.record(token)
+    torch.testing.assert_close(torch.from_numpy(sampler.scores(logits)), wanted, rtol=0, atol=1e-6)
 
 
 def test_count_penalties_are_those_of_the_openai_formula() -> None:
-    logits, counts = logits_of(5, 2), torch.tensor([0.0, 1.0, 3.0, 0.0, 2.0])
-    got = penalize_counts(logits, counts, 0.5, 0.25)
-    wanted = [x - 0.25 * c - 0.5 * (c > 0) for x, c in zip(logits.tolist(), counts.tolist(), strict=True)]
-    torch.testing.assert_close(got, torch.tensor(wanted))
+    logits, counts = logits_of(5, 2), [0, 1, 3, 0, 2]
+    sampler = Sampler(SamplingParams(presence_penalty=0.5, frequency_penalty=0.25), 5)
+    for token in (2, 1, 4, 2, 4, 2):
+        sampler.record(token)
+    wanted = [x - 0.25 * c - 0.5 * (c > 0) for x, c in zip(logits.tolist(), counts, strict=True)]
+    assert sampler.scores(logits).tolist() == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize("size", [1, 7, 1000])
-@pytest.mark.parametrize("seed", range(5))
-def test_filters_keep_what_transformers_keeps(size: int, seed: int) -> None:
-    logits = logits_of(size, seed)
-    none = torch.zeros(1, 0, dtype=torch.long)
+def test_a_tally_grows() -> None:
+    tally = Tally([900, 7])
+    for token in [*range(500), 7, 900, 900]:
+        tally.add(token)
+    assert len(tally.ids) == 501
+    counts = dict(zip(tally.ids.tolist(), tally.counts.tolist(), strict=True))
+    assert counts == {token: 3 if token in (7, 900) else 1 for token in [900, *range(500)]}
 
-    def kept(warper: Any) -> Tensor:
-        result: Tensor = warper(none, logits[None].clone())[0] > -INF
-        return result
 
-    for k in (1, 3, 50, 5000):
-        assert torch.equal(top_k_mask(logits, k), kept(hf().TopKLogitsWarper(k)))
-    for p in (0.01, 0.5, 0.9, 0.999):
-        assert torch.equal(top_p_mask(logits, p), kept(hf().TopPLogitsWarper(p)))
-    for share in (0.001, 0.1, 1.0):
-        assert torch.equal(min_p_mask(logits, share), kept(hf().MinPLogitsWarper(share)))
+SIZES = pytest.mark.parametrize("size", [1, 7, 63, 64, 65, 1000, 5000])
+WAYS: list[dict[str, Any]] = [
+    *({"top_k": k} for k in (1, 3, 50, 199, 5000)),
+    *({"top_p": p} for p in (0.01, 0.5, 0.9, 0.999)),
+    *({"min_p": share} for share in (0.001, 0.1, 1.0)),
+    {"top_k": 30, "top_p": 0.8, "min_p": 0.05},
+    {"top_k": 400, "top_p": 0.99},
+    {"top_p": 0.95, "min_p": 0.2},
+]
+
+
+def warped(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Probabilities by the filters of transformers."""
+    p, scores, none = hf(), logits[None] / params.temperature, torch.zeros(1, 0, dtype=torch.long)
+    if params.top_k:
+        scores = p.TopKLogitsWarper(params.top_k)(none, scores)
+    if params.top_p < 1:
+        scores = p.TopPLogitsWarper(params.top_p)(none, scores)
+    if params.min_p:
+        scores = p.MinPLogitsWarper(params.min_p)(none, scores)
+    result: Tensor = scores[0].softmax(0)
+    return result
+
+
+@SIZES
+@pytest.mark.parametrize("how", WAYS, ids=str)
+@pytest.mark.parametrize(("spread", "temperature"), [(3.0, 0.7), (1.0, 1.0), (0.1, 1.5), (9.0, 1.0)])
+def test_filters_keep_what_transformers_keeps(
+    size: int, how: dict[str, Any], spread: float, temperature: float
+) -> None:
+    """Whether the likeliest tokens settle it or the whole vocabulary has to be sorted."""
+    logits = logits_of(size, size, spread)
+    params = SamplingParams(temperature=temperature, **how)
+    wanted = warped(logits, params)
+    ids, probs = Sampler(params, size).candidates(logits)
+    assert ids == wanted.nonzero()[:, 0].tolist()
+    torch.testing.assert_close(torch.tensor(probs), wanted[ids], rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -124,13 +151,23 @@ def test_the_whole_order_is_that_of_transformers(seed: int) -> None:
         scores = processor(torch.tensor([prompt]), scores)
     wanted = scores[0].softmax(0)
     ids, probs = Sampler(params, 300, prompt).candidates(logits)
-    assert ids.tolist() == wanted.nonzero()[:, 0].tolist()
-    torch.testing.assert_close(probs, wanted[ids])
+    assert ids == wanted.nonzero()[:, 0].tolist()
+    torch.testing.assert_close(torch.tensor(probs), wanted[ids])
 
 
 def test_equal_scores_at_the_limit_of_top_p_go_to_the_lower_ids() -> None:
-    assert top_p_mask(torch.zeros(8), 0.5).tolist() == [True] * 4 + [False] * 4
-    assert top_k_mask(torch.tensor([1.0, 2.0, 1.0, 0.0]), 2).tolist() == [True, True, True, False]
+    for size in (8, 8000):
+        kept, _ = Sampler(SamplingParams(top_p=0.5), size).candidates(torch.zeros(size))
+        assert kept == list(range(size // 2))
+    one = Sampler(SamplingParams(top_k=2), 4)
+    assert one.candidates(torch.tensor([1.0, 2.0, 1.0, 0.0]))[0] == [0, 1, 2]
+
+
+def test_more_equal_scores_than_are_looked_at_are_all_kept() -> None:
+    logits = torch.zeros(1000)
+    logits[500:] = 1.0
+    ids, probs = Sampler(SamplingParams(top_k=3), 1000).candidates(logits)
+    assert ids == list(range(500, 1000)) and probs == pytest.approx([1 / 500] * 500)
 
 
 # choosing
@@ -148,7 +185,7 @@ def test_no_temperature_overflows(temperature: float) -> None:
     logits = torch.tensor([6e4, -6e4, 0.0, 5.9e4])
     sampler = Sampler(SamplingParams(temperature=temperature, logit_bias={1: -INF}), 4)
     assert sampler.sample(logits) in {0, 2, 3}
-    assert sampler.candidates(logits)[1].sum().item() == pytest.approx(1)
+    assert sum(sampler.candidates(logits)[1]) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("params", [SamplingParams(temperature=0), SamplingParams(temperature=50, seed=1)])
@@ -248,3 +285,40 @@ def test_what_is_drawn_has_the_distribution_that_was_asked_for(params: SamplingP
     square = sum((counts[t] - draws * probs[t].item()) ** 2 / (draws * probs[t].item()) for t in possible)
     freedom = torch.tensor((len(possible) - 1) / 2)
     assert torch.special.gammaincc(freedom, torch.tensor(square / 2)).item() > 1e-3
+
+
+@pytest.mark.parametrize("how", [{}, {"top_p": 0.95}, {"min_p": 0.01}, {"top_k": 700}], ids=str)
+@pytest.mark.parametrize("temperature", [0.8, 3.0])
+def test_large_vocabularies_are_drawn_from_evenly(how: dict[str, Any], temperature: float) -> None:
+    """Tokens by the share of all probability that lies before them: even in ten parts."""
+    logits, draws = logits_of(3000, 4, 2.0), 3000
+    params = SamplingParams(temperature=temperature, seed=6, **how)
+    probs = warped(logits, params).double()
+    middle = probs.cumsum(0) - probs / 2
+    sampler = Sampler(params, 3000)
+    part = [min(9, int(10 * middle[sampler.sample(logits)].item())) for _ in range(draws)]
+    wanted = (
+        torch.zeros(10, dtype=torch.float64).index_add(0, (10 * middle).long().clamp(0, 9), probs) * draws
+    )
+    counts = torch.bincount(torch.tensor(part), minlength=10)
+    square = ((counts - wanted) ** 2 / wanted).sum()
+    assert torch.special.gammaincc(torch.tensor(4.5), square.float() / 2).item() > 1e-3
+
+
+@pytest.mark.parametrize("how", [{}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}], ids=str)
+def test_draws_are_those_of_the_inverse_of_the_distribution(how: dict[str, Any]) -> None:
+    """One number of the seed's generator a token, and ids in their order."""
+    logits = logits_of(2000, 8)
+    params = SamplingParams(seed=11, **how)
+    generator = torch.Generator().manual_seed(11)
+    cumulative = warped(logits, params).double().cumsum(0)
+    sampler = Sampler(params, 2000)
+    for _ in range(100):
+        point = torch.rand((), generator=generator, dtype=torch.float64) * cumulative[-1]
+        assert sampler.sample(logits) == int((cumulative > point).nonzero()[0])
+
+
+def test_what_is_banned_is_never_drawn() -> None:
+    banned = {token: -INF for token in range(3000) if token % 512 > 2}
+    sampler = Sampler(SamplingParams(temperature=100, seed=0, logit_bias=banned), 3000)
+    assert {sampler.sample(logits_of(3000, 1)) for _ in range(300)}.isdisjoint(banned)

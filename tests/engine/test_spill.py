@@ -9,11 +9,11 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from godwit.engine import Engine, GenerationRequest, SamplingParams
-from godwit.engine import spill as module
+from godwit.engine import Engine, GenerationRequest, SamplingParams, kv_file
 from godwit.engine.spill import DiskCache, fingerprint
 from godwit.engine.stream import Finish
 from godwit.errors import UsageError
@@ -134,11 +134,11 @@ def test_damaged_files_are_dropped_with_a_warning(
 def rewritten(path: Path, **changes: object) -> None:
     """The file with another header and a right checksum."""
     content = path.read_bytes()
-    start = len(module._MAGIC) + 8
+    start = len(kv_file.MAGIC) + 8
     size = int.from_bytes(content[start - 8 : start], "little")
     raw = json.loads(content[start : start + size]) | changes
     data = json.dumps(raw).encode()
-    body = module._MAGIC + len(data).to_bytes(8, "little") + data + content[start + size : -32]
+    body = kv_file.MAGIC + len(data).to_bytes(8, "little") + data + content[start + size : -32]
     path.write_bytes(body + hashlib.blake2b(body, digest_size=32).digest())
 
 
@@ -203,6 +203,36 @@ def test_only_what_fits_is_loaded_and_the_rest_stays(restarts: Restarts) -> None
     restarts.ask(HYBRID, text(30), max_context=64, max_sequences=1)
     assert len(restarts.files()) >= count
     assert restarts.ask(HYBRID, [*text(60, 0), 1])[0].cached_tokens == 60
+
+
+@ALL
+@pytest.mark.parametrize("length", [200, 208])
+def test_what_was_evicted_is_read_when_it_is_wanted(restarts: Restarts, model: CausalLM, length: int) -> None:
+    first, second = text(length), text(220, 1)
+    small: dict[str, Any] = {"max_context": 256, "max_sequences": 1}
+    finishes = restarts.ask(model, first, second, [*first, 7], [*second, 7], **small)
+    reused = [finish.cached_tokens for finish in finishes]
+    whole = [length, 220] if model is not ATTENTION else [length // 16 * 16, 208]
+    assert reused == [0, 0, *whole]
+    assert restarts.ask(model, [*second, 8], [*first, 8], **small)[1].cached_tokens == whole[0]
+
+
+def test_a_file_that_is_damaged_while_the_engine_runs_costs_only_its_tokens(
+    restarts: Restarts, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = text(200), text(220, 1)
+    restarts.ask(HYBRID, first, second)
+    with (
+        caplog.at_level(logging.WARNING, "godwit.engine.spill"),
+        Engine(HYBRID, TOKENIZER, max_context=256, max_sequences=1, cache_dir=restarts.folder) as engine,
+    ):
+        for path in restarts.files():
+            path.write_bytes(path.read_bytes()[:-5])
+        for ids in ([*second, 3], [*first, 3], [*second, 4]):
+            finish = engine.submit(GenerationRequest(tuple(ids), asked(0, logprobs=None))).result()[1]
+            assert finish.token_ids == alone(HYBRID, ids, asked(0))[2]
+        engine.check_integrity()
+    assert "is damaged and is dropped" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_costs_only_the_cache(

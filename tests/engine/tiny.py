@@ -176,6 +176,19 @@ def write_chain_model(
     return path
 
 
+def write_random_model(path: Path, kind: str = "hybrid", seed: int = 0) -> Path:
+    """A model directory with random weights and the tiny tokenizer."""
+    files = {
+        "tokenizer.json": json.dumps(tokenizer_json()),
+        "tokenizer_config.json": json.dumps({"eos_token": "<|im_end|>"}),
+        "chat_template.jinja": TEMPLATE,
+    }
+    save_model(
+        tiny_model(kind, seed), path, extra_files={name: text.encode() for name, text in files.items()}
+    )
+    return path
+
+
 def _id(tokenizer: Tokenizer, text: str) -> int:
     ids = tokenizer.encode(text, allow_special=True)
     if len(ids) != 1:

@@ -245,7 +245,10 @@ def test_caches_hold_what_the_reference_keeps(shape: Shape, level: str) -> None:
         found = step(layer, ours, [(2, x, tentative)])[0]
         wanted = layer.reference_step(theirs, 2, x, tentative)
         assert torch.allclose(found, wanted, rtol=0, atol=layer.tolerance(wanted - x))
+        kept = ours.recurrent()[0].history + tentative  # older inputs are of no use to anybody
         for left, right in zip(arrays(ours.recurrent()[0]), arrays(theirs.recurrent()[0]), strict=True):
+            if right is theirs.recurrent()[0].conv:
+                left, right = left[:, -kept:], right[:, -kept:]
             atol = layer.tolerance(right.nan_to_num())  # NaN where nobody has written
             assert torch.allclose(left, right, rtol=0, atol=atol, equal_nan=True)
         ours.rollback(2, undone)

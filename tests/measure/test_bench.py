@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from godwit import _native
-from godwit.errors import MemoryBudgetError, UsageError
+from godwit.errors import KernelParityError, MemoryBudgetError, UsageError
 from godwit.measure import bench as module
 from godwit.measure.bench import Case, Plan, Runner, bench, spread
 from godwit.measure.ceilings import measure_ceilings
 from godwit.measure.costs import costs_of, formats_of, trunk_caches
-from godwit.measure.parity import KernelCheck, KernelParityError
+from godwit.measure.parity import KernelCheck
 from godwit.models.batch import ForwardBatch
 from godwit.models.caches import PagedKV
 from godwit.models.causal_lm import CausalLM

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from godwit.config import AttentionSpec, GatedDeltaNetSpec, ModelConfig, MoeSpec
-from godwit.errors import GodwitError
+from godwit.errors import GodwitError, KernelParityError
 from godwit.kernels import ops
 from godwit.measure import parity
-from godwit.measure.parity import KernelCheck, KernelParityError, check_kernels, require_parity, small_config
+from godwit.measure.parity import KernelCheck, check_kernels, require_parity, small_config
 from godwit.models.causal_lm import CausalLM
 from tests.measure.test_planner import MIXTRAL, NEXT_80B, QWEN3_30B, QWEN3_32B
 

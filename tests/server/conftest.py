@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from openai import OpenAI
 
 from godwit.cli import common
 from godwit.engine import Engine
@@ -129,3 +130,10 @@ def real() -> Iterator[Running]:
     sampling = common.recommended(opened.tokenizer.generation_defaults)
     with running(engine, names=("godwit",), sampling=sampling) as server:
         yield server
+
+
+@pytest.fixture
+def client(real: Running) -> Iterator[OpenAI]:
+    """OpenAI's client of that server."""
+    with OpenAI(base_url=f"{real.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client

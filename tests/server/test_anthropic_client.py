@@ -69,6 +69,21 @@ def test_a_stream_is_the_message_in_pieces(client: Anthropic) -> None:
     assert final.usage.cache_read_input_tokens
 
 
+def test_the_first_event_tells_what_was_cached(client: Anthropic) -> None:
+    asked: Any = {"model": "godwit", "max_tokens": 4, "extra_body": {"temperature": 0}}
+    asked["messages"] = [{"role": "user", "content": "How many feathers does a godwit have? " * 8}]
+    seen = []
+    for _ in range(2):
+        with client.messages.create(**asked, stream=True) as stream:
+            first, *_, delta, _ = stream
+        assert first.type == "message_start" and delta.type == "message_delta"
+        begun, ended = first.message.usage, delta.usage
+        assert (begun.input_tokens, begun.output_tokens) == (ended.input_tokens, 0)
+        assert begun.cache_read_input_tokens == ended.cache_read_input_tokens
+        seen.append((begun.input_tokens, begun.cache_read_input_tokens or 0))
+    assert seen[0][0] > 64 and seen[1] == (0, sum(seen[0]))
+
+
 def test_blocks_stop_sequences_and_models(client: Anthropic) -> None:
     asked: Any = {"model": "godwit", "max_tokens": 20, "extra_body": {"temperature": 0}}
     blocks: Any = [{"type": "text", "text": "Hello!", "cache_control": {"type": "ephemeral"}}]
@@ -187,7 +202,11 @@ def test_answers_that_fit_a_schema_and_tools_that_have_to_be_used(client: Anthro
     form: Any = {"format": {"type": "json_schema", "schema": {**schema, "additionalProperties": False}}}
     said = client.messages.create(**asked, output_config=form).content[0]
     assert said.type == "text" and set(json.loads(said.text)) == {"ok"}
-    asked |= {"tools": [TOOL], "tool_choice": {"type": "tool", "name": "get_time"}}
+    asked["tools"] = [TOOL]
+    either = client.messages.create(**asked, output_config=form)
+    for block in either.content:
+        assert block.type == "tool_use" or (block.type == "text" and set(json.loads(block.text)) == {"ok"})
+    asked["tool_choice"] = {"type": "tool", "name": "get_time"}
     used = client.messages.create(**asked)
     assert used.stop_reason == "tool_use"
     assert used.content[0].type == "tool_use" and used.content[0].name == "get_time"

@@ -3,50 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 from openai import OpenAI
 
+from godwit.engine import Session
 from tests.engine.tiny import CALL
 from tests.server.conftest import Running, Servers
-
-TOOL: Any = {
-    "type": "function",
-    "function": {
-        "name": "get_time",
-        "description": "The time in a city.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
-CUISINE = {"type": "string", "description": "Cuisine of food served in the restaurant"}
-CITY = {"type": "string", "description": "City in which the restaurant is located"}
-FIND: Any = {
-    "type": "function",
-    "function": {
-        "name": "find_restaurants",
-        "description": "Find a restaurant of a particular cuisine in a city",
-        "parameters": {
-            "type": "object",
-            "properties": {"cuisine": CUISINE, "city": CITY},
-            "required": ["cuisine", "city"],
-        },
-    },
-}
-HELLO: Any = [{"role": "user", "content": "Hello!"}]
-
-
-def client_of(server: Running) -> OpenAI:
-    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
-
-
-@pytest.fixture
-def client(real: Running) -> Iterator[OpenAI]:
-    with client_of(real) as client:
-        yield client
+from tests.server.openai_steps import FIND, HELLO, SAN_JOSE, TOOL, client_of
 
 
 def test_chat(client: OpenAI) -> None:
@@ -159,6 +125,70 @@ def test_plain_completions(client: OpenAI) -> None:
     assert sum(len(part.tokens or []) for part in logprobs if part) == 4
 
 
+def test_the_probabilities_of_a_prompt(client: OpenAI, real: Running) -> None:
+    text = "The capital of France is Paris, and \u2603 snows."
+    tokenizer = real.service.tokenizer
+    ids = tokenizer.encode(text)
+    session = Session(real.engine.model, tokenizer, 64)
+    wanted = []
+    for place, token in enumerate(ids[1:], 1):
+        session.feed(ids[:place])
+        wanted.append(session._logits[: tokenizer.vocab_size].float().log_softmax(-1)[token].item())
+    asked: Any = {"model": "godwit", "echo": True, "logprobs": 2, "temperature": 0}
+    for prompt in (text, ids, [ids, ids]):
+        answer = client.completions.create(**asked, prompt=prompt, max_tokens=0)
+        for choice in answer.choices:
+            found = choice.logprobs
+            assert choice.text == text and choice.finish_reason == "length" and found is not None
+            assert found.token_logprobs is not None and found.token_logprobs[0] is None
+            assert found.token_logprobs[1:] == pytest.approx(wanted)
+            assert len(found.tokens or []) == len(ids)
+            before = [tokenizer.decode(ids[:i]).rstrip("\ufffd") for i in range(len(ids))]
+            assert found.text_offset == [*map(len, before)]
+            for token, value, top in zip(
+                found.tokens or [], found.token_logprobs, found.top_logprobs or [], strict=True
+            ):
+                assert top is None if value is None else top[token] == value and 2 <= len(top) <= 3
+        assert answer.usage is not None and answer.usage.completion_tokens == 0
+        assert answer.usage.prompt_tokens == len(ids) * len(answer.choices)
+
+
+def test_a_prompt_and_its_answer_are_scored_alike_in_streams(client: OpenAI) -> None:
+    asked: Any = {"model": "godwit", "prompt": "One, two,", "echo": True, "logprobs": 1, "temperature": 0}
+    asked |= {"max_tokens": 3, "n": 2}
+    whole = client.completions.create(**asked)
+    with client.completions.create(**asked, stream=True) as stream:
+        chunks = [chunk.choices[0] for chunk in stream]
+    for index, choice in enumerate(whole.choices):
+        parts = [chunk for chunk in chunks if chunk.index == index]
+        assert "".join(part.text for part in parts) == choice.text
+        known = [part.logprobs for part in parts if part.logprobs]
+        assert choice.logprobs is not None and parts[0].text == "One, two,"
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            joined = [one for part in known for one in getattr(part, name)]
+            assert joined == getattr(choice.logprobs, name)
+        assert "".join(choice.logprobs.tokens or []) == choice.text
+    scored = client.completions.create(**asked | {"prompt": whole.choices[0].text, "max_tokens": 0, "n": 1})
+    first, again = whole.choices[0].logprobs, scored.choices[0].logprobs
+    assert first is not None and again is not None
+    if first.tokens == again.tokens:  # the same text may have other tokens
+        assert again.token_logprobs == pytest.approx(first.token_logprobs)
+
+
+def test_a_stop_token_counts_where_prompts_are_scored(servers: Servers) -> None:
+    server = servers("hello")
+    ids = server.service.tokenizer.encode("\nHello there.", allow_special=True)
+    with client_of(server) as client:
+        asked: Any = {"model": "hello", "prompt": ids, "echo": True, "logprobs": 1, "temperature": 0}
+        (choice,) = client.completions.create(**asked, max_tokens=1).choices
+        with client.completions.create(**asked, max_tokens=1, stream=True) as stream:
+            chunks = [chunk.choices[0].logprobs for chunk in stream]
+    assert choice.logprobs is not None and choice.finish_reason == "stop"
+    assert choice.logprobs.tokens == ["\n", "Hello", " there.", "<|im_end|>"]
+    assert [token for part in chunks if part for token in part.tokens or []] == choice.logprobs.tokens
+    assert (choice.logprobs.token_logprobs or [])[2:] == pytest.approx([0, 0], abs=0.1)
+
+
 def test_models(client: OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["godwit"]
     assert client.models.retrieve("godwit").owned_by == "godwit"
@@ -179,11 +209,84 @@ def test_errors(client: OpenAI) -> None:
         client.chat.completions.create(**asked, extra_body={"guided_json": {}})
 
 
-def test_the_loop_of_a_tool_with_the_packaged_model(client: OpenAI) -> None:
-    messages: list[Any] = [
-        {"role": "system", "content": "You are Godwit, a helpful assistant. Today is 2026-11-23."},
-        {"role": "user", "content": "Find me an Italian restaurant in San Jose."},
+def test_errors_are_those_of_the_reference(client: OpenAI) -> None:
+    asked: Any = {"model": "godwit", "messages": HELLO}
+    long: Any = {"messages": [{"role": "user", "content": "so " * 2100}]}
+    image: Any = [
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://a/b.png"}}]}
     ]
+    cases: list[tuple[Any, int, str | None, str | None]] = [
+        ({"model": "gpt"}, 404, "model_not_found", "model"),
+        (long, 400, "context_length_exceeded", None),
+        ({"messages": image}, 400, None, "messages.0.content"),
+        ({"messages": []}, 400, None, "messages"),
+        ({"logit_bias": {"999999": 1}}, 400, None, None),
+        ({"stream_options": {"include_usage": True}}, 400, None, None),
+        ({"extra_body": {"unheard_of": 1}}, 400, None, "unheard_of"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": 5}}}},
+         400, None, "response_format"),
+    ]  # fmt: skip
+    for more, status, code, param in cases:
+        with pytest.raises(openai.APIStatusError) as caught:
+            client.chat.completions.create(**asked | more)
+        error = caught.value
+        assert (error.status_code, error.type, error.code) == (status, "invalid_request_error", code), more
+        assert error.param == param, more
+        assert error.request_id
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.get("/nothing", cast_to=object)
+    assert missing.value.type == "invalid_request_error"
+    with pytest.raises(openai.APIStatusError) as wrong:
+        client.get("/chat/completions", cast_to=object)
+    assert wrong.value.status_code == 405 and wrong.value.response.headers["allow"] == "POST"
+
+
+def test_streams_of_several_answers_with_usage(client: OpenAI) -> None:
+    asked: Any = {"model": "godwit", "messages": HELLO, "n": 3, "seed": 3, "max_completion_tokens": 8}
+    whole = client.chat.completions.create(**asked, user="u", store=False)
+    options: Any = {"include_usage": True}
+    with client.chat.completions.create(**asked, stream=True, stream_options=options) as stream:
+        *chunks, last = stream
+    for choice in whole.choices:
+        own = [c.choices[0] for c in chunks if c.choices[0].index == choice.index]
+        assert own[0].delta.role == "assistant"
+        assert "".join(one.delta.content or "" for one in own) == choice.message.content
+        assert [one.finish_reason for one in own if one.finish_reason] == [choice.finish_reason]
+    assert whole.usage is not None and last.usage is not None and not last.choices
+    assert last.usage.total_tokens == whole.usage.total_tokens
+    assert len({chunk.id for chunk in [*chunks, last]}) == 1
+
+
+def test_the_developer_speaks_as_the_system(client: OpenAI) -> None:
+    texts = set()
+    for role in ("system", "developer"):
+        parts: Any = [{"type": "text", "text": "Be"}, {"type": "text", "text": "kind."}]
+        messages: Any = [{"role": role, "content": parts}, *HELLO]
+        answer = client.chat.completions.create(
+            model="godwit", messages=messages, max_tokens=8, temperature=0
+        )
+        assert answer.usage is not None
+        texts.add((answer.choices[0].message.content, answer.usage.prompt_tokens))
+    assert len(texts) == 1
+
+
+def test_a_choice_among_some_of_the_tools(client: OpenAI) -> None:
+    def allowed(mode: str, name: str) -> Any:
+        tools = [{"type": "function", "function": {"name": name}}]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+    asked: Any = {"model": "godwit", "messages": SAN_JOSE, "tools": [TOOL, FIND], "temperature": 0}
+    asked |= {"parallel_tool_calls": False, "max_tokens": 80}
+    for name in ("get_time", "find_restaurants"):
+        answer = client.chat.completions.create(**asked, tool_choice=allowed("required", name))
+        (call,) = answer.choices[0].message.tool_calls or []
+        assert call.type == "function" and call.function.name == name
+    with pytest.raises(openai.BadRequestError, match="allows other"):
+        client.chat.completions.create(**asked, tool_choice=allowed("auto", "other"))
+
+
+def test_the_loop_of_a_tool_with_the_packaged_model(client: OpenAI) -> None:
+    messages = list(SAN_JOSE)
     asked: Any = {"model": "godwit", "tools": [FIND], "temperature": 0, "max_tokens": 60}
     first = client.chat.completions.create(messages=messages, **asked).choices[0]
     assert first.finish_reason == "tool_calls"
@@ -249,109 +352,3 @@ def test_thinking_is_told_apart(servers: Servers) -> None:
         with client.chat.completions.create(model="thinking", messages=HELLO, stream=True) as stream:
             deltas: list[Any] = [chunk.choices[0].delta for chunk in stream]
         assert "".join(getattr(delta, "reasoning_content", "") or "" for delta in deltas) == "hm"
-
-
-PERSON: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "name": {"enum": ["Ann", "Bob"]},
-        "age": {"type": "integer", "minimum": 0, "maximum": 120},
-    },
-    "required": ["name", "age"],
-    "additionalProperties": False,
-}
-
-
-def test_answers_that_fit_a_schema(client: OpenAI) -> None:
-    form: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
-    asked: Any = {
-        "model": "godwit",
-        "messages": HELLO,
-        "response_format": form,
-        "temperature": 1.0,
-        "seed": 5,
-    }
-    whole = client.chat.completions.create(**asked, n=2)
-    for choice in whole.choices:
-        person = json.loads(choice.message.content or "")
-        assert set(person) == {"name", "age"} and person["name"] in ("Ann", "Bob")
-        assert isinstance(person["age"], int) and 0 <= person["age"] <= 120
-        assert choice.finish_reason == "stop"
-    with client.chat.completions.create(**asked, stream=True) as stream:
-        text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
-    assert text == whole.choices[0].message.content
-
-
-@pytest.mark.parametrize(
-    ("form", "pattern"),
-    [
-        ({"regex": "[ab]{3}-[0-9]"}, "[ab]{3}-[0-9]"),
-        ({"choice": ["yes", "no"]}, "yes|no"),
-        ({"grammar": 'root ::= "<" [x-z] ">"'}, "<[x-z]>"),
-        (
-            {"json": {"type": "array", "items": {"const": 1}, "minItems": 2, "maxItems": 2}},
-            r"\[\s*1\s*,\s*1\s*\]",
-        ),
-    ],
-)
-def test_other_forms(client: OpenAI, form: dict[str, Any], pattern: str) -> None:
-    extra = {"structured_outputs": form}
-    chat = client.chat.completions.create(model="godwit", messages=HELLO, extra_body=extra, max_tokens=400)
-    plain = client.completions.create(model="godwit", prompt="It is", extra_body=extra, max_tokens=400)
-    assert re.fullmatch(pattern, chat.choices[0].message.content or "")
-    assert re.fullmatch(pattern, plain.choices[0].text)
-
-
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_time"}}])
-def test_a_tool_that_has_to_be_called(client: OpenAI, choice: Any) -> None:
-    asked: Any = {
-        "model": "godwit",
-        "messages": HELLO,
-        "tools": [TOOL, FIND] if isinstance(choice, dict) else [TOOL],
-    }
-    answer = client.chat.completions.create(
-        **asked, tool_choice=choice, parallel_tool_calls=False, max_tokens=80, temperature=0
-    ).choices[0]
-    assert answer.finish_reason == "tool_calls" and answer.message.content is None
-    (call,) = answer.message.tool_calls or []
-    assert call.type == "function" and call.function.name == "get_time"
-    assert isinstance(json.loads(call.function.arguments)["city"], str)
-
-
-def test_strict_tools_keep_to_their_schemas(client: OpenAI) -> None:
-    cuisine = {**FIND["function"]["parameters"]["properties"], "cuisine": {"enum": ["Klingon"]}}
-    parameters = {**FIND["function"]["parameters"], "properties": cuisine, "additionalProperties": False}
-    tool: Any = {
-        "type": "function",
-        "function": {**FIND["function"], "parameters": parameters, "strict": True},
-    }
-    messages: list[Any] = [
-        {"role": "system", "content": "You are Godwit, a helpful assistant. Today is 2026-11-23."},
-        {"role": "user", "content": "Find me an Italian restaurant in San Jose."},
-    ]
-    answer = client.chat.completions.create(
-        model="godwit", messages=messages, tools=[tool], tool_choice="required", max_tokens=80, temperature=0
-    )
-    calls = answer.choices[0].message.tool_calls or []
-    assert calls
-    for call in calls:
-        assert call.type == "function" and json.loads(call.function.arguments)["cuisine"] == "Klingon"
-
-
-@pytest.mark.parametrize(
-    "more",
-    [
-        {"tool_choice": "required"},
-        {"tool_choice": {"type": "function", "function": {"name": "other"}}, "tools": [TOOL]},
-        {"response_format": {"type": "json_object"}, "tools": [TOOL]},
-        {"response_format": {"type": "json_object"}, "extra_body": {"structured_outputs": {"regex": "a"}}},
-        {"response_format": {"type": "json_schema"}},
-        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "no"}}}},
-        {"extra_body": {"structured_outputs": {"regex": "a", "choice": ["b"]}}},
-        {"extra_body": {"structured_outputs": {"regex": "("}}},
-        {"extra_body": {"structured_outputs": {"choice": []}}},
-    ],
-)
-def test_what_cannot_be_honoured_is_refused(servers: Servers, more: dict[str, Any]) -> None:
-    with client_of(servers("hello")) as client, pytest.raises(openai.BadRequestError):
-        client.chat.completions.create(model="hello", messages=HELLO, **more)

@@ -11,7 +11,7 @@ from openai.types.responses import Response
 
 from tests.engine.tiny import CALL
 from tests.server.conftest import Running, Servers
-from tests.server.test_openai_client import client_of
+from tests.server.openai_steps import client_of
 
 TOOL: Any = {
     "type": "function",
@@ -53,6 +53,79 @@ def test_a_response_streamed_and_whole(real: Running) -> None:
     ]
 
 
+def test_logprobs_of_what_is_said(real: Running, servers: Servers) -> None:
+    asked: Any = {"model": "godwit", "input": "Hello!", "temperature": 0, "max_output_tokens": 8}
+    asked |= {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    with client_of(real) as client:
+        whole: Any = client.responses.create(**asked)
+        chat: Any = client.chat.completions.create(
+            model="godwit", messages=[{"role": "user", "content": "Hello!"}], temperature=0, max_tokens=8,
+            logprobs=True, top_logprobs=2,
+        )  # fmt: skip
+    events, last = streamed(real, **asked)
+    (part,) = whole.output[0].content
+    assert part.logprobs and whole.top_logprobs == 2
+    assert b"".join(bytes(one.bytes) for one in part.logprobs).decode() == part.text
+    assert all(len(one.top_logprobs) == 2 and one.logprob <= 0 for one in part.logprobs)
+    assert [one.model_dump() for one in part.logprobs] == [
+        one.model_dump() for one in chat.choices[0].logprobs.content
+    ]
+    found: Any = last.output[0]
+    assert found.content[0].logprobs == part.logprobs
+    deltas = [e for e in events if e.type == "response.output_text.delta"]
+    assert [one.token for e in deltas for one in e.logprobs] == [one.token for one in part.logprobs]
+    (done,) = (e for e in events if e.type == "response.output_text.done")
+    assert [one.logprob for one in done.logprobs] == [one.logprob for one in part.logprobs]
+    asked |= {"model": "thinking", "top_logprobs": 0}
+    for said in (streamed(servers("thinking"), **asked)[1], None):
+        if said is None:
+            with client_of(servers("thinking")) as client:
+                said = client.responses.create(**asked)
+        message: Any = said.output[1]
+        assert [one.token for one in message.content[0].logprobs] == ["Yes."]
+
+
+def test_a_choice_among_some_of_the_tools(real: Running) -> None:
+    other: Any = {**TOOL, "name": "get_date"}
+    choice: Any = {
+        "type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "get_date"}]
+    }  # fmt: skip
+    with client_of(real) as client:
+        answer = client.responses.create(
+            model="godwit", input="Hello!", tools=[TOOL, other], tool_choice=choice,
+            parallel_tool_calls=False, temperature=0, max_output_tokens=80,
+        )  # fmt: skip
+    (call,) = answer.output
+    assert call.type == "function_call" and call.name == "get_date"
+    told: Any = answer.tool_choice
+    assert told.type == "allowed_tools" and len(answer.tools) == 2
+
+
+def test_a_form_goes_with_tools(real: Running) -> None:
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    closed = {**schema, "additionalProperties": False}
+    form: Any = {"format": {"type": "json_schema", "name": "a", "schema": closed}}
+    with client_of(real) as client:
+        for choice in ("auto", "required", "none"):
+            kind: Any = choice
+            answer = client.responses.create(
+                model="godwit",
+                input="Hello!",
+                text=form,
+                tools=[TOOL],
+                tool_choice=kind,
+                parallel_tool_calls=False,
+                temperature=0,
+                max_output_tokens=400,
+            )
+            (item,) = answer.output
+            assert item.type in {"auto": ("message", "function_call"), "none": ("message",)}.get(
+                choice, ("function_call",)
+            )
+            if item.type == "message":
+                assert "ok" in json.loads(answer.output_text)
+
+
 def test_the_loop_of_a_tool(servers: Servers) -> None:
     server = servers("tool")
     asked: Any = {"model": "tool", "input": "Hello!", "tools": [TOOL], "parallel_tool_calls": False}
@@ -90,6 +163,8 @@ def test_an_answer_that_is_cut_off(servers: Servers) -> None:
         {"previous_response_id": "resp_1"},
         {"background": True},
         {"truncation": "auto"},
+        {"top_logprobs": 3},
+        {"top_logprobs": 21, "include": ["message.output_text.logprobs"]},
         {"tools": [{"type": "web_search"}]},
         {"tool_choice": "required"},
         {"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "no"}}}},

@@ -55,9 +55,14 @@ def merged(deltas: Iterable[Delta]) -> list[Delta]:
 
 
 def parse(
-    pieces: Sequence[str], format: Format | None = "hermes", *, thinking: bool = False, cut: bool = False
+    pieces: Sequence[str],
+    format: Format | None = "hermes",
+    *,
+    thinking: bool = False,
+    cut: bool = False,
+    only_calls: bool = False,
 ) -> list[Delta]:
-    parser = AnswerParser(format, SCHEMAS, thinking=thinking)
+    parser = AnswerParser(format, SCHEMAS, thinking=thinking, only_calls=only_calls)
     deltas = [delta for piece in pieces for delta in parser.push(piece)]
     return merged([*deltas, *parser.flush(cut=cut)])
 
@@ -103,6 +108,21 @@ def test_arguments_stream() -> None:
     assert parser.push('th": 1') == [CallArguments(0, 'th": 1')]
     assert parser.push("}") == [CallArguments(0, "}")]
     assert parser.push("}")[0] == CallEnd(0, True, '<tool_call>{"name": "write", "arguments": {"path": 1}}')
+
+
+@pytest.mark.parametrize("format", ["hermes", "xml"])
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_what_looks_like_a_call_within_a_form_is_text(format: Format, size: int) -> None:
+    call = XML if format == "xml" else HERMES
+    said = json.dumps({"a": call})
+    for text, thoughts in ((said, ""), (f"<think>hm</think>\n\n{said}", "hm")):
+        pieces = [text[i : i + size] for i in range(0, len(text), size)]
+        expected = [Thinking(thoughts), Text(said)] if thoughts else [Text(said)]
+        assert parse(pieces, format, only_calls=True) == expected
+    calls = f"\n{call}\n{call}"
+    pieces = [calls[i : i + size] for i in range(0, len(calls), size)]
+    assert parse(pieces, format, only_calls=True) == parse(pieces, format)
+    assert call_of(parse(pieces, format, only_calls=True), 1)[0] == "write"
 
 
 def test_a_hermes_call_with_text_around() -> None:

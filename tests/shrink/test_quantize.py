@@ -18,7 +18,8 @@ from godwit.errors import CheckpointError, UsageError
 from godwit.models.causal_lm import CausalLM
 from godwit.models.loader import export_tensors, load_model, save_model
 from godwit.qtensor import QuantExperts, QuantTensor, quantize
-from godwit.shrink.quantize import quantize_checkpoint, read_importance
+from godwit.shrink.importance import read_importance
+from godwit.shrink.quantize import quantize_checkpoint
 from godwit.shrink.recipe import Recipe
 from tests.engine.tiny import CONFIGS, tiny_model
 from tests.shrink.dequantized import load_dequantized, same_weights

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from godwit.chat_template import ChatTemplate, normalise_messages
-from godwit.errors import TemplateError
+from godwit.errors import BusyError, TemplateError
 
 DEFAULT = Path(__file__).resolve().parents[2] / "recipes" / "default" / "chat_template.jinja"
 USER: list[dict[str, Any]] = [{"role": "user", "content": "hi"}]
@@ -196,7 +196,7 @@ class TestProcess:
 
     def test_no_interpreter(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("sys.executable", "/nonexistent/python")
-        with pytest.raises(TemplateError, match="cannot be started"):
+        with pytest.raises(BusyError, match="cannot be started"):
             render("x")
 
     def test_no_jinja(self, monkeypatch: pytest.MonkeyPatch) -> None:

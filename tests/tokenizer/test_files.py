@@ -72,6 +72,25 @@ class TestFiles:
         with pytest.raises(CheckpointError, match=rf"{name}\.json"):
             Tokenizer.from_dir(tmp_path)
 
+    def test_files_in_memory_are_read_alike(self, tmp_path: Path) -> None:
+        settings = {"eos_token": "<|im_end|>", "chat_template": "{{ eos_token }}"}
+        self.write(tmp_path, tokenizer_config=settings, generation_config={"top_k": 5})
+        files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        tok, same = Tokenizer.from_dir(tmp_path), Tokenizer.from_files(files, "model.godwit")
+        assert tok.chat_template is not None and same.chat_template is not None
+        assert same.chat_template.source == tok.chat_template.source
+        assert (same.stop_ids, same.generation_defaults) == (tok.stop_ids, {"top_k": 5})
+        assert same.encode("a b") == tok.encode("a b")
+        for name, content, message in (
+            ("tokenizer.json", b"[]", "does not hold a JSON object"),
+            ("config.json", b"\xff", "cannot be read"),
+            ("config.json", b" " * ((16 << 20) + 1), "larger than 16 MiB"),
+        ):
+            with pytest.raises(CheckpointError, match=rf"^model\.godwit/{name}.* {message}"):
+                Tokenizer.from_files({**files, name: content}, "model.godwit")
+        with pytest.raises(CheckpointError, match=r"model\.godwit has no tokenizer"):
+            Tokenizer.from_files({}, "model.godwit")
+
     def test_not_text(self, tmp_path: Path) -> None:
         self.write(tmp_path)
         (tmp_path / "config.json").write_bytes(b"\xff\xfe\xff")

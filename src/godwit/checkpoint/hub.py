@@ -81,8 +81,9 @@ def _refuse_revision(source: str | Path, revision: str | None) -> None:
 def _not_a_directory(source: str | Path) -> str:
     text = str(source)
     if not os.path.isfile(source):
+        no_such = "no such directory" if not os.path.lexists(source) else "neither a directory nor a file"
         return (
-            f"{text or repr(text)}: no such directory; give a model directory, or a Hub repository as "
+            f"{text or repr(text)}: {no_such}; give a model directory, or a Hub repository as "
             "organisation/name"
         )
     if text.endswith(PICKLES):
@@ -91,7 +92,12 @@ def _not_a_directory(source: str | Path) -> str:
         return (
             f"{text}: a bare config without weights; give the directory with it and the *.safetensors files"
         )
-    return f"{text}: a file; give the directory that holds config.json and the *.safetensors files"
+    if text.endswith(".godwit"):
+        return f"{text}: packed already; give the original that it was made of"
+    return (
+        f"{text}: neither a packed model (.godwit) nor a directory with config.json and *.safetensors files; "
+        "give one of them"
+    )
 
 
 def _download(repository: str, revision: str | None) -> str:
@@ -131,7 +137,7 @@ def _explain(repository: str, error: Exception) -> GodwitError:
             "free some space or set HF_HOME to another place"
         )
     return OfflineError(
-        f"{repository}: not complete in the local cache, and the Hub cannot be reached "
+        f"{repository}: no such local directory, not complete in the cache, and the Hub cannot be reached "
         f"({type(error).__name__}); download it where there is a network "
         f"('hf download {repository} --local-dir DIR') and give that directory instead"
     )

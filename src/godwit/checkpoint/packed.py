@@ -71,7 +71,7 @@ class PackedFile:
             with open(path, "rb", opener=safetensors.open_regular) as file:
                 size = os.fstat(file.fileno()).st_size
                 table = read_table(file, size, path)
-                self._map = safetensors.map_file(file.fileno(), size)
+                self._map = safetensors.map_file(file.fileno(), size, path)
                 _in_huge_pages(self._map)
         except OSError as error:
             raise CheckpointError(

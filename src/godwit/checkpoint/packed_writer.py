@@ -65,6 +65,7 @@ class PackedWriter:
         restart: bool = False,
     ) -> None:
         self.path = Path(path)
+        publish.refuse_existing(self.path)
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.journal = self.path.with_name(self.path.name + ".journal")
         blobs = {name: FileBlob(len(data)) for name, data in files.items()}
@@ -152,8 +153,6 @@ class PackedWriter:
 
     def _claim(self, restart: bool) -> int:
         """Open the partial file for this process alone, and learn what it holds already."""
-        if os.path.lexists(self.path):
-            raise CheckpointError(f"{self.path}: is there already; remove it or choose another name")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
@@ -161,7 +160,13 @@ class PackedWriter:
                 raise CheckpointError(
                     f"{self.path}: another process is writing it; wait, or choose another name"
                 )
-            self._resume(file, restart)
+            try:
+                self._resume(file, restart)
+            except BaseException:
+                if not os.fstat(file).st_size:  # nothing to go on with
+                    self.partial.unlink()
+                    self.journal.unlink(missing_ok=True)
+                raise
         except BaseException:
             os.close(file)
             raise
@@ -209,8 +214,8 @@ class PackedWriter:
         free = shutil.disk_usage(self.partial.parent).free
         if self.nbytes - taken > free:
             raise CheckpointError(
-                f"{self.path}: will take {self.nbytes / 1e9:,.1f} GB, and the disk has {free / 1e9:,.1f} GB "
-                "free; make room or choose another place"
+                f"{self.path}: will take {_size(self.nbytes)}, and the disk has {_size(free)} free; make "
+                "room or choose another place"
             )
 
     @contextmanager
@@ -218,10 +223,17 @@ class PackedWriter:
         try:
             yield
         except OSError as error:
+            begun = os.path.lexists(self.partial)
+            rest = (
+                f"; what there is so far stays in {self.partial.name}" if begun else "; choose another place"
+            )
             raise CheckpointError(
-                f"{self.path}: could not be written ({error.strerror or error}); what there is so far stays "
-                f"in {self.partial.name}"
+                f"{self.path}: could not be written ({error.strerror or error}){rest}"
             ) from error
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:,.1f} MB"
 
 
 def _digest(*parts: bytes) -> str:

@@ -49,6 +49,18 @@ def published_directory(path: str | Path, *, overwrite: bool) -> Iterator[Path]:
         ) from error
 
 
+def refuse_existing(path: Path) -> None:
+    """Make sure that a file can be created under this name.
+
+    Raises:
+        CheckpointError: something is there already, or it is no name of a file.
+    """
+    if not path.name:
+        raise CheckpointError(f"{str(path)!r}: no name of a file; name the file to create")
+    if os.path.lexists(path):
+        raise CheckpointError(f"{path}: is there already; remove it or choose another name")
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write a small file and wait until it is on the disk."""
     with open(path, "wb") as file:

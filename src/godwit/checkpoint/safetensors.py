@@ -9,6 +9,7 @@ Nothing of the data is handed out before the whole header has been found consist
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -22,7 +23,7 @@ from typing import Any, BinaryIO, NoReturn
 
 import torch
 
-from godwit.errors import CheckpointError, UnsupportedModelError
+from godwit.errors import CheckpointError, MemoryBudgetError, UnsupportedModelError
 
 #: The limit of the reference implementation.
 MAX_HEADER_BYTES = 100_000_000
@@ -127,6 +128,7 @@ class SafetensorsFile:
 
     Raises:
         CheckpointError: the file is missing, damaged, cut short or inconsistent; the sentence says which.
+        MemoryBudgetError: it cannot be mapped.
         UnsupportedModelError: a tensor has a dtype that is not read.
     """
 
@@ -136,7 +138,7 @@ class SafetensorsFile:
             with open(path, "rb", opener=open_regular) as file:
                 size = os.fstat(file.fileno()).st_size
                 self.entries = _read_header(file, size, path)
-                self._map = map_file(file.fileno(), size)
+                self._map = map_file(file.fileno(), size, path)
         except OSError as error:
             raise CheckpointError(
                 f"{path}: cannot be read ({error.strerror or error}); check the file"
@@ -170,17 +172,28 @@ def open_regular(path: str, flags: int) -> int:
     descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise CheckpointError(f"{path}: not a regular file, so it is not opened; remove it")
+        raise CheckpointError(f"{path}: not a regular file but a directory, pipe or device; name a file")
     return descriptor
 
 
-def map_file(descriptor: int, size: int) -> mmap.mmap:
-    """A private map of a whole file: writing to it changes this process's pages, never the file."""
+def map_file(descriptor: int, size: int, path: Path) -> mmap.mmap:
+    """A private map of a whole file: writing to it changes this process's pages, never the file.
+
+    Raises:
+        MemoryBudgetError: this process has no room for as many addresses; they take no memory by themselves.
+    """
     if sys.platform == "win32":
         return mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)
-    return mmap.mmap(
-        descriptor, size, flags=mmap.MAP_PRIVATE | _NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
-    )
+    flags, prot = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+    try:
+        return mmap.mmap(descriptor, size, flags=flags, prot=prot)
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        raise MemoryBudgetError(
+            f"{path}: its {size / 1e9:,.1f} GB cannot be mapped within the address space of this process; "
+            "raise that limit (ulimit -v), or choose a smaller model"
+        ) from None
 
 
 def _read_header(file: BinaryIO, size: int, path: Path) -> dict[str, TensorEntry]:

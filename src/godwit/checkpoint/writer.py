@@ -15,12 +15,13 @@ import numpy as np
 import torch
 
 from godwit.checkpoint.layout import INDEX, WEIGHTS
-from godwit.checkpoint.publish import published_directory, write_file
+from godwit.checkpoint.publish import published_directory, refuse_existing, write_file
 from godwit.checkpoint.safetensors import DTYPES, MAX_HEADER_BYTES, shown
 from godwit.errors import CheckpointError
 
 _NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
 _NO_FILES: Mapping[str, bytes] = MappingProxyType({})
+_OF_TORCH: Mapping[str, str] = MappingProxyType({"format": "pt"})  # what transformers asks for
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,30 @@ def save_checkpoint(
         write_file(staging / "config.json", config)
         for name, content in extra_files.items():
             write_file(staging / name, content)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file, which appears whole or not at all.
+
+    Args:
+        path: the file to create.
+        tensors: by their names.
+        metadata: text about the file, for its readers.
+
+    Raises:
+        CheckpointError: the file exists, or cannot be written.
+    """
+    refuse_existing(path)
+    temporary = path.with_name(f".{path.name}.saving")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _write_shard(temporary, list(_sources(tensors.items())), metadata)
+            os.rename(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{path}: could not be written ({error.strerror or error})") from error
 
 
 def _config_bytes(raw_config: Mapping[str, Any]) -> bytes:
@@ -167,10 +192,10 @@ def _shards(sources: Iterable[TensorSource], max_bytes: int) -> Iterator[list[Te
         yield shard
 
 
-def _write_shard(path: Path, shard: list[TensorSource]) -> None:
+def _write_shard(path: Path, shard: list[TensorSource], metadata: Mapping[str, str] = _OF_TORCH) -> None:
     # Wide elements first keeps every tensor aligned to its element size, as the reference writer does.
     ordered = sorted(shard, key=lambda source: -source.dtype.itemsize)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {**_OF_TORCH, **metadata}}
     at = 0
     for source in ordered:
         header[source.name] = {

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from godwit.cli import common
 from godwit.cli.inspect import size_text
 from godwit.cli.options import DtypeName, QuantizeName
+from godwit.cli.tables import Tables
 from godwit.errors import UsageError
 from godwit.measure.report import result_row, write_json
 
@@ -51,6 +51,8 @@ def run(
     asked_prompts = None if prompts is None else counts(prompts, "-p", low=0)
     asked_depths = None if depths is None else counts(depths, "-d", low=0)
     asked_batches = counts(batches, "-b", low=1)
+    if output is not None and output.is_dir():
+        raise UsageError(f"--output {output}: a directory; name a file")
     from godwit.measure.bench import Plan, bench
 
     common.use_threads(threads)
@@ -71,12 +73,24 @@ def run(
         model=describe(loaded, name),
         **bench(loaded, plan, lambda text: print(text, file=sys.stderr)),
     )
-    if output is not None:
-        write_json(output, row)
     if as_json:
         print(json.dumps(row, indent=2))
     else:
         show(row)
+    if output is not None:
+        save(output, row)
+
+
+def save(path: Path, row: dict[str, Any]) -> None:
+    """Write the JSON to a file.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    try:
+        write_json(path, row)
+    except OSError as error:
+        raise UsageError(f"--output {path}: could not be written ({error.strerror or error})") from None
 
 
 def counts(text: str, option: str, low: int) -> tuple[int, ...]:
@@ -104,7 +118,7 @@ def load(model: str | None, quantize: QuantizeName | None, dtype: DtypeName) -> 
     from godwit.checkpoint import open_checkpoint
     from godwit.checkpoint.packed import PackedFile, is_packed
 
-    source = common.built_in() if model is None else model
+    source = common.source_of(model)
     opened = PackedFile.open(source) if is_packed(source) else open_checkpoint(source)
     with common.loading(model or common.BUILT_IN) as progress:
         return common.load_weights(opened, dtype, quantize, progress)
@@ -124,7 +138,7 @@ def describe(model: CausalLM, name: str) -> dict[str, Any]:
 
 def show(row: dict[str, Any]) -> None:
     """Print the report as tables."""
-    console = Console(highlight=False)
+    console = Tables()
     console.print(_head(row), soft_wrap=True)
     for table in (_prefill(row["prefill"]), _decode(row["decode"]), *map(_profile, row["profile"])):
         if table.row_count:
@@ -138,7 +152,7 @@ def _head(row: dict[str, Any]) -> str:
     model, ceilings = row["model"], row["ceilings"]
     return (
         f"{model['name']}: {model['layers']} layers of {model['model_type']}, {', '.join(row['formats'])}; "
-        f"{row['threads']} threads, {row['instruction_set']}\n"
+        f"{row['threads']} thread{'s' * (row['threads'] > 1)}, {row['instruction_set']}\n"
         f"{row['machine']['cpu']} can now read {_range(ceilings['read_bandwidth'], 1)} GB/s and multiply "
         f"{_range(ceilings['int8'], 0)} GOP/s in int8, {_range(ceilings['bfloat16'], 0)} GFLOP/s in bfloat16"
     )

@@ -1,4 +1,4 @@
-"""What `chat` and `generate` share: finding a model, its settings, and a session with it."""
+"""What the verbs share: finding a model, its settings, and a session with it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import datetime
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,7 +82,7 @@ def open_model(model: str | None) -> OpenedModel:
     Raises:
         CheckpointError: there is no such model, or this installation lacks the built-in one.
     """
-    source = built_in() if model is None else model
+    source = source_of(model)
     from godwit.checkpoint import open_checkpoint
     from godwit.checkpoint.packed import PackedFile, is_packed
     from godwit.tokenizer import Tokenizer
@@ -93,6 +92,17 @@ def open_model(model: str | None) -> OpenedModel:
         return OpenedModel(model or BUILT_IN, packed, embedded_tokenizer(packed))
     checkpoint = open_checkpoint(source)
     return OpenedModel(model or BUILT_IN, checkpoint, Tokenizer.from_dir(checkpoint.path))
+
+
+def source_of(model: str | None) -> str | Path:
+    """What to open for the MODEL of a command line: the built-in one has its name, or none.
+
+    Raises:
+        CheckpointError: this installation lacks the built-in model.
+    """
+    if model is None or (model == BUILT_IN and not os.path.lexists(model)):
+        return built_in()
+    return model
 
 
 def embedded_tokenizer(packed: PackedFile) -> Tokenizer:
@@ -106,10 +116,7 @@ def embedded_tokenizer(packed: PackedFile) -> Tokenizer:
     files = packed.files()
     if "tokenizer.json" not in files:
         raise CheckpointError(f"{packed.path}: holds no tokenizer, so it can be measured but not talked to")
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in files.items():
-            (Path(folder) / Path(name).name).write_bytes(content)
-        return Tokenizer.from_dir(folder)
+    return Tokenizer.from_files(files, str(packed.path))
 
 
 def load_weights(

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from godwit.checkpoint import Checkpoint, open_checkpoint, read_raw_config
 from godwit.checkpoint.layout import INDEX
 from godwit.checkpoint.packed import PackedFile, is_packed
-from godwit.cli.packed import PackedSizes, bytes_of_parts, checked_blobs, weights_of
+from godwit.cli import common
+from godwit.cli.packed import PackedSizes, bytes_of_parts, checked_blobs, sizes_packed, weights_of
+from godwit.cli.tables import Tables
 from godwit.config import AttentionSpec, GatedDeltaNetSpec, ModelConfig, MoeSpec
 from godwit.errors import CheckpointError
 from godwit.measure.machine import memory
@@ -26,9 +27,10 @@ from godwit.models.loader import plan
 from godwit.models.names import canonical_name
 
 USUAL_CONTEXTS = (4096, 32768)
+RECIPES = ("q8", "q4")
 
 
-def run(model: str, *, context: int | None = None, as_json: bool = False) -> None:
+def run(model: str | None, *, context: int | None = None, as_json: bool = False) -> None:
     """Print the report to stdout.
 
     Raises:
@@ -36,7 +38,7 @@ def run(model: str, *, context: int | None = None, as_json: bool = False) -> Non
         UnsupportedModelError: a model type that Godwit does not run.
         OfflineError: a Hub repository whose config cannot be fetched.
     """
-    report = examine(model, context)
+    report = {**examine(common.source_of(model), context), "model": model or common.BUILT_IN}
     if as_json:
         print(json.dumps(report, indent=2))
     else:
@@ -46,22 +48,23 @@ def run(model: str, *, context: int | None = None, as_json: bool = False) -> Non
         raise CheckpointError(problem)
 
 
-def examine(model: str, context: int | None = None) -> dict[str, Any]:
+def examine(model: str | Path, context: int | None = None) -> dict[str, Any]:
     """Collect the report; sizes are bytes, counts of parameters say so."""
     if is_packed(model):
-        return _examine_packed(PackedFile.open(model), model, context)
+        return _examine_packed(PackedFile.open(model), str(model), context)
     checkpoint = _with_weights(model)
     config = ModelConfig.from_dict(read_raw_config(model)) if checkpoint is None else checkpoint.config
     num_mtp = _count_mtp(config, checkpoint)
     sizes = sizes_of(config, num_mtp or 0)
     possible = sizes_of(config, 1) if num_mtp is None else None
     return {
-        "model": model,
+        "model": str(model),
         **_shape(config, num_mtp),
         "parameters": _parameters(sizes, possible),
         "cache": _cache(sizes, possible),
         "weights": None if checkpoint is None else _weights(checkpoint),
         "resident_bfloat16": sizes.weights,
+        "if_packed": {name: _if_packed(sizes, config, num_mtp or 0, name) for name in RECIPES},
         **_room(sizes, config, context),
     }
 
@@ -81,6 +84,19 @@ def _examine_packed(packed: PackedFile, model: str, context: int | None) -> dict
         "weights": weights_of(blobs),
         "resident_packed": sizes.weights,
         **_room(sizes, packed.config, context),
+    }
+
+
+def _if_packed(sizes: Sizes, config: ModelConfig, num_mtp: int, recipe: str) -> dict[str, Any]:
+    """What godwit quantize would make of it: bytes, and the context that fits with them."""
+    packed = sizes_packed(sizes, config, num_mtp, recipe)
+    room = _room(packed, config, None)
+    spare = room["spare_without_context"]
+    return {
+        "resident": packed.weights,
+        "read_per_token": packed.read_per_token(0),
+        "spare_without_context": spare,
+        "longest_context": room["longest_context"],
     }
 
 
@@ -114,7 +130,7 @@ def _room(sizes: Sizes, config: ModelConfig, context: int | None) -> dict[str, A
     }
 
 
-def _with_weights(model: str) -> Checkpoint | None:
+def _with_weights(model: str | Path) -> Checkpoint | None:
     """The checkpoint, where weights lie in a local directory; opened, none of them read."""
     path = Path(model)
     if path.is_dir() and ((path / INDEX).exists() or any(path.glob("*.safetensors"))):
@@ -215,11 +231,13 @@ def _context(sizes: Sizes, tokens: int, budget: int | None) -> dict[str, Any]:
 
 def show(report: dict[str, Any]) -> None:
     """The report as tables."""
-    console = Console(highlight=False)
+    console = Tables()
     for table in (_about(report), _parts(report), _memory(report)):
         console.print(table)
     console.print(f"Memory for this process: {_machine_text(report)}", soft_wrap=True)
     console.print(_verdict(report), soft_wrap=True)
+    for name, packed in report.get("if_packed", {}).items():
+        console.print(_packed_text(name, packed, report["max_context"]), soft_wrap=True)
 
 
 def _about(report: dict[str, Any]) -> Table:
@@ -333,6 +351,16 @@ def _verdict(report: dict[str, Any]) -> str:
     if report["spare_without_context"] < 0:
         return f"The model is {size_text(-report['spare_without_context'])} too large{note}."
     return f"{'All' if longest == most else f'{longest:,}'} of {most:,} tokens of context fit{note}."
+
+
+def _packed_text(recipe: str, packed: dict[str, Any], most: int) -> str:
+    spare, longest = packed["spare_without_context"], packed["longest_context"]
+    text = f"Packed as {recipe} it takes {size_text(packed['resident'])}"
+    if longest is None:
+        return f"{text}."
+    if spare < 0:
+        return f"{text}, {size_text(-spare)} too much."
+    return f"{text}; {'all' if longest == most else f'{longest:,}'} of {most:,} tokens of context fit."
 
 
 def size_text(size: int) -> str:

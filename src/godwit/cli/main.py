@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,18 +14,18 @@ from godwit.cli.options import (
     AsJson,
     Dtype,
     Model,
+    Original,
     Quantize,
+    RecipeName,
     Restart,
     SamplingOptions,
     System,
     Threads,
     Tools,
+    parse_logit_bias,
     takes_sampling,
 )
-from godwit.errors import GodwitError, UsageError
-
-INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C: 128 + SIGINT
-BROKEN_PIPE = 141  # 128 + SIGPIPE
+from godwit.cli.outcome import drop_output, one_sentence
 
 app = typer.Typer(
     name="godwit",
@@ -42,46 +38,16 @@ app = typer.Typer(
 )
 
 
-@contextmanager
-def one_sentence(ctx: typer.Context) -> Iterator[None]:
-    """Turn what a verb raises into one sentence on stderr and an exit code; --debug adds the traceback."""
-    try:
-        yield
-        sys.stdout.flush()
-    except (typer.Exit, typer.Abort):
-        raise
-    except KeyboardInterrupt:
-        _explain(ctx, "")
-        raise typer.Exit(INTERRUPTED) from None
-    except BrokenPipeError:
-        # The reader left. Python would flush stdout once more at exit and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(BROKEN_PIPE) from None
-    except GodwitError as error:
-        _explain(ctx, f"godwit: {error}")
-        raise typer.Exit(error.exit_code) from None
-    except Exception as error:
-        what = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
-        _explain(
-            ctx,
-            f"godwit: unexpected {what} (run with --debug to see where: godwit --debug {ctx.info_name} ...)",
-        )
-        raise typer.Exit(1) from None
-
-
-def _explain(ctx: typer.Context, sentence: str) -> None:
-    if ctx.obj:
-        traceback.print_exc()
-    print(sentence, file=sys.stderr)
-
-
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"godwit {godwit.__version__}")
         raise typer.Exit
 
 
-@app.callback(epilog="Answers go to stdout, everything else to stderr.")
+@app.callback(
+    epilog="Answers go to stdout, everything else to stderr. MODEL is a directory, a packed file, a Hugging "
+    "Face repository, or the model built in. Exit codes: docs/commands.md."
+)
 def _shared(
     ctx: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.")] = False,
@@ -89,7 +55,7 @@ def _shared(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Run, chat with and train small language models on the machine you have."""
+    """Run, serve, shrink, measure and train sparse hybrid language models on the machine you have."""
     ctx.obj = debug
 
 
@@ -164,27 +130,6 @@ def generate(
         )
 
 
-def parse_logit_bias(pairs: list[str]) -> dict[int, float]:
-    """Read ["42=-3.5", ...] as {token id: what is added to its logit}; -inf bans a token.
-
-    Raises UsageError where a pair is not that.
-    """
-    bias: dict[int, float] = {}
-    for pair in pairs:
-        token, _, value = pair.partition("=")
-        if not (token.isdecimal() and _is_bias(value)):
-            raise UsageError(f"--logit-bias takes ID=VALUE, such as 42=-3.5, and not {pair!r}.")
-        bias[int(token)] = float(value)
-    return bias
-
-
-def _is_bias(text: str) -> bool:
-    try:
-        return float(text) < math.inf
-    except ValueError:
-        return False
-
-
 @app.command()
 def serve(
     ctx: typer.Context,
@@ -213,16 +158,24 @@ def serve(
     max_sequences: Annotated[int, typer.Option(min=1, help="Answers that run at a time.", metavar="N")] = 64,
     memory: Annotated[
         float | None,
-        typer.Option(min=0, help="For caches, in GiB; without it, half of what is free.", metavar="GIB"),
+        typer.Option(
+            min=0, max=1 << 20, help="For caches, in GiB; without it, half of what is free.", metavar="GIB"
+        ),
     ] = None,
     cache_dir: Annotated[
         Path | None, typer.Option(help="Keep what was read here across restarts.", metavar="DIR")
     ] = None,
+    self_check: Annotated[
+        bool, typer.Option("--self-check", help="Check the engine's books whenever there is nothing to do.")
+    ] = False,
+    speculate: Annotated[
+        bool, typer.Option(help="Guess tokens ahead where that pays; answers stay the same.")
+    ] = True,
     threads: Threads = None,
     dtype: Dtype = "auto",
     quantize: Quantize = None,
 ) -> None:
-    """Serve a model to programs that speak OpenAI's or Anthropic's API."""
+    """Serve a model over OpenAI's and Anthropic's APIs."""
     with one_sentence(ctx):
         from godwit.cli.serve import EngineOptions, run
 
@@ -234,7 +187,12 @@ def serve(
             api_key_file=api_key_file,
             cors_origins=cors_origin or [],
             engine=EngineOptions(
-                context=context, memory_gib=memory, max_sequences=max_sequences, cache_dir=cache_dir
+                context=context,
+                memory_gib=memory,
+                max_sequences=max_sequences,
+                cache_dir=cache_dir,
+                self_check=self_check,
+                speculate=speculate,
             ),
             threads=threads,
             dtype=dtype,
@@ -245,13 +203,20 @@ def serve(
 @app.command()
 def inspect(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="A directory, a packed file or a Hugging Face repository.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A directory, packed file, config.json or Hugging Face repository; without it, built-in.",
+            metavar="MODEL",
+        ),
+    ] = None,
     context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of context to reckon the memory for.", metavar="N")
+        int | None,
+        typer.Option(min=1, max=1 << 31, help="Tokens of context to reckon the memory for.", metavar="N"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a model is and the memory it takes, without running it."""
+    """Show what a model is and the memory it takes."""
     with one_sentence(ctx):
         from godwit.cli.inspect import run
 
@@ -276,7 +241,10 @@ def bench(
         typer.Option("-p", help="Prompts to read, such as 512,4096 tokens; 0 for none.", metavar="N,N..."),
     ] = None,
     new_tokens: Annotated[
-        int, typer.Option("-n", min=0, help="Steps of decoding in each case; 0 for none.", metavar="N")
+        int,
+        typer.Option(
+            "-n", min=0, max=1 << 24, help="Steps of decoding in each case; 0 for none.", metavar="N"
+        ),
     ] = 128,
     depths: Annotated[
         str | None,
@@ -298,7 +266,7 @@ def bench(
         Path | None, typer.Option(help="Write the JSON to this file too.", metavar="FILE")
     ] = None,
 ) -> None:
-    """Measure speed and memory beside what the machine can do at that moment."""
+    """Measure speed beside what the machine can do now."""
     with one_sentence(ctx):
         from godwit.cli.bench import run
 
@@ -322,23 +290,24 @@ def bench(
 @app.command()
 def quantize(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="A directory or a Hugging Face repository.")],
+    model: Original,
     out: Annotated[Path, typer.Argument(help="The packed file to create.", metavar="OUT.godwit")],
-    recipe: Annotated[
-        str, typer.Option(help="q4, q8, bf16, or a TOML file with formats.", metavar="NAME|FILE")
-    ] = "q4",
+    recipe: RecipeName = "q4",
     importance: Annotated[
         Path | None,
-        typer.Option(help="How much each column of a matrix matters, as safetensors.", metavar="FILE"),
+        typer.Option(help="How much each column of a matrix matters, from godwit calibrate.", metavar="FILE"),
     ] = None,
     evaluate: Annotated[
-        Path | None, typer.Option(help="Compare with the original on this text.", metavar="TEXT")
+        Path | None, typer.Option(help="Compare with the original on this text file.", metavar="FILE")
     ] = None,
     threads: Threads = None,
     restart: Restart = False,
     as_json: AsJson = False,
 ) -> None:
-    """Pack a model into one file of fewer bits; a run that was cut off goes on."""
+    """Pack a model into one file of fewer bits.
+
+    A run that was cut off goes on when the same command is given again.
+    """
     with one_sentence(ctx):
         from godwit.cli.quantize import run_quantize
 
@@ -355,16 +324,39 @@ def quantize(
 
 
 @app.command()
+def calibrate(
+    ctx: typer.Context,
+    model: Original,
+    text: Annotated[Path, typer.Argument(help="A file of text like what it will read.", metavar="TEXT")],
+    out: Annotated[Path, typer.Argument(help="The file to create.", metavar="OUT.safetensors")],
+    tokens: Annotated[
+        int, typer.Option(min=2, help="Read no more than this much of the text.", metavar="N")
+    ] = 65536,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Learn from a text which columns matter, for quantize.
+
+    The original is loaded and reads the text; give the file to godwit quantize --importance.
+    """
+    with one_sentence(ctx):
+        from godwit.cli.calibrate import run
+
+        run(model, text, out, tokens=tokens, threads=threads, as_json=as_json)
+
+
+@app.command()
 def synth(
     ctx: typer.Context,
-    config: Annotated[str, typer.Argument(help="A config.json, or a directory or repository with one.")],
+    config: Annotated[
+        str, typer.Argument(help="A config.json, or a directory or repository with one.", metavar="CONFIG")
+    ],
     out: Annotated[Path, typer.Argument(help="The packed file to create.", metavar="OUT.godwit")],
     layers: Annotated[
-        int | None, typer.Option(min=1, help="Only the first of the model's layers.", metavar="N")
+        int | None,
+        typer.Option(min=1, max=4096, help="Only the first of the model's layers.", metavar="N"),
     ] = None,
-    format: Annotated[
-        Literal["q4", "q8", "bf16"], typer.Option(help="What the weights are stored as.")
-    ] = "q4",
+    recipe: RecipeName = "q4",
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same file.")] = 0,
     skew: Annotated[
         Literal["uniform", "real"],
@@ -373,7 +365,10 @@ def synth(
     restart: Restart = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a packed model of random weights, to measure speed and memory with."""
+    """Write a packed model of random weights.
+
+    It has the shape and speed of the real one, and says nothing.
+    """
     with one_sentence(ctx):
         from godwit.cli.quantize import run_synth
 
@@ -381,7 +376,7 @@ def synth(
             config,
             out,
             layers=layers,
-            format=format,
+            recipe=recipe,
             seed=seed,
             skew=skew == "real",
             restart=restart,
@@ -393,12 +388,13 @@ def synth(
 def verify(
     ctx: typer.Context,
     file: Annotated[Path, typer.Argument(help="A packed file.", metavar="FILE.godwit")],
+    as_json: AsJson = False,
 ) -> None:
     """Recompute the checksums of a packed file."""
     with one_sentence(ctx):
         from godwit.cli.quantize import run_verify
 
-        run_verify(file)
+        run_verify(file, as_json=as_json)
 
 
 @app.command()
@@ -422,4 +418,11 @@ def train(
 
 def main() -> None:
     """The console script `godwit`; ends the process with the verb's exit code."""
-    app(prog_name="godwit")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (as long as the process)
+    try:
+        app(prog_name="godwit")
+    except OSError as error:  # of the help, which typer prints
+        drop_output()
+        sys.exit(f"godwit: the output cannot be written ({error.strerror or error})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import wraps
@@ -11,13 +12,16 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from godwit.errors import UsageError
+
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 QuantizeName = Literal["q8", "q4"]
 
 Model = Annotated[
     str | None,
     typer.Argument(
-        help="A directory, a packed file or a Hugging Face repository; without it, the built-in model."
+        help="A directory, a packed file or a Hugging Face repository; without it, built-in.",
+        metavar="MODEL",
     ),
 ]
 System = Annotated[str | None, typer.Option(help="The system message.", metavar="TEXT")]
@@ -25,7 +29,8 @@ Tools = Annotated[
     Path | None, typer.Option(help="A JSON file with the tools that the model may call.", metavar="FILE")
 ]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="Cores to use; without it, all that this process may use.")
+    int | None,
+    typer.Option(min=1, max=1024, help="Cores to use; without it, all that this process may use."),
 ]
 Dtype = Annotated[
     DtypeName,
@@ -34,6 +39,13 @@ Dtype = Annotated[
 Quantize = Annotated[
     QuantizeName | None,
     typer.Option(help="Pack the weights in 8 or 4 bits while loading; see godwit quantize."),
+]
+Original = Annotated[
+    str,
+    typer.Argument(help="A directory, a Hugging Face repository, or built-in; not packed.", metavar="MODEL"),
+]
+RecipeName = Annotated[
+    str, typer.Option(help="q4, q8, bf16, or a TOML file with formats.", metavar="NAME|FILE")
 ]
 Restart = Annotated[
     bool, typer.Option("--restart", help="Begin anew where OUT.partial is of something else.")
@@ -108,3 +120,24 @@ def takes_sampling(command: Callable[..., None]) -> Callable[..., None]:
         ]
     spread.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return spread
+
+
+def parse_logit_bias(pairs: list[str]) -> dict[int, float]:
+    """Read ["42=-3.5", ...] as {token id: what is added to its logit}; -inf bans a token.
+
+    Raises UsageError where a pair is not that.
+    """
+    bias: dict[int, float] = {}
+    for pair in pairs:
+        token, _, value = pair.partition("=")
+        if not (token.isdecimal() and _is_bias(value)):
+            raise UsageError(f"--logit-bias takes ID=VALUE, such as 42=-3.5, and not {pair!r}.")
+        bias[int(token)] = float(value)
+    return bias
+
+
+def _is_bias(text: str) -> bool:
+    try:
+        return float(text) < math.inf
+    except ValueError:
+        return False

@@ -39,6 +39,16 @@ class PackedSizes(Sizes):
         return super().read_per_token(context) - self.active * planner.DTYPE.itemsize + round(self.read)
 
 
+def sizes_packed(sizes: Sizes, config: ModelConfig, num_mtp: int, recipe: str) -> PackedSizes:
+    """Sizes of a model once it is packed with a recipe.
+
+    Raises:
+        CheckpointError: the config describes tensors that no machine can address.
+    """
+    blobs = tensor_blobs(config, num_mtp, Recipe.find(recipe))
+    return PackedSizes.of(sizes, bytes_of_parts(blobs, config))
+
+
 def bytes_of_parts(blobs: Mapping[str, TensorBlob], config: ModelConfig) -> dict[str, dict[str, Any]]:
     """Weights, bytes and bits a weight (scales and padding included) of each part, the largest first."""
     found: dict[str, dict[str, Any]] = {}

@@ -19,11 +19,14 @@ from godwit.checkpoint.packed import PackedFile
 from godwit.cli import common
 from godwit.cli.inspect import size_text
 from godwit.cli.packed import bytes_of_parts
+from godwit.cli.stopping import tidy_stop
+from godwit.cli.tables import Tables
 from godwit.config import ModelConfig
 from godwit.errors import MemoryBudgetError, UsageError
 from godwit.measure import planner
 from godwit.measure.machine import memory
-from godwit.shrink.quantize import Report, quantize_checkpoint, read_importance
+from godwit.shrink.importance import read_importance
+from godwit.shrink.quantize import Report, quantize_checkpoint
 from godwit.shrink.recipe import Recipe
 from godwit.shrink.synth import synthesize
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from godwit.measure.quality import Quality
 
 MAX_TEXT_BYTES = 64 << 20
+_STOPPED = "{out} is not finished; the same command goes on with {out}.partial"
 
 
 def run_quantize(
@@ -50,10 +54,11 @@ def run_quantize(
     """
     common.use_threads(threads)
     rules = Recipe.find(recipe)
-    checkpoint = open_checkpoint(model)
-    ids = None if evaluate is None else _read_text(evaluate, checkpoint)
+    checkpoint = open_checkpoint(common.source_of(model))
+    _check_tokenizer(checkpoint)
+    ids = None if evaluate is None else read_text(evaluate, checkpoint, "--evaluate")
     values = None if importance is None else read_importance(importance)
-    with working("packing") as progress:
+    with tidy_stop(_STOPPED.format(out=out)), working("packing") as progress:
         report = quantize_checkpoint(
             checkpoint, out, rules, importance=values, progress=progress, restart=restart
         )
@@ -66,20 +71,20 @@ def run_synth(
     out: Path,
     *,
     layers: int | None,
-    format: str,
+    recipe: str,
     seed: int,
     skew: bool,
     restart: bool,
     as_json: bool,
 ) -> None:
     """Write a random model of the shape in `config` to the file `out`, and print a report."""
-    raw = read_raw_config(config)
-    with working("drawing") as progress:
+    raw = read_raw_config(common.source_of(config))
+    with tidy_stop(_STOPPED.format(out=out)), working("drawing") as progress:
         report = synthesize(
             raw,
             out,
             num_layers=layers,
-            format=format,
+            format=recipe,
             seed=seed,
             skew=skew,
             progress=progress,
@@ -88,8 +93,8 @@ def run_synth(
     _print(report, PackedFile.open(out).config, None, as_json=as_json)
 
 
-def run_verify(path: Path) -> None:
-    """Recompute the checksums of a packed file and say that they are right.
+def run_verify(path: Path, *, as_json: bool = False) -> None:
+    """Recompute the checksums of a packed file and say on stdout that they are right.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -97,7 +102,11 @@ def run_verify(path: Path) -> None:
     packed = PackedFile.open(path)
     with working("reading") as progress:
         packed.verify(progress)
-    print(f"{path}: whole; {len(packed.names()):,} tensors, {size_text(packed.nbytes)}")
+    if as_json:
+        content = {"path": str(path), "whole": True, "tensors": len(packed.names()), "bytes": packed.nbytes}
+        print(json.dumps(content, indent=2))
+    else:
+        print(f"{path}: whole; {len(packed.names()):,} tensors, {size_text(packed.nbytes)}")
 
 
 @contextmanager
@@ -114,8 +123,24 @@ def working(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _read_text(path: Path, checkpoint: Checkpoint) -> list[int]:
-    """The tokens of a text; refused before the long work where a comparison could not follow it."""
+def _check_tokenizer(checkpoint: Checkpoint) -> None:
+    """Know before the long work whether what is packed can be talked to."""
+    from godwit.tokenizer import Tokenizer
+
+    if (checkpoint.path / "tokenizer.json").is_file():
+        Tokenizer.from_dir(checkpoint.path)
+    else:
+        without = "has no tokenizer.json, so what is made of it can be measured but not talked to"
+        print(f"warning: {checkpoint.path} {without}", file=sys.stderr)
+
+
+def read_text(path: Path, checkpoint: Checkpoint, what: str) -> list[int]:
+    """The tokens of a text that the original shall read.
+
+    Raises:
+        UsageError: no such text, or too little or too much of it.
+        MemoryBudgetError: the original does not fit in memory; `what` needs it.
+    """
     from godwit.tokenizer import Tokenizer
 
     try:
@@ -124,17 +149,19 @@ def _read_text(path: Path, checkpoint: Checkpoint) -> list[int]:
                 f"{path}: larger than {MAX_TEXT_BYTES >> 20} MiB; a few thousand words are enough"
             )
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read as UTF-8 text ({error}); name another file") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror or error}); name another file") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 text ({error.reason}); name another file") from None
     ids = Tokenizer.from_dir(checkpoint.path).encode(text)
     if len(ids) < 2:
-        raise UsageError(f"{path}: holds {len(ids)} tokens, and a comparison takes two at least")
+        raise UsageError(f"{path}: holds {len(ids)} tokens, and two at least are needed")
     needed = 2 * checkpoint.num_parameters
     available = memory()["available"]
     if available is not None and needed > available:
         raise MemoryBudgetError(
-            f"--evaluate loads the original, which takes {size_text(needed)} or more, and "
-            f"{size_text(available)} are available; leave it out here"
+            f"{what} loads the original, which takes {size_text(needed)} or more, and "
+            f"{size_text(available)} are available; use a machine with more memory, or do without"
         )
     return ids
 
@@ -176,7 +203,7 @@ def _show(content: dict[str, Any]) -> None:
     for name, part in content["parts"].items():
         row = (f"{part['weights']:,}", size_text(part["bytes"]), f"{part['bits']:.2f}")
         table.add_row(planner.PARTS[name], *row)
-    console = Console(highlight=False)
+    console = Tables()
     console.print(table)
     resumed = content["resumed_tensors"]
     went_on = f", {resumed:,} tensors having been there" if resumed else ""

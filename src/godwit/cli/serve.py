@@ -30,6 +30,8 @@ class EngineOptions:
     memory_gib: float | None
     max_sequences: int
     cache_dir: Path | None
+    self_check: bool = False
+    speculate: bool = True
 
 
 def run(
@@ -100,18 +102,33 @@ def make_engine(model: CausalLM, opened: common.OpenedModel, options: EngineOpti
     """
     from godwit.engine import Engine
 
-    available = memory()["available"]
-    budget = None if available is None else available // 2
-    if options.memory_gib is not None:
-        budget = int(options.memory_gib * 2**30)
+    budget, snapshots = shares(model, options.memory_gib)
     return Engine(
         model,
         opened.tokenizer,
         max_context=options.context or common.resolve_context(model, budget),
         max_bytes=budget,
         max_sequences=options.max_sequences,
+        snapshot_bytes=snapshots,
         cache_dir=options.cache_dir,
+        debug=options.self_check,
+        speculate=options.speculate,
     )
+
+
+def shares(model: CausalLM, memory_gib: float | None) -> tuple[int | None, int]:
+    """Bytes for the caches of what runs, and for snapshots of states: a quarter, and 1 GiB at most."""
+    from godwit.engine.cache import CacheSize
+    from godwit.engine.engine import DEFAULT_SNAPSHOT_BYTES
+
+    available = memory()["available"]
+    budget = None if available is None else available // 2
+    if memory_gib is not None:
+        budget = int(memory_gib * 2**30)
+    if budget is None or not CacheSize.of(model).per_row:
+        return budget, DEFAULT_SNAPSHOT_BYTES
+    snapshots = min(DEFAULT_SNAPSHOT_BYTES, budget // 4)
+    return budget - snapshots, snapshots
 
 
 def shown_name(name: str) -> str:

@@ -31,6 +31,8 @@ class StopMatcher:
 
     def push(self, text: str) -> str:
         """What may be shown now; nothing more once :attr:`matched` is set."""
+        if not self._stops:
+            return text
         if self.matched is not None:
             return ""
         self._held += text

@@ -6,12 +6,11 @@ thousandth of the time, its masks cost no more, and it has limits for both.
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from godwit.engine.constraint_grammar import (
     MAX_REGEX_CHARS,
     THINK,
     CallForm,
+    Rule,
     Thinking,
     call_grammar,
     choice_rule,
@@ -53,6 +53,7 @@ LIMITS = {
 _TAGS = (CALL, END_CALL, THINK, END_THINK)
 _PLACE = re.compile(r"^at \d+\(\d+\): ")
 _ANY_OBJECT = {"type": "object"}
+Kind = Literal["object", "schema", "regex", "grammar", "choice"]
 
 
 class GrammarConstraint:
@@ -144,53 +145,42 @@ class Constraints:
         self._lock = threading.Lock()
         self._known: OrderedDict[str, Any] = OrderedDict()  # a matcher at its start, or why there is none
 
-    def json_schema(self, schema: Mapping[str, Any], *, thinking: Thinking = "none") -> GrammarConstraint:
-        """JSON that fits a schema; properties come in the schema's order.
+    def rule(self, kind: Kind, value: Any = None) -> Rule:
+        """The form of an answer.
 
         Args:
-            schema: of JSON Schema 2020-12, without what a grammar cannot check.
+            kind: "object": any JSON object. "schema": JSON that fits a schema of JSON Schema 2020-12, without
+                what a grammar cannot check; properties come in its order. "regex": a text that matches an
+                expression as a whole, in the syntax of Rust's ``regex``. "grammar": a text of a context-free
+                grammar, in llguidance's dialect of Lark or llama.cpp's GBNF. "choice": one of some texts.
+            value: the schema, the expression, the grammar or the texts.
+
+        Raises:
+            UsageError: it cannot be used, or costs too much.
+        """
+        if kind == "regex":
+            if len(value) > MAX_REGEX_CHARS:
+                raise UsageError(f"a regular expression may have {MAX_REGEX_CHARS} characters")
+            pattern = self._library.regex_to_lark(value.replace("\n", "\\n"))
+            return Rule(f"/{pattern}/", "the regular expression")
+        if kind == "grammar":
+            return Rule("@inner", "the grammar", self._converted(value))
+        if kind == "choice":
+            return Rule(choice_rule(value), "the choice")
+        return Rule(json_rule(_ANY_OBJECT if kind == "object" else value), "the schema")
+
+    def held_to(self, rule: Rule, thinking: Thinking = "none") -> GrammarConstraint:
+        """Holds an answer to a form.
+
+        Args:
+            rule: the form.
             thinking: what may come before: nothing, ``<think>...</think>``, or, where the prompt has opened
                 it already, the rest of that.
 
         Raises:
-            UsageError: the schema cannot be used, or costs too much.
+            UsageError: it cannot be used, or costs too much.
         """
-        return self._make(whole(json_rule(schema), thinking=thinking), "the schema")
-
-    def json_object(self, *, thinking: Thinking = "none") -> GrammarConstraint:
-        """Any JSON object."""
-        return self.json_schema(_ANY_OBJECT, thinking=thinking)
-
-    def regex(self, pattern: str, *, thinking: Thinking = "none") -> GrammarConstraint:
-        """A text that matches a regular expression as a whole, in the syntax of Rust's ``regex``.
-
-        Raises: as :meth:`json_schema`.
-        """
-        if len(pattern) > MAX_REGEX_CHARS:
-            raise UsageError(f"a regular expression may have {MAX_REGEX_CHARS} characters")
-        rule = self._library.regex_to_lark(pattern.replace("\n", "\\n"))
-        return self._make(whole(f"/{rule}/", thinking=thinking), "the regular expression")
-
-    def grammar(self, text: str, *, thinking: Thinking = "none") -> GrammarConstraint:
-        """A text of a context-free grammar, in llguidance's dialect of Lark or llama.cpp's GBNF.
-
-        Raises: as :meth:`json_schema`.
-        """
-        if len(text) > MAX_GRAMMAR_CHARS:
-            raise UsageError(f"a grammar may have {MAX_GRAMMAR_CHARS} characters")
-        outer = {"name": "outer", "lark_grammar": whole("@inner", thinking=thinking)}
-        answer = self._trials.ask({"convert": text})
-        if "lark" not in answer:
-            raise UsageError(f"the grammar cannot be used: {explained(answer['error'])}")
-        inner = {"name": "inner", "lark_grammar": answer["lark"]}
-        return self._make(json.dumps({"grammars": [outer, inner]}), "the grammar")
-
-    def choice(self, options: Sequence[str], *, thinking: Thinking = "none") -> GrammarConstraint:
-        """One of some texts.
-
-        Raises: as :meth:`json_schema`.
-        """
-        return self._make(whole(choice_rule(options), thinking=thinking), "the choice")
+        return self._make(whole(rule, thinking=thinking), rule.what)
 
     def tool_calls(
         self,
@@ -200,6 +190,7 @@ class Constraints:
         parallel: bool = True,
         form: CallForm = "hermes",
         thinking: Thinking = "none",
+        otherwise: Rule | None = None,
     ) -> GrammarConstraint:
         """Calls of tools whose arguments fit their schemas, as far as a grammar can check.
 
@@ -209,11 +200,25 @@ class Constraints:
                 the one tool to be called.
             parallel: an answer may have several calls.
             form: how the model writes calls: Hermes' JSON, or Qwen3-Coder's tags.
-            thinking: as for :meth:`json_schema`.
+            thinking: as for :meth:`held_to`.
+            otherwise: with "auto", what an answer that calls no tool has to be; one that does is nothing but
+                calls then.
 
-        Raises: as :meth:`json_schema`.
+        Raises: as :meth:`rule`.
         """
-        return self._make(call_grammar(tools, choice, parallel, form, thinking), "a tool's schema")
+        grammar = call_grammar(
+            tools, choice, parallel=parallel, form=form, thinking=thinking, otherwise=otherwise
+        )
+        what = "a tool's schema" if otherwise is None else f"{otherwise.what} or a tool's"
+        return self._make(grammar, what)
+
+    def _converted(self, grammar: str) -> str:
+        if len(grammar) > MAX_GRAMMAR_CHARS:
+            raise UsageError(f"a grammar may have {MAX_GRAMMAR_CHARS} characters")
+        answer = self._trials.ask({"convert": grammar})
+        if "lark" not in answer:
+            raise UsageError(f"the grammar cannot be used: {explained(answer['error'])}")
+        return answer["lark"]
 
     def _make(self, grammar: str, what: str) -> GrammarConstraint:
         with self._lock:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from godwit.errors import UsageError
@@ -24,11 +25,27 @@ MAX_CHOICES = 10_000
 MAX_CALLS = 16
 
 CALL, END_CALL, THINK, END_THINK = "<tool_call>", "</tool_call>", "<think>", "</think>"
-#: Between the parts of a JSON text: a blank or a new line; some models would otherwise write blanks for ever.
-_BLANKS = r" |\n[ \t]{0,40}"
+#: Between the parts of a JSON text, besides nothing: one blank, or a new line, indented by up to eight steps.
+#: All models write these, and small ones would go on with blanks for ever.
+_BLANKS = r" |\n(  ){0,8}|\n\t{0,8}"
 _TEXT = "TEXT: /(?s:.*)/"
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,256}")
 _DEFINITIONS = ("$defs", "definitions")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The form of an answer, or of a part of it.
+
+    Attributes:
+        text: what stands behind the name of a rule.
+        what: asked for it, in words for errors.
+        inner: another grammar that the text refers to as ``@inner``; "" for none.
+    """
+
+    text: str
+    what: str
+    inner: str = ""
 
 
 def quoted(text: str) -> str:
@@ -72,25 +89,38 @@ def choice_rule(options: Sequence[str]) -> str:
     return " | ".join(map(quoted, options))
 
 
-def whole(rule: str, more: Iterable[str] = (), *, thinking: Thinking = "none") -> str:
+def whole(rule: Rule, more: Iterable[str] = (), *, thinking: Thinking = "none") -> str:
     """A grammar whose ``answer`` is ``rule``, behind what may be thought; ``more`` are further rules."""
-    lines = [f"answer: {rule}", *more]
-    if thinking == "none":
-        return "\n".join(["start: answer", *lines])
-    opened = "thoughts blanks answer"
-    lines += [f"thoughts[suffix={quoted(END_THINK)}]: THOUGHTS", "THOUGHTS: /(?s:.*)/", "blanks: /\\n{0,4}/"]
+    start, lines = "answer", [f"answer: {rule.text}", *more]
+    if thinking != "none":
+        start = "thoughts blanks answer"
+        lines += [
+            f"thoughts[suffix={quoted(END_THINK)}]: THOUGHTS",
+            "THOUGHTS: /(?s:.*)/",
+            "blanks: /\\n{0,4}/",
+        ]
     if thinking == "optional":
-        opened = f"answer | {quoted(THINK)} {opened}"
-    return "\n".join([f"start: {opened}", *lines])
+        start = f"answer | {quoted(THINK)} {start}"
+    text = "\n".join([f"start: {start}", *lines])
+    if not rule.inner:
+        return text
+    outer = {"name": "outer", "lark_grammar": text}
+    return json.dumps({"grammars": [outer, {"name": "inner", "lark_grammar": rule.inner}]})
 
 
 def call_grammar(
-    tools: Sequence[Mapping[str, Any]], choice: str, parallel: bool, form: CallForm, thinking: Thinking
+    tools: Sequence[Mapping[str, Any]],
+    choice: str,
+    *,
+    parallel: bool,
+    form: CallForm,
+    thinking: Thinking,
+    otherwise: Rule | None,
 ) -> str:
-    """Answers that call tools; see :meth:`~godwit.engine.constraint.Constraints.tool_calls`.
+    """Calls of tools; see :meth:`~godwit.engine.constraint.Constraints.tool_calls`.
 
     Raises:
-        UsageError: a tool is no tool, or there is none to call.
+        UsageError: a tool cannot be used, or there is none to call.
     """
     functions = [_function(tool) for tool in tools]
     if choice not in ("auto", "required"):
@@ -104,7 +134,8 @@ def call_grammar(
     rules.append("body: " + " | ".join(f"call{index}" for index in range(len(functions))))
     most = MAX_CALLS if parallel else 1
     end = quoted(f"\n{END_CALL}")
-    if choice == "auto":
+    what = "a tool's schema"
+    if choice == "auto" and otherwise is None:
         rules += [
             f"opener[suffix={quoted(CALL)}]: TEXT",
             f'call: opener "\\n" body {end}',
@@ -112,10 +143,13 @@ def call_grammar(
             "REST: TEXT & ~/(?s:.*)<tool_call>(?s:.*)/",
             _TEXT,
         ]
-        return whole(f"call{{0,{most}}} rest", rules, thinking=thinking)
+        return whole(Rule(f"call{{0,{most}}} rest", what), rules, thinking=thinking)
     rules.append(f"call: {quoted(CALL + chr(10))} body {end}")
-    more = f' ("\\n" call){{0,{most - 1}}}' if most > 1 else ""
-    return whole(f"call{more}", rules, thinking=thinking)
+    calls = "call" + (f' ("\\n" call){{0,{most - 1}}}' if most > 1 else "")
+    if choice != "auto" or otherwise is None:
+        return whole(Rule(calls, what), rules, thinking=thinking)
+    rules += [f"calls: {calls}", f"other: {otherwise.text}"]
+    return whole(Rule("calls | other", what, otherwise.inner), rules, thinking=thinking)
 
 
 def checked_json(value: object, max_chars: int) -> str:

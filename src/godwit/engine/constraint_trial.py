@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from godwit.child import Child
-from godwit.errors import UsageError
+from godwit.errors import BusyError, UsageError
 
 #: A process is given this long to start, on whatever machine.
 START_SECONDS = 60.0
@@ -37,12 +37,13 @@ class Trials:
         """The answer of a process.
 
         Raises:
-            UsageError: it took too much time or memory, or all processes are busy.
+            UsageError: it took too much time or memory.
+            BusyError: all processes are busy, or none can be started.
         """
         try:
             worker = self._free.get(timeout=2 * self.seconds)
         except queue.Empty:
-            raise UsageError("too many grammars are being compiled; send the request again later") from None
+            raise BusyError("too many grammars are being compiled; send the request again later") from None
         try:
             answer = worker.ask(request, self.seconds)
         finally:
@@ -70,7 +71,7 @@ class _Worker:
         try:
             self.child.start()
         except OSError as error:
-            raise UsageError(f"the process that compiles grammars cannot be started: {error}") from None
+            raise BusyError(f"the process that compiles grammars cannot be started: {error}") from None
         if self._exchange({**self._setup, "sys_path": sys.path}, START_SECONDS) is None:
             raise UsageError("the process that compiles grammars ended at its start; check its memory limit")
 

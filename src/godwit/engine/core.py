@@ -14,6 +14,7 @@ from torch import Tensor
 from godwit.engine.cache import CacheSize, num_blocks
 from godwit.engine.generation import Generation
 from godwit.engine.runner import ModelRunner
+from godwit.engine.sampling import Row, as_rows
 from godwit.engine.scheduler import Scheduler, Sequence, Work
 from godwit.engine.spill import DiskCache
 from godwit.engine.stream import Reason
@@ -30,10 +31,17 @@ _log = logging.getLogger(__name__)
 
 
 class Drafter(Protocol):
-    """Guesses tokens, which the model then verifies several at a time; the answers stay the same."""
+    """Guesses tokens, which the model then verifies several at a time; the answers stay the same.
+
+    A step is: :meth:`wants`, :meth:`propose` if so, :meth:`observe`.
+    """
 
     def start(self, runner: ModelRunner) -> None:
         """New caches: what was known of sequences is void."""
+        ...
+
+    def wants(self, num_sequences: int) -> bool:
+        """Whether to ask for drafts in the step that begins, while so many sequences run; quick."""
         ...
 
     def propose(self, limits: Mapping[Sequence, int]) -> dict[Sequence, list[int]]:
@@ -71,6 +79,7 @@ class Counts:
     steps: int = 0
     finished: int = 0
     failures: int = 0
+    checks: int = 0
     prompt: int = 0
     cached: int = 0
     completion: int = 0
@@ -151,32 +160,45 @@ class EngineCore:
         if set(self._generations) != {*self.scheduler.running, *self.scheduler.waiting}:
             raise RuntimeError("a request is neither running nor waiting")
         self.runner.check_integrity(self.scheduler.running)
+        self.counts.checks += 1
 
     # a step
 
     def _step(self) -> None:
         began = perf_counter()
         drafts = self._drafts()
-        plan = self.scheduler.plan(self.runner, self._budget(), lambda seq: drafts.get(seq, []))
+        draft = (lambda seq: drafts.get(seq, [])) if drafts else None
+        plan = self.scheduler.plan(self.runner, self._budget(), draft)
         for seq in plan.preempted:
             self._undraft(seq)
         for seq in plan.admitted:
             self._begin(seq)
         if not plan.works:
             return
-        batch, hidden, scores = self.runner.run(plan.works)
-        kept = [self._settle(work, logits) for work, logits in zip(plan.works, scores, strict=True)]
+        batch, hidden, logits, firsts = self.runner.run(plan.works)
+        self.counts.steps += 1  # before anybody hears of what came of it
+        rows = as_rows(logits)
+        for work, start in zip(plan.works, batch.cu_seqlens, strict=False):
+            if work.sequence.scored:
+                seq, read = work.sequence, hidden[start : start + len(work.tokens)]
+                self._generations[seq].score(self.model, seq.num_computed, read)
+        kept = [
+            self._pass(work) if first is None else self._answer(work, logits, rows, first)
+            for work, first in zip(plan.works, firsts, strict=True)
+        ]
         if self.drafter is not None:
             self.drafter.observe(plan.works, kept, batch, hidden)
-        self.counts.steps += 1
         self._measure(batch, perf_counter() - began)
 
     def _drafts(self) -> dict[Sequence, list[int]]:
         """Guesses for the answers under way: the one place where they come in."""
         if self.drafter is None:
             return {}
+        if not self.drafter.wants(len(self.scheduler.running)):
+            return {}
+        most = self.settings.max_rollback
         limits = {
-            seq: min(self.settings.max_rollback, seq.limit - len(seq.ids) - 1)
+            seq: min(most, seq.limit - len(seq.ids) - 1)
             for seq in self.scheduler.running
             if seq.remaining == 1 and len(seq.ids) > seq.num_prompt
         }
@@ -189,29 +211,35 @@ class EngineCore:
         if hit is not None:
             self._generations[seq].begin(hit)
         if logits is not None:
-            self._answer(Work(seq, []), logits[None])
+            self._answer(Work(seq, []), logits[None], as_rows(logits[None]), 0)
 
-    def _settle(self, work: Work, logits: Tensor | None) -> int:
-        """Take in what a step gave for one sequence; how many of the tokens it ran were true."""
-        if logits is not None:
-            return self._answer(work, logits)
+    def _pass(self, work: Work) -> int:
+        """Take in a step that read a part of a prompt; how many tokens it ran."""
         seq = work.sequence
         self.runner.settle(work, len(work.tokens))
         if seq.is_cut(seq.num_computed):
             self.runner.remember(seq)
         return len(work.tokens)
 
-    def _answer(self, work: Work, logits: Tensor) -> int:
-        """Choose tokens by ``logits [1 + drafts, V]`` as far as the drafts agree; the others are undone.
+    def _answer(self, work: Work, logits: Tensor, rows: Row, first: int) -> int:
+        """Choose tokens as far as the drafts agree, and undo the others; how many that ran were true.
 
         A token is drawn as it would be without drafts, so they change neither an answer nor its distribution.
+
+        Args:
+            logits: scores ``[R, V]``, of which ``rows`` is the same in memory.
+            first: row after the last known token; those after each draft follow.
         """
         seq, generation = work.sequence, self._generations[work.sequence]
         sure = len(work.tokens) - work.num_drafts
-        guesses: list[int | None] = [*work.tokens[sure:], None]
-        made, reason, error = 0, None, None
+        made, error = 0, None
+        reason: Reason | None = None
+        guesses: tuple[int | None, ...] = (*work.tokens[sure:], None)
+        if len(seq.ids) >= seq.limit:  # only the prompt was to be read
+            guesses, reason = (), "length"
         try:
-            for row, guess in zip(logits, guesses, strict=True):
+            for guess in guesses:
+                row = rows[first + made]
                 token = generation.choose(row)
                 made += 1
                 reason = generation.push(token, row)
@@ -224,7 +252,7 @@ class EngineCore:
         generation.accepted += kept - sure
         self.runner.settle(work, kept)
         if seq.num_computed == seq.num_prompt and error is None:
-            self.runner.remember(seq, logits[0])
+            self.runner.remember(seq, logits[first])
         if reason is not None:
             self._finish(generation, reason, error)
         return kept

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,7 @@ class EngineStats:
     num_finished: int
     num_preemptions: int
     num_failures: int
+    num_checks: int
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
@@ -91,8 +93,8 @@ class Engine:
         snapshot_spacing: the state of a prompt is copied every so many tokens, besides its boundaries.
         cache_dir: keeps what is remembered in files too, so that it survives a restart.
         cache_bytes: of these files.
-        speculate: guess tokens ahead where that pays; only with packed weights, whose answers stay the
-            same. Off unless asked for: beside other answers its bookkeeping costs more than it gains.
+        speculate: guess tokens ahead where measurements say that it pays, beside few other answers; only with
+            packed weights, whose answers stay the same, and where there is memory for it.
         max_rollback: tokens that may be drafted for a sequence in a step by ``drafter``.
         drafter: drafts them, instead of what ``speculate`` asks for.
         debug: check the books whenever there is nothing to do.
@@ -119,7 +121,7 @@ class Engine:
         snapshot_spacing: int = SNAPSHOT_SPACING,
         cache_dir: Path | None = None,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
-        speculate: bool = False,
+        speculate: bool = True,
         max_rollback: int = 0,
         drafter: Drafter | None = None,
         debug: bool = False,
@@ -152,6 +154,7 @@ class Engine:
         self._closing = False
         self._ended = False
         self._fault: str | None = None
+        self._on_turn: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._live, name="godwit-engine", daemon=True)
         self._thread.start()
 
@@ -172,9 +175,14 @@ class Engine:
             sequence = Sequence(
                 next(self._numbers), ids, len(ids), limit, request.salt, request.priority, cuts
             )
+            sequence.scored = request.score_prompt
             self._inbox.append(Generation(request, sequence, sampler, self.tokenizer, channel))
             self._changed.notify_all()
         return Stream(channel)
+
+    def on_turn(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` in the engine's thread after each step, when all its events are out."""
+        self._on_turn = callback
 
     def stats(self) -> EngineStats:
         """What was done and what is in use; does not wait for the step under way."""
@@ -192,6 +200,7 @@ class Engine:
             num_finished=counts.finished,
             num_preemptions=scheduler.num_preemptions,
             num_failures=counts.failures,
+            num_checks=counts.checks,
             prompt_tokens=counts.prompt,
             cached_tokens=counts.cached,
             completion_tokens=counts.completion,
@@ -258,10 +267,12 @@ class Engine:
             )
         if not 0 <= min(ids) <= max(ids) < self.model.config.vocab_size:
             raise UsageError(f"the prompt has token ids outside 0 to {self.model.config.vocab_size - 1}")
+        if request.score_prompt and request.params.logprobs is None:
+            raise UsageError("a prompt can only be scored where logprobs are asked for")
         if not all(0 <= position <= len(ids) for position in request.boundaries):
             raise UsageError(f"the boundaries have to lie within the prompt's {len(ids)} tokens")
         end = self.max_context if asked is None else min(self.max_context, len(ids) + asked)
-        needed = len(ids) + 1 if asked is None else end
+        needed = len(ids) + 1 if asked is None else max(len(ids) + 1, end)
         if needed > self.capacity:
             each = self.size.per_block / 2**20
             raise MemoryBudgetError(
@@ -299,6 +310,7 @@ class Engine:
             while self._wait():
                 self._take()
                 self.core.turn()
+                self._on_turn()
             self._take()
             self.core.cancel_all()
         except BaseException as fault:
@@ -312,6 +324,7 @@ class Engine:
             with self._changed:
                 self._ended = True
             self._take()
+            self._on_turn()
             if self._disk is not None:
                 self._disk.close()
 

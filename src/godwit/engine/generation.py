@@ -9,9 +9,11 @@ from torch import Tensor
 
 from godwit.engine.answer import StopMatcher
 from godwit.engine.prefix import Hit
-from godwit.engine.sampling import Sampler, TokenLogprobs
+from godwit.engine.sampling import Row, Sampler, TokenLogprobs
 from godwit.engine.scheduler import Sequence
-from godwit.engine.stream import Channel, Finish, GenerationRequest, Piece, Reason
+from godwit.engine.scoring import PromptScores
+from godwit.engine.stream import Channel, Finish, GenerationRequest, Piece, PromptScored, Reason, Started
+from godwit.models.causal_lm import CausalLM
 from godwit.tokenizer import Tokenizer
 
 
@@ -44,6 +46,10 @@ class Generation:
         self._first: float | None = None
         self._last = self._submitted
         self._hit = Hit(0, None, "")
+        self._stop_logprobs: TokenLogprobs | None = None
+        self._scores: PromptScores | None = None
+        if sequence.scored:
+            self._scores = PromptScores(request.prompt_ids, sampler.vocab_size, request.params.logprobs or 0)
 
     @property
     def made(self) -> list[int]:
@@ -60,8 +66,17 @@ class Generation:
         if self._admitted is None:
             self._admitted = perf_counter()
             self._hit = hit
+            self.channel.put(Started(hit.position))
 
-    def choose(self, logits: Tensor) -> int:
+    def score(self, model: CausalLM, first: int, hidden: Tensor) -> None:
+        """Take in the trunk's output ``hidden [T, H]`` for the tokens from ``first`` on, if it is wanted."""
+        if self._scores is not None:
+            self._scores.read(model, first, hidden)
+            if self._scores.complete:
+                self.channel.put(PromptScored(self._scores.whole()))
+                self._scores = None
+
+    def choose(self, logits: Row) -> int:
         """The next token after ``logits [V]``, which becomes a part of the answer.
 
         Raises:
@@ -78,14 +93,15 @@ class Generation:
         self.sequence.ids.append(token)
         return token
 
-    def push(self, token: int, logits: Tensor) -> Reason | None:
+    def push(self, token: int, logits: Row) -> Reason | None:
         """Give out what text is certain with ``token``, which was chosen by ``logits``; the reason to end."""
+        top = self.request.params.logprobs
+        logprobs = None if top is None else TokenLogprobs.of(logits, self._sampler.vocab_size, token, top)
         if token in self._stop_ids:
+            self._stop_logprobs = logprobs
             return "stop"
         text = self._decoder.push(token)
         self._num_decoded += len(text)
-        top = self.request.params.logprobs
-        logprobs = None if top is None else TokenLogprobs.of(logits, self._sampler.vocab_size, token, top)
         self._unshown.append((self._num_decoded, token, logprobs))
         if shown := self._matcher.push(text):
             self._show(shown)
@@ -106,7 +122,7 @@ class Generation:
                 tuple(self.made),
                 num_prompt,
                 cached,
-                num_prompt - cached if self._first else 0,
+                num_prompt - cached if self._first or reason == "length" else 0,
                 first - admitted,
                 max(0.0, self._last - first),
                 self._sampler.seed,
@@ -117,12 +133,15 @@ class Generation:
                 preemptions=self.sequence.num_preemptions,
                 reuse_note=self._hit.note,
                 error=error,
+                stop_logprobs=self._stop_logprobs,
                 speedup=self._speedup(max(0.0, self._last - first)),
             )
         )
 
-    def _speedup(self, seconds: float) -> float:
-        return max(0.1, (seconds + self.sequence.saved_seconds) / seconds) if seconds else 1.0
+    def _speedup(self, seconds: float) -> float | None:
+        """Time without drafts over time with them, of which each was measured beside as many answers."""
+        saved = self.sequence.saved_seconds
+        return None if saved is None or not seconds else max(0.0, seconds + saved) / seconds
 
     def _show(self, text: str) -> None:
         self._num_shown += len(text)

@@ -9,7 +9,7 @@ holds the block that begins with them. Whoever resumes there copies it, since ot
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
@@ -166,6 +166,17 @@ class PrefixIndex:
         if self.recurrent:
             return self._resume(path, [*ids, -1]).node
         return path[-1] if len(path) > 1 else None
+
+    def knows(self, keys: Iterable[bytes]) -> bool:
+        """Whether all these nodes are there."""
+        return all(key in self._nodes for key in keys)
+
+    def keep(self, chain: Sequence[bytes]) -> None:
+        """Let what is known of a text be the last to be evicted."""
+        self._clock += 1
+        for key in reversed(chain):
+            if key in self._nodes:
+                return self._touch(self._nodes[key])
 
     def can_graft(self, root: bytes, parent: bytes) -> bool:
         """Whether the node ``parent``, or the root itself, is there to go on from."""

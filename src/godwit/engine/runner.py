@@ -68,6 +68,12 @@ class ModelRunner:
         if not self.cache.rows.num_free:
             return False
         hit = self.index.match(seq.ids, seq.salt, seq.chain)
+        if self.disk is not None and self.disk.fetch(
+            seq.ids, seq.salt, seq.chain, hit, self.index, self.cache
+        ):
+            hit = self.index.match(seq.ids, seq.salt, seq.chain)
+        if seq.scored:
+            hit = Hit(0, None, "the probabilities of the whole prompt were asked for")
         if not self._fits(seq, hit, reserve):
             # A partial block is copied, and for a moment that takes a block more than a sequence needs.
             hit = Hit(0, None, "the caches are too small to copy what is known of the text")
@@ -75,6 +81,9 @@ class ModelRunner:
                 return False
         self.index.use(hit)
         self._place(seq, hit)
+        if hit.node is not None:
+            # a state so close behind one that is kept saves less than the step costs that would end there
+            seq.cuts = [cut for cut in seq.cuts if cut - hit.position >= MIN_SHARED or cut <= hit.position]
         if self.recurrent and self.remembers and hit.known - hit.position >= MIN_SHARED:
             seq.add_cut(hit.known)  # texts part there, so that others may well begin in the same way
         self.hits[seq] = hit
@@ -139,35 +148,42 @@ class ModelRunner:
 
     # steps
 
-    def run(self, works: Seq[Work]) -> tuple[ForwardBatch, Tensor, list[Tensor | None]]:
+    def run(self, works: Seq[Work]) -> tuple[ForwardBatch, Tensor, Tensor, list[int | None]]:
         """One forward pass over sequences that were extended for it.
 
         Returns:
-            The batch, its hidden states ``[T, H]``, and for each work the scores ``[1 + drafts, V]`` after
-            the last known token and each draft; None where the step does not reach the end of what is known.
+            The batch, its hidden states ``[T, H]``, scores ``[R, V]``, and for each work its first row there:
+            that after the last known token, which those after each draft follow. None where the step does not
+            reach the end of what is known.
         """
         pieces = {_slot(work.sequence): work.tokens for work in works}
         tentative = [work.num_drafts if self.recurrent else 0 for work in works]
         batch = self.cache.batch(pieces, tentative)
-        wanted = [1 + work.num_drafts if work.reaches_end else 0 for work in works]
-        rows = [
-            row
-            for end, count in zip(batch.cu_seqlens[1:], wanted, strict=True)
-            for row in range(end - count, end)
-        ]
+        firsts, rows = list[int | None](), list[int]()
+        for work, end in zip(works, batch.cu_seqlens[1:], strict=True):
+            if work.reaches_end:
+                firsts.append(len(rows))
+                rows += range(end - 1 - work.num_drafts, end)
+            else:
+                firsts.append(None)
         with torch.inference_mode():
             hidden = self.model(batch, self.cache.caches)
-            index = torch.tensor(rows, dtype=torch.long, device=hidden.device)
-            logits = self.model.compute_logits(hidden, index) if rows else hidden[:0]
-            parts = torch.split(logits, wanted)
-        return batch, hidden, [part if count else None for part, count in zip(parts, wanted, strict=True)]
+            if len(rows) == len(hidden):
+                logits = self.model.compute_logits(hidden)
+            elif rows:
+                index = torch.tensor(rows, dtype=torch.long, device=hidden.device)
+                logits = self.model.compute_logits(hidden, index)
+            else:
+                logits = hidden[:0]
+        return batch, hidden, logits, firsts
 
     def settle(self, work: Work, num_kept: int) -> None:
         """After a step: of the work's tokens the first ``num_kept`` are true, the others are undone."""
         seq = work.sequence
-        self.cache.rollback(_slot(seq), len(work.tokens) - num_kept)
+        if num_kept < len(work.tokens):
+            self.cache.rollback(_slot(seq), len(work.tokens) - num_kept)
         seq.num_computed += num_kept
-        if self.remembers:
+        if self.remembers and seq.num_computed // BLOCK_SIZE > seq.num_committed:
             self._commit(seq)
 
     def remember(self, seq: Sequence, logits: Tensor | None = None) -> None:

@@ -2,7 +2,7 @@
 
 The order is fixed: logit bias, repetition penalty, presence and frequency penalty, temperature, top-k, top-p,
 min-p, choice. Each filter sees the probabilities of what the one before it has left, as in ``transformers``.
-All arithmetic is float32.
+Scores are float32; what the filters leave is weighed in float64.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from godwit.errors import GodwitError, UsageError
@@ -25,6 +27,16 @@ MAX_TOKENS = 1 << 24
 MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
 MAX_LOGPROBS = 20
+#: So many of the likeliest tokens are looked at first; where they do not settle it, the whole vocabulary is.
+FEW = 64
+#: From here on sorting is faster than picking.
+MANY = 200
+#: Ids whose probabilities are added up together.
+STRETCH = 512
+
+Row = NDArray[np.float32]
+Ids = NDArray[np.int64]
+Weights = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +56,7 @@ class SamplingParams:
         logit_bias: id -> what is added to its score; -inf bans it.
         seed: the same seed, prompt and machine give the same answer; None draws one.
         stop: texts before which an answer ends.
-        max_tokens: length of an answer; None is what the context has room for.
+        max_tokens: length of an answer; 0 only reads the prompt, and None is what the context has room for.
         logprobs: report the logarithm of each token's probability, and those of the so many likeliest, 0 to
             20; None reports nothing.
     """
@@ -74,7 +86,7 @@ class SamplingParams:
         _number("frequency_penalty", self.frequency_penalty, -2, 2)
         _integer("top_k", self.top_k, 0, 2**31 - 1)
         if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS)
+            _integer("max_tokens", self.max_tokens, 0, MAX_TOKENS)
         if self.seed is not None:
             _integer("seed", self.seed, -(2**63), 2**64 - 1)
         if self.logprobs is not None:
@@ -119,6 +131,9 @@ def _checked_stops(stops: object) -> tuple[str, ...]:
 class Sampler:
     """Chooses the tokens of one sequence.
 
+    Filters see only the likeliest tokens where those decide, since sorting a whole vocabulary for each token
+    would take longer than a step of a small model.
+
     Args:
         params: what was asked for.
         vocab_size: ids below this exist; rows that only pad the model's head are never chosen.
@@ -137,13 +152,16 @@ class Sampler:
         self.seed: int = secrets.randbits(32) if params.seed is None else params.seed
         self._generator = torch.Generator()
         self._generator.manual_seed(self.seed)
-        self._bias_ids = torch.tensor(list(params.logit_bias), dtype=torch.long)
-        self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
-        self._seen = torch.zeros(vocab_size, dtype=torch.bool)
-        self._seen[[token for token in set(prompt_ids) if token < vocab_size]] = True
-        self._counts = torch.zeros(vocab_size)
+        self._bias_ids = np.array(list(params.logit_bias), dtype=np.int64)
+        self._bias = np.array(list(params.logit_bias.values()), dtype=np.float32)
+        self._repeating = params.repetition_penalty != 1
+        self._counting = bool(params.presence_penalty or params.frequency_penalty)
+        self._changing = self._repeating or self._counting or bool(params.logit_bias)
+        self._filtering = bool(params.top_k or params.top_p < 1 or params.min_p)
+        self._seen = Tally(token for token in set(prompt_ids) if self._repeating and token < vocab_size)
+        self._made = Tally()
 
-    def sample(self, logits: Tensor, allowed: Tensor | None = None) -> int:
+    def sample(self, logits: Tensor | Row, allowed: Tensor | None = None) -> int:
         """An id chosen by ``logits [V]``, of any dtype and device; V may exceed the vocabulary.
 
         Args:
@@ -154,61 +172,112 @@ class Sampler:
             UsageError: the bias, the penalties or ``allowed`` leave no token to choose.
             GodwitError: the logits are not numbers.
         """
+        scores, peak = self._scores(logits, allowed)
         if self.params.greedy:
-            return int(self.scores(logits, allowed).argmax())
-        ids, probs = self.candidates(logits, allowed)
-        # One number a token, in float64: 150,000 float32 probabilities do not add up to 1 closely enough.
-        cumulative = probs.double().cumsum(0)
-        point = torch.rand((), generator=self._generator, dtype=torch.float64) * cumulative[-1]
-        last = torch.searchsorted(cumulative, cumulative[-1])
-        return int(ids[torch.searchsorted(cumulative, point, right=True).minimum(last)])
+            return int(scores.argmax())
+        point = torch.rand((), generator=self._generator, dtype=torch.float64).item()
+        if not self._filtering:
+            return _draw(scores, peak, self.params.temperature, point)
+        ids, weights = self._kept(scores, peak)
+        return ids.item(_place(weights.cumsum(), point))
 
     def record(self, token: int) -> None:
         """Count ``token`` as a part of the answer."""
-        self._seen[token] = True
-        self._counts[token] += 1
+        if self._repeating:
+            self._seen.add(token)
+        if self._counting:
+            self._made.add(token)
 
-    def candidates(self, logits: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The ids that may be chosen, ``[C]`` ascending, and their probabilities ``[C]``, float32.
-
-        Raises: as :meth:`sample`.
-        """
-        params, scores = self.params, self.scores(logits, allowed)
-        if params.greedy:
-            return scores.argmax()[None], torch.ones(1)
-        scores = scores / params.temperature
-        ids = torch.arange(self.vocab_size)
-        if params.top_k:
-            kept = top_k_mask(scores, params.top_k)
-            scores, ids = scores[kept], ids[kept]
-        if params.top_p < 1:
-            kept = top_p_mask(scores, params.top_p)
-            scores, ids = scores[kept], ids[kept]
-        if params.min_p:
-            kept = min_p_mask(scores, params.min_p)
-            scores, ids = scores[kept], ids[kept]
-        return ids, scores.softmax(0)
-
-    def scores(self, logits: Tensor, allowed: Tensor | None = None) -> Tensor:
-        """``logits`` with bias and penalties, ``[vocab_size]`` float32 on the CPU; -inf where not allowed.
+    def candidates(
+        self, logits: Tensor | Row, allowed: Tensor | None = None
+    ) -> tuple[list[int], list[float]]:
+        """The ids that may be chosen, ascending, and their probabilities.
 
         Raises: as :meth:`sample`.
         """
-        params = self.params
-        scores = logits[: self.vocab_size].to("cpu", torch.float32, copy=True)
-        if not math.isfinite(peak := scores.max().item()):
+        scores, peak = self._scores(logits, allowed)
+        if self.params.greedy:
+            return [int(scores.argmax())], [1.0]
+        ids, weights = self._kept(scores, peak)
+        return ids.tolist(), (weights / weights.sum()).tolist()
+
+    def scores(self, logits: Tensor | Row, allowed: Tensor | None = None) -> Row:
+        """``logits`` with bias and penalties, ``[vocab_size]``; -inf where not allowed. It may be a view.
+
+        Raises: as :meth:`sample`.
+        """
+        return self._scores(logits, allowed)[0]
+
+    def _scores(self, logits: Tensor | Row, allowed: Tensor | None) -> tuple[Row, float]:
+        """The scores and the largest of them."""
+        scores = as_rows(logits)[: self.vocab_size]
+        peak = float(scores.max())
+        if not math.isfinite(peak):
             raise GodwitError(f"the model's scores are not numbers ({peak}); try --dtype float32")
-        if params.logit_bias:
+        if not self._changing and allowed is None:
+            return scores, peak
+        scores = scores.copy()
+        if len(self._bias):
             scores[self._bias_ids] += self._bias
-        if params.repetition_penalty != 1:
-            scores = penalize_repetition(scores, self._seen, params.repetition_penalty)
-        if params.presence_penalty or params.frequency_penalty:
-            scores = penalize_counts(scores, self._counts, params.presence_penalty, params.frequency_penalty)
+        if self._repeating:
+            ids = self._seen.ids
+            scores[ids] = penalized(scores[ids], self.params.repetition_penalty)
+        if self._counting:
+            ids, params = self._made.ids, self.params
+            scores[ids] -= params.presence_penalty + params.frequency_penalty * self._made.counts
         if allowed is not None:
-            scores = scores.masked_fill(~allowed, -math.inf)
-        if not math.isfinite(scores.max().item()):
+            scores[~allowed.numpy()] = -math.inf
+        peak = float(scores.max())
+        if not math.isfinite(peak):
             raise UsageError("logit_bias and the penalties leave no token to choose; weaken them")
-        return scores
+        return scores, peak
+
+    def _kept(self, scores: Row, peak: float) -> tuple[Ids, Weights]:
+        """What the filters leave: ids, ascending, and weights in proportion to their probabilities."""
+        params, size = self.params, len(scores)
+        mass = None
+        if params.top_p < 1 and not params.top_k:
+            mass = float(_weights(scores, peak, params.temperature).sum())
+        count, width = 0, max(FEW, params.top_k + 1)
+        if self._filtering and width < min(size, MANY):
+            values, likely = native.top_k(scores, width)
+            count = num_kept(np.array(values), params, mass, whole=False)
+        if count:
+            ids = np.array(sorted(likely[:count]))
+        else:
+            ordered = np.sort(scores)[::-1]
+            count = num_kept(ordered.astype(np.float64), params, mass, whole=True)
+            ids = _largest(scores, ordered.item(count - 1), count)
+        return ids, np.exp((scores[ids].astype(np.float64) - peak) / params.temperature)
+
+
+class Tally:
+    """Ids and how often each of them came, in arrays that grow."""
+
+    def __init__(self, ids: Iterable[int] = ()) -> None:
+        known = list(ids)
+        self._places = {token: place for place, token in enumerate(known)}
+        self._ids = np.array([*known, *[0] * 64], dtype=np.int64)
+        self._counts = np.ones(len(self._ids), dtype=np.float32)
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        return self._ids[: len(self._places)]
+
+    @property
+    def counts(self) -> Row:
+        return self._counts[: len(self._places)]
+
+    def add(self, token: int) -> None:
+        place = self._places.get(token)
+        if place is not None:
+            self._counts[place] += 1
+            return
+        place = self._places[token] = len(self._places)
+        if place == len(self._ids):
+            self._ids = np.concatenate((self._ids, np.zeros_like(self._ids)))
+            self._counts = np.concatenate((self._counts, np.ones_like(self._counts)))
+        self._ids[place] = token
 
 
 @dataclass(frozen=True)
@@ -225,44 +294,88 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
     @staticmethod
-    def of(logits: Tensor, vocab_size: int, token: int, num_top: int) -> TokenLogprobs:
+    def of(logits: Tensor | Row, vocab_size: int, token: int, num_top: int) -> TokenLogprobs:
         """From raw ``logits [V]``; ids from ``vocab_size`` on do not exist."""
-        logprobs = logits[:vocab_size].to("cpu", torch.float32).log_softmax(0)
-        ids: list[int] = []
-        if num_top:
-            least = logprobs.topk(min(num_top, vocab_size)).values[-1]
-            likely = (logprobs >= least).nonzero()[:, 0]
-            order = logprobs[likely].argsort(descending=True, stable=True)
-            ids = likely[order][:num_top].tolist()
-        top = tuple((index, logprobs[index].item()) for index in ids)
-        return TokenLogprobs(token, logprobs[token].item(), top)
+        logprobs = torch.tensor(as_rows(logits)[:vocab_size]).log_softmax(0).numpy()
+        values, ids = native.top_k(logprobs, min(num_top, vocab_size))
+        return TokenLogprobs(token, logprobs.item(token), tuple(zip(ids, values, strict=True)))
 
 
-def penalize_repetition(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Scores ``[V]`` with those of the tokens ``seen [V]`` (bool) brought down by a factor."""
-    weakened = torch.where(scores > 0, scores / penalty, scores * penalty)
-    return torch.where(seen, weakened, scores)
+def as_rows(logits: Tensor | Row) -> Row:
+    """Scores as float32 arrays in the CPU's memory: small operations cost less on them than on tensors."""
+    if isinstance(logits, np.ndarray):
+        return logits
+    rows: Row = logits.detach().to("cpu", torch.float32).numpy()
+    return rows
 
 
-def penalize_counts(scores: Tensor, counts: Tensor, presence: float, frequency: float) -> Tensor:
-    """Scores ``[V]`` less ``presence`` where ``counts [V]`` is not 0, less ``frequency`` times the count."""
-    return scores - presence * (counts > 0) - frequency * counts
+def penalized(scores: Row, penalty: float) -> Row:
+    """Scores brought down by the factor of the repetition penalty."""
+    return np.where(scores > 0, scores / penalty, scores * penalty)
 
 
-def top_k_mask(scores: Tensor, k: int) -> Tensor:
-    """Which of ``scores [C]`` are the k largest, or equal to the k-th: bool ``[C]``."""
-    if k >= scores.shape[0]:
-        return torch.ones_like(scores, dtype=torch.bool)
-    return scores >= native.kth_largest(scores, k)
+def num_kept(values: Weights, params: SamplingParams, mass: float | None, *, whole: bool) -> int:
+    """How many of the largest scores the filters keep; 0 where that takes more of them to tell.
+
+    Top-k keeps what equals the k-th too. Top-p keeps the fewest whose probabilities reach p; of equal ones,
+    the first.
+
+    Args:
+        values: the largest scores, falling; more of them than top-k asks for.
+        params: what the filters are.
+        mass: of all scores together, relative to the largest's; None: of what top-k leaves.
+        whole: there are no more.
+    """
+    cut, peak = len(values), values.item(0)
+    if values.item(-1) == -math.inf:
+        cut, whole = int(np.count_nonzero(values > -math.inf)), True
+    if 0 < params.top_k < cut:
+        cut = int(np.count_nonzero(values >= values[params.top_k - 1]))
+        if cut == len(values) and not whole:
+            return 0
+        whole = True
+    if params.top_p < 1:
+        reached = np.exp((values[:cut] - peak) / params.temperature).cumsum()
+        place = int(reached.searchsorted(params.top_p * (reached.item(-1) if mass is None else mass)))
+        if place < cut:
+            cut, whole = place + 1, True
+    if params.min_p:
+        likely = int(np.count_nonzero(values[:cut] >= peak + params.temperature * math.log(params.min_p)))
+        cut, whole = likely, whole or likely < cut
+    return cut if whole else 0
 
 
-def top_p_mask(scores: Tensor, p: float) -> Tensor:
-    """Which of ``scores [C]`` are the fewest whose probabilities reach p: bool ``[C]``, at least one."""
-    ordered, order = scores.sort(descending=True, stable=True)
-    probs = ordered.softmax(0).double()
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(0, order, probs.cumsum(0) - probs < p)
+def _weights(scores: Row, peak: float, temperature: float) -> Row:
+    """In proportion to the probabilities, that of the largest score 1."""
+    weights = scores - np.float32(peak)
+    weights *= np.float32(1 / temperature)
+    np.exp(weights, out=weights)
+    return weights
 
 
-def min_p_mask(scores: Tensor, share: float) -> Tensor:
-    """Which of ``scores [C]`` are at least ``share`` times as likely as the largest: bool ``[C]``."""
-    return scores - scores.max() >= math.log(share)
+def _largest(scores: Row, least: float, count: int) -> Ids:
+    """Ids of the ``count`` largest, of which ``least`` is the smallest; of equal ones the lowest ids."""
+    above, equal = np.flatnonzero(scores > least), np.flatnonzero(scores == least)
+    return np.sort(np.concatenate((above, equal[: count - len(above)])))
+
+
+def _draw(scores: Row, peak: float, temperature: float, point: float) -> int:
+    """The id at ``point`` of all probabilities laid side by side.
+
+    First a stretch of ids is found, then the id: float32 sums over a whole vocabulary would not be exact
+    enough, and float64 ones take their time.
+    """
+    weights = _weights(scores, peak, temperature)
+    sums = np.add.reduceat(weights, np.arange(0, len(weights), STRETCH)).cumsum(dtype=np.float64)
+    stretch = _place(sums, point)
+    before = sums.item(stretch - 1) if stretch else 0.0
+    within = (point * sums.item(-1) - before) / (sums.item(stretch) - before)
+    start = stretch * STRETCH
+    return start + _place(weights[start : start + STRETCH].cumsum(dtype=np.float64), within)
+
+
+def _place(cumulative: Weights, point: float) -> int:
+    """Where ``point``, 0 to 1, falls in what adds up to ``cumulative``; never on what adds nothing."""
+    total = cumulative.item(-1)
+    last = int(cumulative.searchsorted(total))
+    return min(last, int(cumulative.searchsorted(point * total, "right")))

@@ -32,7 +32,8 @@ class Sequence:
         slot: its number in the caches while it runs.
         chain: keys of its full blocks, as far as they were needed.
         num_committed: blocks of it that the prefix index knows.
-        saved_seconds: how much sooner its tokens came thanks to drafts, as it is estimated.
+        saved_seconds: how much sooner its tokens came thanks to drafts, as it is estimated; None: no basis.
+        scored: its prompt is read from the start, whatever is cached: each of its tokens is to be judged.
     """
 
     number: int
@@ -47,7 +48,8 @@ class Sequence:
     chain: list[bytes] = field(default_factory=list)
     num_committed: int = 0
     num_preemptions: int = 0
-    saved_seconds: float = 0.0
+    saved_seconds: float | None = None
+    scored: bool = False
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -182,10 +184,12 @@ class Scheduler:
         """
         plan = Plan()
         for seq in [seq for seq in self.running if seq.remaining == 1]:
-            if seq in self.running:
+            if not plan.preempted or seq in self.running:
                 self._decode(seq, memory, plan, draft)
-        if not plan.preempted:
+        if self.waiting and not plan.preempted:
             self._admit(memory, plan)
+        if len(plan.works) == len(self.running):
+            return plan
         used = sum(len(work.tokens) for work in plan.works)
         for seq, count in self._shares(max(budget - used, min(budget, MIN_PIECE)), plan):
             if seq in self.running and self._make_room(seq, count, memory, plan):
@@ -234,7 +238,7 @@ class Scheduler:
 
     def _is_being_read(self, seq: Sequence, memory: Memory) -> bool:
         """Whether a running sequence is about to compute much of what ``seq`` begins with."""
-        if not memory.remembers or not self.running:
+        if not memory.remembers or not self.running or seq.scored:
             return False
         known = memory.known(seq)
         for other in self.running:

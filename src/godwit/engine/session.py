@@ -259,7 +259,8 @@ class _Run:
         prefill = self.session._feed(self.ids, self.progress)
         reason: Literal["stop", "length", "cancelled"] = "length"
         room = self.session.max_context - len(self.ids)
-        limit = min(room, self.sampler.params.max_tokens or room)
+        asked = self.sampler.params.max_tokens
+        limit = room if asked is None else min(room, asked)
         while len(self.made) < limit:
             self._refuse_stale()
             if self.session.cancelled:

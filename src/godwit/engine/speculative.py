@@ -16,9 +16,10 @@ from godwit.engine.cache import CacheSize, num_blocks
 from godwit.engine.core import divide
 from godwit.engine.runner import ModelRunner
 from godwit.engine.scheduler import Sequence, Work
-from godwit.engine.speculative_control import Acceptance, Choice, Controller, Measured, Option
+from godwit.engine.speculative_control import Controller, Measured, Option
+from godwit.engine.speculative_learned import Acceptance
 from godwit.engine.speculative_lookup import MAX_MATCH, PromptLookup, continuation
-from godwit.engine.speculative_mtp import MTPDrafts
+from godwit.engine.speculative_mtp import MAX_PENDING, MTPDrafts
 from godwit.errors import MemoryBudgetError
 from godwit.models.batch import ForwardBatch
 from godwit.models.causal_lm import CausalLM
@@ -31,6 +32,9 @@ MAX_MTP_DEPTH = 4
 _LENGTH_KINDS = [
     MAX_MTP_DEPTH + min(length, 8) // 2 + (length >= MAX_MATCH) for length in range(MAX_MATCH + 1)
 ]
+#: With more sequences than these nothing is drafted: there rows cost about what they give, and looking after
+#: drafts costs more than their gains.
+MAX_SEQUENCES = 4
 #: Share of the context that has to be left with room for drafts.
 _LEAST_CONTEXT = 0.95
 
@@ -41,11 +45,13 @@ class History:
 
     Attributes:
         guess: a draft that was not verified: where its token will stand, its kind, and the token.
+        mtp: how likely its MTP drafts are, until more is known.
     """
 
     acceptance: Acceptance
     lookup: PromptLookup = field(default_factory=PromptLookup)
     guess: tuple[int, int, int] | None = None
+    mtp: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -65,6 +71,7 @@ class Speculator:
         max_depth: drafts for a sequence in a step.
         controller: chooses how many; None makes one.
         clock: tells seconds.
+        max_sequences: with more of them nothing is drafted.
     """
 
     def __init__(
@@ -72,13 +79,17 @@ class Speculator:
         max_depth: int = MAX_DEPTH,
         controller: Controller | None = None,
         clock: Callable[[], float] = perf_counter,
+        max_sequences: int = MAX_SEQUENCES,
     ) -> None:
         self.max_depth = max_depth
+        self.max_sequences = max_sequences
         self.controller = controller or Controller(max_depth)
         self._clock = clock
         self._acceptance = Acceptance()
         self._mtp: MTPDrafts | None = None
         self._histories: dict[Sequence, History] = {}
+        self._size = self._num_rests = self._num_slept = 0
+        self._resting, self._recording = False, True
         self._reset()
 
     def _reset(self) -> None:
@@ -94,12 +105,29 @@ class Speculator:
         self._histories.clear()
         self._reset()
 
-    def propose(self, limits: Mapping[Sequence, int]) -> dict[Sequence, list[int]]:
+    def wants(self, num_sequences: int) -> bool:
+        if num_sequences > self.max_sequences:
+            self._num_rests, self._size, self._resting, self._recording = 0, num_sequences, True, False
+            self._drafted = {}
+            return False
+        if self._num_rests and num_sequences == self._size:
+            self._num_rests -= 1
+            self._num_slept += 1
+            return False
+        self._num_rests, self._size, self._resting = 0, num_sequences, False
         self._reset()
+        return self.controller.wants(num_sequences)
+
+    def propose(self, limits: Mapping[Sequence, int]) -> dict[Sequence, list[int]]:
+        limits = {seq: min(limit, self.max_depth) for seq, limit in limits.items() if limit > 0}
         if not limits:
             return {}
         places = {seq: self._look_up(seq) for seq in limits}
-        options = [self._option(seq, limits[seq], places[seq][1]) for seq in limits]
+        mtp = self._mtp is not None and self.controller.allows_mtp(len(limits))
+        if not mtp and not any(length for _, length in places.values()):
+            self.controller.looked(len(limits), self._clock() - self._began)
+            return {}
+        options = [self._option(seq, limits[seq], places[seq][1], mtp) for seq in limits]
         choices = dict(zip(limits, self.controller.choose(options), strict=True))
         for seq, choice in choices.items():
             if choice.depth and not choice.mtp:
@@ -108,19 +136,26 @@ class Speculator:
                 kinds = [_LENGTH_KINDS[min(length + i, MAX_MATCH)] for i in range(choice.depth)]
                 self._drafted[seq] = Drafted(kinds, tokens)
                 self._histories[seq].guess = None
-        self._draft(choices)
+        self._draft({seq: choice.depth for seq, choice in choices.items() if choice.mtp and choice.depth})
+        if not self._drafted:
+            self.controller.looked(len(limits), self._clock() - self._began)
         return {seq: drafted.tokens for seq, drafted in self._drafted.items()}
 
     def observe(self, works: Seq[Work], kept: Seq[int], batch: ForwardBatch, hidden: Tensor) -> None:
-        seconds = self._clock() - self._began
-        if all(len(work.tokens) == 1 + work.num_drafts for work in works):
-            self._measure(works, kept, seconds)
-        for work, count, start in zip(works, kept, batch.cu_seqlens, strict=False):
-            seq = work.sequence
+        if self._recording and self._mtp is not None:
+            self._mtp.record(works, kept, batch, hidden)
+        if self._resting:
+            return
+        for work, count in zip(works, kept, strict=True) if self._drafted else ():
             if work.num_drafts:
                 self._compare(work, count - 1)
-            if self._mtp is not None and seq.slot is not None and count:
-                self._mtp.observe(seq, hidden[start : start + count])
+        num_drafts = len(hidden) - len(works)
+        if not num_drafts or (self._drafted and all(len(w.tokens) == 1 + w.num_drafts for w in works)):
+            self._measure(works, kept, num_drafts, self._clock() - self._began)
+        size = len(works)
+        self._num_rests, self._num_slept = self.controller.rest(size) if size == self._size else 0, 0
+        self._resting = self._num_rests > 0
+        self._recording = self.controller.allows_mtp(size, MAX_PENDING)
 
     def forget(self, seq: Sequence) -> None:
         self._histories.pop(seq, None)
@@ -141,25 +176,27 @@ class Speculator:
         history.guess = (len(seq.ids), _LENGTH_KINDS[length], seq.ids[place]) if length else None
         return place, length
 
-    def _option(self, seq: Sequence, limit: int, match: int) -> Option:
-        estimate = self._histories[seq].acceptance.estimate
-        limit = min(limit, self.max_depth)
-        lookup, mtp = list[float](), list[float]()
+    def _option(self, seq: Sequence, limit: int, match: int, mtp: bool) -> Option:
+        history = self._histories[seq]
+        estimate, lookup = history.acceptance.estimate, list[float]()
         if match:
             lookup = [estimate(_LENGTH_KINDS[min(match + i, MAX_MATCH)]) for i in range(limit)]
-        if self._mtp is not None and self._mtp.is_ready(seq):
-            mtp = [estimate(number) for number in range(min(limit, MAX_MTP_DEPTH))]
-        return Option(lookup, mtp)
+        if not mtp:
+            return Option(lookup)
+        if not history.mtp:
+            history.mtp = [estimate(number) for number in range(MAX_MTP_DEPTH)]
+        return Option(lookup, history.mtp[:limit])
 
-    def _draft(self, choices: Mapping[Sequence, Choice]) -> None:
-        depths = {seq: choice.depth for seq, choice in choices.items() if choice.mtp and choice.depth}
+    def _draft(self, depths: Mapping[Sequence, int]) -> None:
         if self._mtp is None or not depths:
             return
         began = self._clock()
-        usual = sum(map(self._mtp.num_pending, depths)) <= len(depths) * (self.max_depth + 1)
-        for seq, tokens in self._mtp.draft(depths).items():
+        ready = self._mtp.catch_up(depths)
+        usual = sum(map(self._mtp.num_pending, ready)) <= len(ready) * (self.max_depth + 1)
+        drafts = self._mtp.draft({seq: depths[seq] for seq in ready}) if ready else {}
+        for seq, tokens in drafts.items():
             self._drafted[seq] = Drafted(list(range(len(tokens))), tokens)
-        self._draft_depth = max(depths.values())
+        self._draft_depth = max(map(len, drafts.values()), default=0)
         self._draft_seconds = self._clock() - began if usual else None
 
     # what came of them
@@ -168,22 +205,31 @@ class Speculator:
         drafted, history = self._drafted.get(work.sequence), self._histories.get(work.sequence)
         if drafted is None or history is None:  # it has ended, for whatever reason
             return
+        history.mtp = []
         for number, kind in enumerate(drafted.kinds[: work.num_drafts]):
             history.acceptance.learn(kind, number < num_accepted)
             if number >= num_accepted:
                 return
 
-    def _measure(self, works: Seq[Work], kept: Seq[int], seconds: float) -> None:
-        num_drafts = sum(work.num_drafts for work in works)
+    def _measure(self, works: Seq[Work], kept: Seq[int], num_drafts: int, seconds: float) -> None:
         if self._drafted and not num_drafts:  # there was no room for them
             return
         plain = self.controller.plain_seconds(len(works))
         self.controller.learn(
-            Measured(len(works), num_drafts, sum(kept), seconds, self._draft_depth, self._draft_seconds)
+            Measured(
+                len(works),
+                num_drafts,
+                sum(kept),
+                seconds,
+                self._draft_depth,
+                self._draft_seconds,
+                self._num_slept,
+            )
         )
         if num_drafts and plain is not None:
             for work, count in zip(works, kept, strict=True):
-                work.sequence.saved_seconds += count * plain - seconds
+                seq = work.sequence
+                seq.saved_seconds = (seq.saved_seconds or 0.0) + count * plain - seconds
 
 
 def leaves_room(model: CausalLM, max_context: int, max_bytes: int | None, max_sequences: int) -> bool:

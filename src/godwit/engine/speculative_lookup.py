@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 #: Lengths of the beginnings that are looked up, the longest first.
-NGRAMS = (5, 3, 2)
+LONG, SHORT = 6, 3
 #: Tokens that are compared at most to tell how long a match is.
 MAX_MATCH = 16
 #: Tokens that are indexed at most in one call, so that a long prompt holds nobody up.
@@ -11,31 +11,31 @@ MAX_INDEXED = 4096
 
 
 class PromptLookup:
-    """The n-grams of one sequence and where each stood last; work per token is bounded."""
+    """The n-grams of one sequence and where each stood last; work per token is bounded, and small."""
 
     def __init__(self) -> None:
-        self._places: list[dict[int, int]] = [{} for _ in NGRAMS]
+        self._long: dict[tuple[int, ...], int] = {}
+        self._short: dict[tuple[int, ...], int] = {}
         self._num_indexed = 0
 
     def match(self, ids: list[int]) -> tuple[int, int]:
         """Where a text like the end of ``ids`` went on, and how many tokens agree; (0, 0): nowhere."""
-        self._index(ids)
-        best = (0, 0)
-        for length, places in zip(NGRAMS, self._places, strict=True):
-            place = places.get(hash(tuple(ids[-length:])), 0)
-            if place and (count := _agreeing(ids, place)) > best[1]:
-                best = place, count
-                if count >= length:
-                    break
-        return best if best[1] >= NGRAMS[-1] else (0, 0)
+        if self._num_indexed < len(ids):
+            self._index(ids)
+        place = self._short.get(tuple(ids[-SHORT:]), 0)
+        if not place:
+            return 0, 0
+        place = self._long.get(tuple(ids[-LONG:]), place)
+        return place, _agreeing(ids, place)
 
     def _index(self, ids: list[int]) -> None:
         """Take in all but the newest n-grams, of which nothing is known to follow."""
         end = min(len(ids), self._num_indexed + MAX_INDEXED)
-        for place in range(max(1, self._num_indexed), end):
-            for length, places in zip(NGRAMS, self._places, strict=True):
-                if place >= length:
-                    places[hash(tuple(ids[place - length : place]))] = place
+        short, long = self._short, self._long
+        for place in range(max(SHORT, self._num_indexed), end):
+            short[tuple(ids[place - SHORT : place])] = place
+            if place >= LONG:
+                long[tuple(ids[place - LONG : place])] = place
         self._num_indexed = end
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -13,13 +14,20 @@ from torch import Tensor
 
 from godwit.engine.cache import num_blocks
 from godwit.engine.runner import ModelRunner
-from godwit.engine.scheduler import Sequence
+from godwit.engine.sampling import as_rows
+from godwit.engine.scheduler import Sequence, Work
 from godwit.models.batch import BLOCK_SIZE, ForwardBatch
 
 #: Trunk states that are kept of a sequence for which nothing is drafted; the module begins anew with them.
 MAX_PENDING = 64
+#: Tokens of a sequence in a step that answers.
+MAX_USUAL = 16
 #: States that the module reads in a step at most, in all sequences together.
 MAX_FILLED = 512
+
+
+#: A sequence, states of some of its tokens, and the position of the first.
+Part = tuple[Sequence, Tensor, int]
 
 
 @dataclass
@@ -109,15 +117,28 @@ class MTPDrafts:
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
         self.windows: dict[Sequence, Window] = {}
+        self._steps: deque[list[Part] | Callable[[], Iterator[Part]]] = deque(maxlen=MAX_PENDING)
 
-    def observe(self, seq: Sequence, states: Tensor) -> None:
-        """The trunk's states of the newest computed tokens of ``seq``."""
-        window = self.windows.get(seq)
-        if window is None:
-            window = self.windows[seq] = Window()
-        if len(states) > MAX_PENDING:  # a whole chunk would be kept alive
-            states = states[-MAX_PENDING:].clone()
-        window.add(states, seq.num_computed - len(states))
+    def record(self, works: Seq[Work], kept: Seq[int], batch: ForwardBatch, hidden: Tensor) -> None:
+        """Note a step, with the trunk's states ``hidden [T, H]``, of which so many were true of each work.
+
+        Where few tokens ran that costs nothing by sequence: :meth:`catch_up` sorts the states out if anybody
+        wants them.
+        """
+        step = partial(_parts, works, kept, batch, hidden)
+        if len(hidden) > len(works) * MAX_USUAL:  # the whole of it would be kept alive for a small part
+            self._steps.append([_shortened(part) for part in step()])
+        else:
+            self._steps.append(step)
+
+    def catch_up(self, seqs: Iterable[Sequence]) -> list[Sequence]:
+        """Sort out what was recorded, and tell which of ``seqs`` can be drafted for."""
+        for step in self._steps:
+            for seq, states, position in step if isinstance(step, list) else step():
+                if seq.slot is not None and len(states):
+                    self.windows.setdefault(seq, Window()).add(states, position)
+        self._steps.clear()
+        return [seq for seq in seqs if self.is_ready(seq)]
 
     def forget(self, seq: Sequence) -> None:
         self.windows.pop(seq, None)
@@ -196,7 +217,8 @@ class MTPDrafts:
         out = model.forward_mtp(states, next_ids, batch, self.runner.cache.caches)
         if len(out) > len(parts):
             out = out[batch.last_rows]
-        return out, model.compute_logits(out).argmax(-1)
+        likeliest = as_rows(model.compute_logits(out)).argmax(-1)
+        return out, torch.from_numpy(likeliest)
 
     def _borrow(self, seq: Sequence, depth: int) -> list[int]:
         """Blocks for guessed slots beyond the sequence's own, as far as there are any."""
@@ -208,6 +230,17 @@ class MTPDrafts:
 
     def _blocks(self, seq: Sequence) -> list[int]:
         return [] if seq.slot is None else self.runner.cache.blocks_of(seq.slot)
+
+
+def _parts(works: Seq[Work], kept: Seq[int], batch: ForwardBatch, hidden: Tensor) -> Iterator[Part]:
+    for work, count, start, end in zip(works, kept, batch.cu_seqlens, batch.seq_lens, strict=False):
+        yield work.sequence, hidden[start : start + count], end - len(work.tokens)
+
+
+def _shortened(part: Part) -> Part:
+    seq, states, position = part
+    excess = max(0, len(states) - MAX_PENDING)
+    return seq, states[excess:].clone(), position + excess
 
 
 def _batch(next_ids: Tensor, parts: Seq[Rows]) -> ForwardBatch:

@@ -1,117 +1,78 @@
 """DiskCache: what the prefix index knows, kept in files, so that conversations survive a restart.
 
 A file holds a stretch of text: the blocks after those that another file holds, and the state at its end. It
-is written under a temporary name and renamed, and ends with a checksum; what is damaged or lacks what it goes
-on from is dropped when an engine starts. Layout: magic, length of the header (8 bytes, little-endian), header
-(JSON), the tensors' bytes, BLAKE2b of all that.
+is written under a temporary name and renamed, and ends with a checksum; what is damaged is dropped when it is
+read, what lacks its beginning when an engine starts. What memory has no room for is read when it is wanted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
-import math
 import os
 import queue
 import threading
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
-import torch
 from torch import Tensor
 
 from godwit import __version__, _native
 from godwit.engine.cache import HybridCache, StateSnapshot
-from godwit.engine.nodes import Node, Resumable
-from godwit.engine.prefix import PrefixIndex
+from godwit.engine.kv_file import FAULTS, Header, Tensors, raw_bytes, read_stretch, write_stretch
+from godwit.engine.nodes import Node, Resumable, root_key
+from godwit.engine.prefix import Hit, PrefixIndex
 from godwit.errors import MemoryBudgetError, UsageError
+from godwit.models.batch import BLOCK_SIZE
 from godwit.models.caches import PagedKV
 from godwit.models.causal_lm import CausalLM
 from godwit.qtensor import QuantExperts, QuantTensor
 
-_MAGIC = b"GODWIT-KV-1\n"
-_DIGEST_BYTES = 32
-_MAX_HEADER = 64 << 20
 #: Stretches that wait to be written; when the disk is slower than the engine, the newest are not kept.
 _MAX_WAITING = 8
 #: A state this many tokens after the one before it is written; of the others only the last two of a text.
 _MIN_SAVED = 256
+#: Fewer tokens than these are read by the model sooner than from a file.
+_MIN_FETCHED = 64
+#: Share of the bytes that is left where files have to go.
+_KEPT = 0.9
 _SAMPLES = 4096
 _ABANDONED_SECONDS = 600
 
 _log = logging.getLogger(__name__)
 
 
-#: What reading a damaged file may raise.
-_FAULTS = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
-_Tensors = list[Tensor]
-
-
 @dataclass(frozen=True)
-class Header:
-    """Some nodes of the index one below the other.
+class _Entry:
+    """What is known of a file.
 
     Attributes:
-        root, parent: keys of the text's root and of the node above the first one.
-        keys, tokens: of each node.
-        tensors: dtype and shape of each: keys and values of all nodes layer by layer, state, scores.
-        num_state, pending: tensors of the state at the end, None if there is none; tokens in its journal.
-        has_logits: whether the last tensor is scores.
+        root, parent, keys: as in its header.
+        tail: tokens of its last node, if these are less than a block.
+        state_bytes: 0 where it has no state.
+        whole: the text at its end can be gone on from without another token.
     """
 
     root: bytes
     parent: bytes
-    keys: list[bytes]
-    tokens: list[tuple[int, ...]]
-    tensors: list[tuple[str, tuple[int, ...]]]
-    num_state: int | None = None
-    pending: int = 0
-    has_logits: bool = False
-
-    @property
-    def state_bytes(self) -> int:
-        if self.num_state is None:
-            return 0
-        return sum(_num_bytes(*one) for one in self.tensors[-self.num_state - self.has_logits :])
-
-    def encode(self) -> bytes:
-        raw = {
-            **vars(self),
-            "root": self.root.hex(),
-            "parent": self.parent.hex(),
-            "keys": [key.hex() for key in self.keys],
-        }
-        data = json.dumps(raw).encode()
-        return _MAGIC + len(data).to_bytes(8, "little") + data
+    keys: tuple[bytes, ...]
+    tail: tuple[int, ...]
+    state_bytes: int
+    whole: bool
 
     @staticmethod
-    def read(file: IO[bytes]) -> Header:
-        """Raises: one of the faults of damaged files."""
-        if file.read(len(_MAGIC)) != _MAGIC:
-            raise ValueError("it begins with something else")
-        size = int.from_bytes(file.read(8), "little")
-        if size > _MAX_HEADER:
-            raise ValueError("its header is too long")
-        raw = json.loads(file.read(size))
-        header = Header(
-            bytes.fromhex(raw["root"]),
-            bytes.fromhex(raw["parent"]),
-            [bytes.fromhex(key) for key in raw["keys"]],
-            [tuple(map(int, tokens)) for tokens in raw["tokens"]],
-            [(str(dtype), tuple(map(int, shape))) for dtype, shape in raw["tensors"]],
-            None if raw["num_state"] is None else int(raw["num_state"]),
-            int(raw["pending"]),
-            bool(raw["has_logits"]),
-        )
-        sizes = [_num_bytes(dtype, shape) for dtype, shape in header.tensors]
-        num_others = len(sizes) - (header.num_state or 0) - header.has_logits
-        if not header.keys or len(header.keys) != len(header.tokens) or min(num_others, *sizes) < 0:
-            raise ValueError("its header contradicts itself")
-        return header
+    def of(header: Header) -> _Entry:
+        tail = header.tokens[-1] if len(header.tokens[-1]) < BLOCK_SIZE else ()
+        state, keys = header.state_bytes, tuple(header.keys)
+        return _Entry(header.root, header.parent, keys, tail, state, header.has_logits)
+
+    @property
+    def before_last(self) -> bytes:
+        """Key of the node above its last one."""
+        return self.keys[-2] if len(self.keys) > 1 else self.parent
 
 
 class DiskCache:
@@ -134,26 +95,35 @@ class DiskCache:
             raise UsageError(f"{folder} cannot keep a cache: {error.strerror or error}") from None
         self.max_bytes = max_bytes
         self._vocab_size = model.config.vocab_size
+        self._num_bytes = 0  # of the files, about
+        self._lock = threading.Lock()  # guards the three below
+        self._entries: dict[str, _Entry] = {}  # by the file's name
         self._known: dict[bytes, str] = {}  # key of each node in a file -> name of the file
-        self._lock = threading.Lock()
-        self._waiting: queue.Queue[tuple[Header, _Tensors] | None] = queue.Queue(_MAX_WAITING)
+        self._tails: dict[bytes, set[str]] = {}  # key of a node -> files that end less than a block after it
+        self._waiting: queue.Queue[tuple[Header, Tensors] | None] = queue.Queue(_MAX_WAITING)
         self._thread = threading.Thread(target=self._write_all, name="godwit-cache-writer", daemon=True)
         self._thread.start()
+
+    # writing
 
     def save(self, end: Node, cache: HybridCache) -> None:
         """Let the text that ends with ``end`` be written, as far as it is not yet; only copies it now."""
         with self._lock:
             names = {self._known[node.key] for node in end.upwards() if node.key in self._known}
-        for name in names:
-            with contextlib.suppress(OSError):
-                os.utime(self.folder / name)  # the last to be pruned
+        self._use(names)
         places = [end, *(node for node in end.beginnings() if node.resumable)]
         for rank, node in reversed(list(enumerate(places))):
             if rank < 2 or node.saves >= _MIN_SAVED:
                 self._save_one(node, cache)
 
+    def _use(self, names: Iterable[str]) -> None:
+        """Let them be the last to be pruned."""
+        for name in names:
+            with contextlib.suppress(OSError):
+                os.utime(self.folder / name)
+
     def _save_one(self, node: Node, cache: HybridCache) -> None:
-        name = node.key.hex() + ".kv"
+        name = _name(node.key)
         with self._lock:
             written = self._known.get(node.key)
             if written == name or (written and node.resumable is None) or self._waiting.full():
@@ -161,8 +131,17 @@ class DiskCache:
             nodes = [node]
             while (above := nodes[0].parent) and above.parent and above.key not in self._known:
                 nodes.insert(0, above)
-            self._known |= {one.key: name for one in nodes}
-        self._waiting.put(_copied(nodes, cache))
+        stretch = _copied(nodes, cache)
+        self._register(name, stretch[0])
+        self._waiting.put(stretch)
+
+    def _register(self, name: str, header: Header) -> None:
+        entry = _Entry.of(header)
+        with self._lock:
+            self._entries[name] = entry
+            self._known |= dict.fromkeys(entry.keys, name)
+            if entry.tail:
+                self._tails.setdefault(entry.before_last, set()).add(name)
 
     def close(self) -> None:
         """Write what waits."""
@@ -172,36 +151,51 @@ class DiskCache:
     def _write_all(self) -> None:
         while (stretch := self._waiting.get()) is not None:
             try:
-                self._write(*stretch)
-                self._prune()
+                self._num_bytes += self._write(*stretch)
+                if self._num_bytes > self.max_bytes:
+                    self._prune()
             except OSError as error:
+                self._forget(_name(stretch[0].keys[-1]))
                 _log.warning("the cache in %s cannot be written: %s", self.folder, error)
 
-    def _write(self, header: Header, tensors: _Tensors) -> None:
-        path = self.folder / f"{header.keys[-1].hex()}.kv"
+    def _write(self, header: Header, tensors: Tensors) -> int:
+        path = self.folder / _name(header.keys[-1])
         temporary = path.with_suffix(f".tmp{os.getpid()}")
         try:
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                _write(file, header, tensors)
+                write_stretch(file, header, tensors)
+                size = file.tell()
             os.replace(temporary, path)
+            return size
         finally:
             temporary.unlink(missing_ok=True)
 
     def _prune(self) -> None:
+        """Drop the oldest files, and some more, so that not each new one has to look for what may go."""
         files = sorted(
             (path.stat().st_mtime_ns, path.stat().st_size, path) for path in self.folder.glob("*.kv")
         )
-        total = sum(size for _, size, _ in files)
+        self._num_bytes = sum(size for _, size, _ in files)
         for _, size, path in files:
-            if total <= self.max_bytes:
+            if self._num_bytes <= _KEPT * self.max_bytes:
                 return
-            total -= size
+            self._num_bytes -= size
             self._drop(path)
 
     def _drop(self, path: Path) -> None:
         path.unlink(missing_ok=True)
+        self._forget(path.name)
+
+    def _forget(self, name: str) -> None:
         with self._lock:
-            self._known = {key: name for key, name in self._known.items() if name != path.name}
+            entry = self._entries.pop(name, None)
+            for key in entry.keys if entry else ():
+                if self._known.get(key) == name:
+                    del self._known[key]
+            if entry and entry.tail:
+                self._tails.get(entry.before_last, set()).discard(name)
+
+    # reading
 
     def load(self, index: PrefixIndex, cache: HybridCache) -> int:
         """Put what the files hold into an index, the newest first as far as it fits; how many files."""
@@ -209,64 +203,122 @@ class DiskCache:
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
                     path.unlink()
-        return sum(self._load_one(path, index, cache) for path in self._choose(cache, index.max_bytes))
-
-    def _choose(self, cache: HybridCache, num_bytes: int) -> list[Path]:
-        """Files that fit, each after the one that it goes on from."""
         newest = sorted(self.folder.glob("*.kv"), key=lambda path: -path.stat().st_mtime_ns)
-        headers = {path: header for path in newest if (header := self._header(path)) is not None}
-        owner = {key: path for path, header in headers.items() for key in header.keys}
+        self._num_bytes = sum(path.stat().st_size for path in newest)
+        for path in newest:
+            if header := self._header(path):
+                self._register(path.name, header)
+        while orphans := [n for n, e in self._entries.items() if e.parent not in {e.root, *self._known}]:
+            for name in orphans:
+                self._drop(self.folder / name)
+        return sum(self._load_one(name, index, cache) for name in self._choose(cache, index.max_bytes))
+
+    def _choose(self, cache: HybridCache, num_bytes: int) -> list[str]:
+        """Files that fit, each after the one that it goes on from."""
         num_blocks = cache.blocks.num_free
-        chosen: list[Path] = []
-        for path in headers:
-            line = [path]
-            while (above := owner.get(headers[line[0]].parent)) and above not in chosen and above not in line:
+        chosen: dict[str, None] = {}
+        for name in self._entries:
+            line = [name]
+            while above := self._known.get(self._entries[line[0]].parent):
+                if above in chosen or above in line:
+                    break
                 line.insert(0, above)
             line = [one for one in line if one not in chosen]
-            num_blocks -= sum(len(headers[one].keys) for one in line)
-            num_bytes -= sum(headers[one].state_bytes for one in line)
+            num_blocks -= sum(len(self._entries[one].keys) for one in line)
+            num_bytes -= sum(self._entries[one].state_bytes for one in line)
             if num_blocks < 0 or num_bytes < 0:
                 break
-            chosen += line
-        return chosen
+            chosen |= dict.fromkeys(line)
+        return list(chosen)
+
+    def fetch(
+        self,
+        ids: Sequence[int],
+        salt: str,
+        chain: Sequence[bytes],
+        hit: Hit,
+        index: PrefixIndex,
+        cache: HybridCache,
+    ) -> bool:
+        """Put into the index what files know of ``ids`` beyond a hit; whether there was anything.
+
+        What the caches have no room for is left where it is, also if other texts would have to go for it
+        that are being answered.
+        """
+        names = self._wanted(ids, root_key(salt), chain, hit.position, index)
+        if not names:
+            return False
+        index.keep(chain)
+        with self._lock:
+            missing = sum(len(self._entries[name].keys) for name in names) - cache.blocks.num_free
+        if missing > 0 and index.evict(missing) < missing:
+            return False
+        self._use(names)
+        return any([self._load_one(name, index, cache) for name in names])
+
+    def _wanted(
+        self, ids: Sequence[int], root: bytes, chain: Sequence[bytes], known: int, index: PrefixIndex
+    ) -> list[str]:
+        """The files that let ``ids`` be resumed the furthest, each after the one that it goes on from."""
+        way: dict[str, None] = {}
+        best: list[str] = []
+        least = known + _MIN_FETCHED
+        with self._lock:
+            for place, key in enumerate((root, *chain)):
+                ends = []
+                if place:
+                    if (name := self._known.get(key)) is None:
+                        break
+                    way[name] = None
+                    if not index.recurrent or self._entries[name].keys[-1] == key:
+                        ends.append((place * BLOCK_SIZE, name))
+                ends += [
+                    (place * BLOCK_SIZE + len(self._entries[n].tail), n) for n in self._tails.get(key, ())
+                ]
+                for end, name in ends:
+                    entry = self._entries[name]
+                    fits = tuple(ids[end - len(entry.tail) : end]) == entry.tail
+                    if end >= least and fits and end < len(ids) + entry.whole:
+                        best, least = list(dict.fromkeys((*way, name))), end + 1
+            return [n for n in best if n == best[-1] or not index.knows(self._entries[n].keys)]
 
     def _header(self, path: Path) -> Header | None:
         try:
             with path.open("rb") as file:
                 return Header.read(file)
-        except _FAULTS as error:
+        except FAULTS as error:
             self._complain(path, error)
             return None
 
-    def _load_one(self, path: Path, index: PrefixIndex, cache: HybridCache) -> bool:
+    def _load_one(self, name: str, index: PrefixIndex, cache: HybridCache) -> bool:
+        path = self.folder / name
         try:
             with path.open("rb") as file:
-                header, tensors = _read(file)
+                header, tensors = read_stretch(file)
             if header.has_logits and tensors[-1].shape != (self._vocab_size,):
                 raise ValueError("its scores are not those of this model")
-            loaded = _graft(header, tensors, index, cache)
-        except MemoryBudgetError:
+            return _graft(header, tensors, index, cache)
+        except (MemoryBudgetError, FileNotFoundError):  # not written yet, or pruned meanwhile
             return False
-        except _FAULTS as error:
+        except FAULTS as error:
             self._complain(path, error)
             return False
-        if not loaded:
-            self._drop(path)
-            return False
-        with self._lock:
-            self._known |= dict.fromkeys(header.keys, path.name)
-        return True
 
     def _complain(self, path: Path, error: Exception) -> None:
         _log.warning("%s is damaged and is dropped (%s)", path, error)
         self._drop(path)
 
 
+def _name(key: bytes) -> str:
+    """Of the file that ends with this node."""
+    return key.hex() + ".kv"
+
+
 def _paged(cache: HybridCache) -> list[PagedKV]:
     return [layer for layer in (*cache.caches.layers, *cache.caches.mtp) if isinstance(layer, PagedKV)]
 
 
-def _copied(nodes: list[Node], cache: HybridCache) -> tuple[Header, _Tensors]:
+def _copied(nodes: list[Node], cache: HybridCache) -> tuple[Header, Tensors]:
     """A stretch as a file keeps it."""
     blocks = [node.block for node in nodes]
     tensors = [part[blocks].cpu() for layer in _paged(cache) for part in (layer.k, layer.v)]
@@ -294,57 +346,7 @@ def _copied(nodes: list[Node], cache: HybridCache) -> tuple[Header, _Tensors]:
     return header, tensors
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    data: memoryview = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-    return data
-
-
-def _num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    if min(shape, default=0) < 0:
-        raise ValueError(f"{shape} is no shape")
-    return math.prod(shape) * _dtype(dtype).itemsize
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"{name} is no type of numbers that caches have")
-    return dtype
-
-
-def _write(file: IO[bytes], header: Header, tensors: _Tensors) -> None:
-    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-    parts: list[bytes | memoryview] = [header.encode(), *map(_bytes, tensors)]
-    for part in parts:
-        digest.update(part)
-        file.write(part)
-    file.write(digest.digest())
-
-
-def _read(file: IO[bytes]) -> tuple[Header, _Tensors]:
-    """A stretch from its file.
-
-    Raises: one of the faults of damaged files.
-    """
-    header = Header.read(file)
-    sizes = [_num_bytes(*one) for one in header.tensors]
-    start = file.tell()
-    if os.fstat(file.fileno()).st_size != start + sum(sizes) + _DIGEST_BYTES:
-        raise ValueError("it has the wrong size")
-    file.seek(0)
-    digest = hashlib.blake2b(file.read(start), digest_size=_DIGEST_BYTES)
-    tensors = []
-    for (dtype, shape), size in zip(header.tensors, sizes, strict=True):
-        data = bytearray(file.read(size))
-        digest.update(data)
-        flat = torch.frombuffer(data, dtype=_dtype(dtype)) if size else torch.empty(0, dtype=_dtype(dtype))
-        tensors.append(flat.reshape(shape))
-    if file.read() != digest.digest():
-        raise ValueError("its checksum is wrong")
-    return header, tensors
-
-
-def _graft(header: Header, tensors: _Tensors, index: PrefixIndex, cache: HybridCache) -> bool:
+def _graft(header: Header, tensors: Tensors, index: PrefixIndex, cache: HybridCache) -> bool:
     """Put a stretch into the index; False if what it goes on from is not there.
 
     Raises:
@@ -389,5 +391,5 @@ def fingerprint(model: CausalLM) -> str:
                 flat = data.detach().flatten()
                 sample = flat[:: max(1, flat.numel() // _SAMPLES)]
                 digest.update(f"{name}.{leaf} {tuple(data.shape)} {data.dtype}".encode())
-                digest.update(_bytes(sample))
+                digest.update(raw_bytes(sample))
     return digest.hexdigest()

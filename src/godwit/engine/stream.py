@@ -42,6 +42,8 @@ class GenerationRequest:
         salt: only requests with the same salt share what is cached.
         constraint: what the answer has to obey.
         priority: requests of a higher one come first.
+        score_prompt: report how likely the prompt's tokens are, too, as ``params.logprobs`` asks of the
+            answer's; the whole prompt is read for that, whatever is cached.
     """
 
     prompt_ids: tuple[int, ...]
@@ -50,6 +52,21 @@ class GenerationRequest:
     salt: str = ""
     constraint: Constraint | None = None
     priority: int = 0
+    score_prompt: bool = False
+
+
+@dataclass(frozen=True)
+class Started:
+    """The first event: the request has its place, and so many tokens of its prompt were cached."""
+
+    cached_tokens: int
+
+
+@dataclass(frozen=True)
+class PromptScored:
+    """The prompt is read: how likely each of its tokens was, None for the first."""
+
+    logprobs: tuple[TokenLogprobs | None, ...]
 
 
 @dataclass(frozen=True)
@@ -72,10 +89,12 @@ class Finish(session.Finish):
         prefill_tokens, prefill_seconds: tokens read before the first token of the answer came, and the time.
         queue_seconds: from the submission to the start of reading.
         drafted, accepted: tokens that were guessed ahead, and how many of them the model agreed with.
-        speedup: how many times as fast as without drafts the answer came, as it is estimated.
+        speedup: how many times as fast as without drafts the answer came, as it is estimated; None where
+            there were none, or nothing to compare them with.
         preemptions: how often the request had to make room for others.
         reuse_note: why not more of the prompt was reused; empty where nothing was left to reuse.
         error: what went wrong, where the reason is "error".
+        stop_logprobs: of the stop token that ended it, which is in no piece, where logprobs were asked for.
     """
 
     reason: Reason  # type: ignore[assignment]
@@ -85,7 +104,8 @@ class Finish(session.Finish):
     preemptions: int = 0
     reuse_note: str = ""
     error: str | None = None
-    speedup: float = 1.0
+    speedup: float | None = None
+    stop_logprobs: TokenLogprobs | None = None
 
     @property
     def first_token_seconds(self) -> float:
@@ -93,7 +113,7 @@ class Finish(session.Finish):
         return self.queue_seconds + self.prefill_seconds
 
 
-Event = Piece | Finish
+Event = Started | PromptScored | Piece | Finish
 Callback = Callable[[Event], None]
 
 
@@ -152,7 +172,9 @@ def _ignore(result: object) -> None:
 
 
 class Stream:
-    """The answer to one request: an iterator of pieces and, at last, one :class:`Finish`.
+    """The answer to one request: an iterator of a :class:`Started`, pieces and, at last, one :class:`Finish`.
+
+    One that never got its place has no start.
 
     It can be read by a loop, by an ``async for``, or with :meth:`on_event`: in one of these ways. Whoever
     drops it, cancels the request.
@@ -195,7 +217,7 @@ class Stream:
         for event in self:
             if isinstance(event, Finish):
                 return text, event
-            text += event.text
+            text += event.text if isinstance(event, Piece) else ""
         raise RuntimeError("this stream was read already")
 
     def __iter__(self) -> Stream:

@@ -6,7 +6,9 @@ and run on their own threads; a row's result depends on nothing but that row (se
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from godwit import _native
@@ -38,10 +40,10 @@ def embed(ids: Tensor, w: QuantTensor) -> Tensor:
     return out
 
 
-def kth_largest(values: Tensor, k: int) -> float:
-    """The k-th largest of ``values [C]`` float32 on the CPU, 1 <= k <= C."""
-    top, _ = _native.top_k(values.contiguous(), k)
-    return top[-1]
+def top_k(values: NDArray[np.float32], k: int) -> tuple[list[float], list[int]]:
+    """The k largest of ``values [C]`` in memory, falling, and where they are: of equal ones the first."""
+    top, places = _native.top_k(np.ascontiguousarray(values), k)
+    return top, places
 
 
 for _format in FORMATS:

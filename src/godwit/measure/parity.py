@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from godwit.config import AttentionSpec, GatedDeltaNetSpec, ModelConfig, MoeSpec
-from godwit.errors import GodwitError
+from godwit.errors import KernelParityError
 from godwit.measure.costs import packed_weights
 from godwit.models.batch import BLOCK_SIZE, ForwardBatch
 from godwit.models.caches import Caches
@@ -36,12 +36,6 @@ ROUNDING: Mapping[str, float] = {
 }
 PRODUCTS_PER_LAYER = 4  # one after the other: into and out of the mixer, w13, w2
 DELTA_AMPLIFICATION = 2.0  # of a relative error by the delta rule: small outputs are normed to full size
-
-
-class KernelParityError(GodwitError):
-    """The native kernels give other results than the reference."""
-
-    exit_code = 8
 
 
 @dataclass(frozen=True)

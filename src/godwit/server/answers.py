@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 
 from godwit.engine import Stream, TokenLogprobs
-from godwit.engine.stream import Event, Finish
+from godwit.engine.stream import Event, Finish, PromptScored, Started
 from godwit.server.errors import INTERNAL, ApiError, bad_request, failed_answer, overloaded
 from godwit.server.journal import Record
+from godwit.server.mailbox import Mailbox
 from godwit.server.tools import AnswerParser, CallArguments, CallEnd, CallStart, Delta, Text, Thinking
 
 _log = logging.getLogger("godwit.server")
@@ -26,12 +27,18 @@ class Update:
         index: which answer it is.
         deltas: what is certain now; may be none.
         logprobs: of the tokens that came, where they were asked for.
+        said: those of them that are no thinking, tag or call.
+        cached: the answer begins: so many tokens of its prompt were cached.
+        prompt_logprobs: of the prompt's tokens, where they were asked for; None for the first.
         finish: the end, with the reason in OpenAI's words.
     """
 
     index: int
     deltas: Sequence[Delta] = ()
     logprobs: Sequence[TokenLogprobs] = ()
+    said: Sequence[TokenLogprobs] = ()
+    cached: int | None = None
+    prompt_logprobs: Sequence[TokenLogprobs | None] = ()
     finish: Finish | None = None
     reason: str = ""
 
@@ -54,12 +61,15 @@ class Answer:
         reason: "stop", "length" or "tool_calls"; "" as long as it goes on.
         num_tokens: that have come.
         num_thinking: tokens of its thinking.
+        logprobs, said, prompt_logprobs: as in :class:`Update`.
     """
 
     text: str = ""
     thinking: str = ""
     calls: list[Call] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    said: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: Sequence[TokenLogprobs | None] = ()
     finish: Finish | None = None
     reason: str = ""
     num_tokens: int = 0
@@ -79,6 +89,8 @@ class Answer:
             else:
                 self.calls[delta.index].complete, self.calls[delta.index].raw = delta.complete, delta.raw
         self.logprobs += update.logprobs
+        self.said += update.said
+        self.prompt_logprobs = update.prompt_logprobs or self.prompt_logprobs
         self.finish, self.reason = update.finish, update.reason
 
 
@@ -93,6 +105,7 @@ class Answers:
         parser: makes what takes an answer apart; None: it is plain text.
         parallel: an answer may call several tools; otherwise it ends with the first call.
         record: the request's.
+        mailbox: brings the events of the streams.
         keep_alive: seconds without an update until None comes.
     """
 
@@ -101,6 +114,7 @@ class Answers:
         streams: Sequence[Stream],
         *,
         record: Record,
+        mailbox: Mailbox,
         num_prompt: int = 0,
         parser: Callable[[], AnswerParser] | None = None,
         parallel: bool = True,
@@ -115,16 +129,15 @@ class Answers:
         self._keep_alive = keep_alive
         self._satisfied: set[int] = set()
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        loop, queue = asyncio.get_running_loop(), self._queue
+        mailbox.open()
+        queue = self._queue  # and not self: who drops the streams, ends the answers
 
         def listener(index: int) -> Callable[[Event], None]:
-            def put(event: Event) -> None:
-                loop.call_soon_threadsafe(queue.put_nowait, (index, event))
-
-            return put
+            return lambda event: mailbox.put(queue, (index, event))
 
         for index, stream in enumerate(streams):
             stream.on_event(listener(index))
+        mailbox.deliver()  # what came before somebody listened
 
     def cancel(self) -> None:
         """End what still goes on; its memory is free after the engine's step."""
@@ -185,15 +198,21 @@ class Answers:
         parser = self._parsers[index]
         if isinstance(event, Finish):
             return self._end(index, event, parser)
+        if isinstance(event, Started):
+            return Update(index, cached=event.cached_tokens)
+        if isinstance(event, PromptScored):
+            return Update(index, prompt_logprobs=event.logprobs)
         if index in self._satisfied:
             return None
         self.record.note_first()
         self.answers[index].num_tokens += len(event.token_ids)
-        deltas: list[Delta] = [Text(event.text)] if event.text else []
-        if parser is not None:
-            self.answers[index].num_thinking += len(event.token_ids) if parser.thinks else 0
-            deltas = self._keep_one_call(index, parser.push(event.text))
-        return Update(index, deltas, event.logprobs or ())
+        logprobs = event.logprobs or ()
+        if parser is None:
+            return Update(index, [Text(event.text)] if event.text else [], logprobs, logprobs)
+        self.answers[index].num_thinking += len(event.token_ids) if parser.thinks else 0
+        spoke = parser.speaks
+        deltas = self._keep_one_call(index, parser.push(event.text))
+        return Update(index, deltas, logprobs, logprobs if spoke and parser.speaks else ())
 
     def _end(self, index: int, finish: Finish, parser: AnswerParser | None) -> Update:
         self.record.finishes.append(finish)
@@ -209,7 +228,7 @@ class Answers:
         calls = bool(self.answers[index].calls) or any(isinstance(delta, CallStart) for delta in deltas)
         reason = "tool_calls" if calls and finish.reason != "length" else finish.reason
         self.record.reasons.append(reason)
-        return Update(index, deltas, (), finish, reason)
+        return Update(index, deltas, finish=finish, reason=reason)
 
     def _keep_one_call(self, index: int, deltas: list[Delta]) -> list[Delta]:
         """Without parallel calls, nothing behind the first whole call."""

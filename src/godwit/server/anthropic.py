@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 from starlette.requests import Request
@@ -12,13 +12,14 @@ from godwit.engine.stream import Finish
 from godwit.server.answers import Answer, Answers, Update, Usage
 from godwit.server.calls import parse_json
 from godwit.server.errors import anthropic_body, from_engine
+from godwit.server.fields import Mode
 from godwit.server.prompts import Conversation
 from godwit.server.protocol_messages import CountRequest, MessagesRequest
 from godwit.server.service import Chat, Service
-from godwit.server.sse import EventStream, event
+from godwit.server.sse import KEEP_ALIVE, EventStream, event
 from godwit.server.tools import CallArguments, CallEnd, CallStart, Delta, Text, Thinking
 
-_MODES = {"auto": "auto", "none": "none", "any": "required", "tool": "required"}
+_MODES: Mapping[str, Mode] = {"auto": "auto", "none": "none", "any": "required", "tool": "required"}
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
@@ -42,7 +43,6 @@ def chat_of(asked: MessagesRequest, service: Service) -> Chat:
         ApiError: it cannot be honoured.
     """
     choice = asked.tool_choice
-    mode = _MODES[choice.type] if choice else "auto"
     params = service.sampling(
         temperature=asked.temperature,
         top_p=asked.top_p,
@@ -53,7 +53,7 @@ def chat_of(asked: MessagesRequest, service: Service) -> Chat:
     return Chat(
         conversation=conversation_of(asked),
         params=params,
-        mode="required" if mode == "required" else "none" if mode == "none" else "auto",
+        mode=_MODES[choice.type] if choice else "auto",
         tool=choice.name if choice else None,
         parallel=not (choice and choice.disable_parallel_tool_use),
         strict=any(tool.strict for tool in asked.tools),
@@ -91,13 +91,18 @@ async def count_tokens(request: Request) -> Response:
 
 
 def usage_of(answer: Answer) -> dict[str, Any]:
-    """Tokens as Anthropic's API counts them: those of the prompt that were cached stand apart."""
+    """The tokens of a whole answer."""
     usage = Usage.of([answer])
+    return usage_body(usage.prompt, usage.cached, usage.completion)
+
+
+def usage_body(prompt: int, cached: int, completion: int) -> dict[str, Any]:
+    """Tokens as Anthropic's API counts them: those of the prompt that were cached stand apart."""
     return {
-        "input_tokens": usage.prompt - usage.cached,
+        "input_tokens": prompt - cached,
         "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": usage.cached,
-        "output_tokens": usage.completion,
+        "cache_read_input_tokens": cached,
+        "output_tokens": completion,
     }
 
 
@@ -135,13 +140,13 @@ def reason_of(reason: str, used_tools: bool, finish: Finish | None) -> dict[str,
 
 async def stream(answers: Answers, head: dict[str, Any]) -> AsyncIterator[bytes]:
     """The events of a streamed message, up to message_stop or to an error."""
-    shape = MessageEvents(head)
+    shape = MessageEvents(head, answers.num_prompt)
     try:
-        for value in shape.begin(answers.num_prompt):
-            yield event(value, value["type"])
         async for update in answers.updates():
-            values = [{"type": "ping"}] if update is None else shape.events(update)
-            for value in values:
+            if update is None and not shape.begun:
+                yield KEEP_ALIVE
+                continue
+            for value in [{"type": "ping"}] if update is None else shape.events(update):
                 yield event(value, value["type"])
         for value in shape.end(answers.answers[0]):
             yield event(value, value["type"])
@@ -153,33 +158,39 @@ async def stream(answers: Answers, head: dict[str, Any]) -> AsyncIterator[bytes]
 
 
 class MessageEvents:
-    """The events of a streamed message.
+    """The events of a streamed message, the first as soon as it is known what was cached of the prompt.
 
     The input of a call is given out when the call is whole: half of it, or what is no object, must not be
     taken for what the model wants.
+
+    Attributes:
+        begun: there were events.
     """
 
-    def __init__(self, head: dict[str, Any]) -> None:
+    def __init__(self, head: dict[str, Any], num_prompt: int) -> None:
+        self.begun = False
         self._head = head
+        self._num_prompt = num_prompt
         self._index = -1
         self._open = ""  # the type of the block that is being written
         self._calls: dict[int, tuple[str, list[str]]] = {}
         self._used = False
 
-    def begin(self, num_prompt: int) -> list[dict[str, Any]]:
-        """The first events; how many of the prompt's tokens were cached, only the last one tells."""
-        usage = {"input_tokens": num_prompt, "output_tokens": 0}
-        message = {**self._head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
-        return [{"type": "message_start", "message": message}, {"type": "ping"}]
-
     def events(self, update: Update) -> list[dict[str, Any]]:
-        return [value for delta in update.deltas for value in self._delta(delta)]
+        begin = [] if update.cached is None else self._begin(update.cached)
+        return [*begin, *(value for delta in update.deltas for value in self._delta(delta))]
 
     def end(self, answer: Answer) -> list[dict[str, Any]]:
         usage = usage_of(answer)
         delta = reason_of(answer.reason, self._used, answer.finish)
         last = {"type": "message_delta", "delta": delta, "usage": usage}
         return [*self._close(), last, {"type": "message_stop"}]
+
+    def _begin(self, cached: int) -> list[dict[str, Any]]:
+        self.begun = True
+        usage = usage_body(self._num_prompt, cached, 0)
+        message = {**self._head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
+        return [{"type": "message_start", "message": message}, {"type": "ping"}]
 
     def _delta(self, delta: Delta) -> Iterator[dict[str, Any]]:
         if isinstance(delta, Text):

@@ -8,17 +8,17 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
-from godwit.errors import MemoryBudgetError, TemplateError, UsageError
+from godwit.errors import BusyError, MemoryBudgetError, TemplateError, UsageError
 
 INTERNAL = "an internal error ended this request; the server's log says more"
 MAX_MESSAGE_CHARS = 600
-_OPENAI_TYPES = {
+_ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
-    429: "rate_limit_error",
+    413: "request_too_large",
+    529: "overloaded_error",
 }
-_ANTHROPIC_TYPES = _OPENAI_TYPES | {413: "request_too_large", 529: "overloaded_error"}
 #: Two separators with a name between them: what a message for someone else must not hold.
 _PATH = re.compile(r"[/\\][\w.@+-]+[/\\]|0x[0-9a-fA-F]{6,}")
 
@@ -56,6 +56,11 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
+def too_long(message: str, param: str | None = None) -> ApiError:
+    """400: the text does not fit the context."""
+    return bad_request(message, param, "context_length_exceeded")
+
+
 def overloaded(message: str) -> ApiError:
     """503: the same request may do later."""
     return ApiError(503, message, code="overloaded", headers={"Retry-After": "1"})
@@ -67,6 +72,8 @@ def from_engine(error: Exception) -> ApiError:
         return error
     if isinstance(error, UsageError | MemoryBudgetError | TemplateError):
         return bad_request(_harmless(str(error), "the request cannot be served as it is"))
+    if isinstance(error, BusyError):
+        return overloaded("the server is short of processes or memory; send the request again in a moment")
     return ApiError(500, INTERNAL)
 
 
@@ -85,8 +92,8 @@ def speaks_anthropic(path: str) -> bool:
 
 
 def openai_body(error: ApiError) -> dict[str, Any]:
-    """The error as OpenAI's API has it."""
-    kind = _OPENAI_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    """The error as OpenAI's API has it, which tells kinds of faulty requests apart by status and code."""
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 
 

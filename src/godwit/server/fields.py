@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
@@ -60,7 +60,8 @@ Probability = Annotated[float, Field(gt=0, le=1)]
 Temperature = Annotated[float, Field(ge=0, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
-MaxTokens = Annotated[int, Field(ge=1, le=1 << 24)]
+MAX_TOKENS = 1 << 24
+MaxTokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 StopText = Annotated[str, Field(min_length=1, max_length=1024)]
 MAX_STOPS = 16
 _STOP_SCHEMA = {"type": "string", "minLength": 1, "maxLength": 1024}
@@ -73,6 +74,23 @@ Stops = Annotated[
     ),
 ]
 Salt = Annotated[str, Field(max_length=256)]
+
+
+Mode = Literal["none", "auto", "required"]
+
+
+class Choice(NamedTuple):
+    """Whether tools may or have to be called.
+
+    Attributes:
+        mode: "none": the model is not told of them; "required": it has to call one.
+        tool: the one to be called.
+        allowed: the names of those that there are for now; None: all.
+    """
+
+    mode: Mode
+    tool: str | None = None
+    allowed: Sequence[str] | None = None
 
 
 class FunctionSpec(Part):

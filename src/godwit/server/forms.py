@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from godwit.engine import Constraint
-from godwit.engine.constraint import Constraints
+from godwit.engine.constraint import Constraints, Kind
 from godwit.server.errors import bad_request
 from godwit.server.tools import Format
 from godwit.tokenizer import Tokenizer
@@ -22,18 +22,34 @@ class Form:
 
     Attributes:
         field: of the request that asks for it.
-        kind: any JSON object; JSON that fits a schema; a text that fits a regular expression or a grammar, or
-            is one of some; text and tool calls that fit the tools.
-        value: the schema, the expression, the grammar or the texts; for calls, "auto", "required" or a name.
-        tools: in OpenAI's shape.
-        parallel: an answer may have several calls.
+        kind, value: as for :meth:`~godwit.engine.constraint.Constraints.rule`.
     """
 
     field: str
-    kind: Literal["object", "schema", "regex", "grammar", "choice", "calls"]
+    kind: Kind
     value: Any = None
-    tools: Sequence[Mapping[str, Any]] = ()
-    parallel: bool = True
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Tool calls that an answer may have or has to have, and which fit the tools.
+
+    Attributes:
+        choice: "auto", "required" or the name of a tool.
+        tools: in OpenAI's shape.
+        parallel: an answer may have several calls.
+        otherwise: with "auto", what an answer without calls has to look like; None: any text.
+    """
+
+    choice: str
+    tools: Sequence[Mapping[str, Any]]
+    parallel: bool
+    otherwise: Form | None = None
+
+    @property
+    def field(self) -> str:
+        """Of the request that asks for it."""
+        return "tools" if self.otherwise is None else self.otherwise.field
 
 
 class FormMaker:
@@ -52,7 +68,7 @@ class FormMaker:
         self._lock = threading.Lock()
         self._constraints: Constraints | None = None
 
-    def make(self, form: Form, thinking: Thinking, count: int) -> list[Constraint]:
+    def make(self, form: Form | Calls, thinking: Thinking, count: int) -> list[Constraint]:
         """One for each of ``count`` answers.
 
         Raises:
@@ -63,19 +79,17 @@ class FormMaker:
                 self._constraints = Constraints(self._tokenizer, self._vocab_size)
         return [self._one(self._constraints, form, thinking) for _ in range(count)]
 
-    def _one(self, constraints: Constraints, form: Form, thinking: Thinking) -> Constraint:
-        if form.kind == "object":
-            return constraints.json_object(thinking=thinking)
-        if form.kind == "schema":
-            return constraints.json_schema(form.value, thinking=thinking)
-        if form.kind == "regex":
-            return constraints.regex(form.value, thinking=thinking)
-        if form.kind == "grammar":
-            return constraints.grammar(form.value, thinking=thinking)
-        if form.kind == "choice":
-            return constraints.choice(form.value, thinking=thinking)
+    def _one(self, constraints: Constraints, form: Form | Calls, thinking: Thinking) -> Constraint:
+        if isinstance(form, Form):
+            return constraints.held_to(constraints.rule(form.kind, form.value), thinking)
         if self._format is None:
             raise bad_request("this model's chat template has no place for tools", "tools")
+        other = form.otherwise
         return constraints.tool_calls(
-            form.tools, form.value, parallel=form.parallel, form=self._format, thinking=thinking
+            form.tools,
+            form.choice,
+            parallel=form.parallel,
+            form=self._format,
+            thinking=thinking,
+            otherwise=None if other is None else constraints.rule(other.kind, other.value),
         )

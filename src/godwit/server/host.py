@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from godwit.engine import Engine, EngineStats
 from godwit.errors import GodwitError
+from godwit.server.mailbox import Mailbox
 
 _WATCH_SECONDS = 1.0
 _log = logging.getLogger("godwit.server")
@@ -19,12 +20,22 @@ class EngineHost:
 
     Args:
         make: makes an engine; called again for another one.
+
+    Attributes:
+        engine: the one that runs now; None while another one starts, and at the end.
+        mailbox: brings the events of its streams to the event loop, those of a step together.
     """
 
     def __init__(self, make: Callable[[], Engine]) -> None:
         self._make = make
         self._closed = False
-        self.engine: Engine | None = make()
+        self.mailbox = Mailbox()
+        self.engine: Engine | None = self._started()
+
+    def _started(self) -> Engine:
+        engine = self._make()
+        engine.on_turn(self.mailbox.deliver)
+        return engine
 
     @property
     def context(self) -> int:
@@ -54,7 +65,7 @@ class EngineHost:
         self.engine = None  # so that its memory is free before the next one takes its own
         gc.collect()
         try:
-            self.engine = self._make()
+            self.engine = self._started()
             on_restart()
         except GodwitError as error:
             _log.error("the engine cannot be started: %s", error)

@@ -98,6 +98,7 @@ class Journal:
                 message["headers"] = [
                     *message.get("headers", ()),
                     (b"x-request-id", record.id.encode()),
+                    (b"request-id", record.id.encode()),  # the same, as Anthropic's clients look for it
                     (b"x-content-type-options", b"nosniff"),
                 ]
             await send(message)

@@ -14,16 +14,17 @@ from godwit.server.errors import from_engine, openai_body
 from godwit.server.openai_bodies import (
     ChatChunks,
     ChunkStream,
+    Echo,
     TextChunks,
     chat_choice,
     chat_logprobs,
-    text_logprobs,
+    text_choice,
     timings,
     usage_of,
 )
 from godwit.server.prompts import Conversation, Prompt
-from godwit.server.protocol import ChatRequest, CompletionRequest, NamedTool, SharedFields
-from godwit.server.service import Chat, Service
+from godwit.server.protocol import ChatRequest, CompletionRequest, SharedFields
+from godwit.server.service import Chat, Service, allowed_tools
 from godwit.server.sse import DONE, KEEP_ALIVE, EventStream, event
 
 
@@ -39,17 +40,17 @@ def chat_of(asked: ChatRequest, service: Service) -> Chat:
     variables = dict(asked.chat_template_kwargs)
     if asked.reasoning_effort is not None:
         variables.setdefault("enable_thinking", asked.reasoning_effort not in ("none", "minimal"))
-    choice = asked.tool_choice
     messages = [message.message() for message in asked.messages]
-    tools = [tool.function.tool() for tool in asked.tools]
+    choice = asked.choice()
+    tools = allowed_tools([tool.function for tool in asked.tools], choice)
     return Chat(
-        conversation=Conversation(messages, tools, variables),
+        conversation=Conversation(messages, [tool.tool() for tool in tools], variables),
         params=service.sampling(**choosing),
         n=asked.n,
-        mode="required" if isinstance(choice, NamedTool) else choice,
-        tool=choice.function.name if isinstance(choice, NamedTool) else None,
+        mode=choice.mode,
+        tool=choice.tool,
         parallel=asked.parallel_tool_calls,
-        strict=any(tool.function.strict for tool in asked.tools),
+        strict=any(tool.strict for tool in tools),
         form=asked.form(),
         salt=asked.cache_salt,
     )
@@ -78,31 +79,43 @@ async def completions(request: Request) -> Response:
     service: Service = request.app.state.service
     asked = await service.read(request, CompletionRequest)
     service.check_model(asked.model)
-    given = asked.prompts()
-    check_choices(asked.n * len(given), service.settings.limits.choices)
+    num_prompts = len(asked.prompts())
+    check_choices(asked.n * num_prompts, service.settings.limits.choices)
     params = service.sampling(**asked.choosing(), logprobs=asked.logprobs)
-    service.prompts.check_size(*(prompt for prompt in given if isinstance(prompt, str)))
-    prompts: list[Prompt] = await service.prompt_threads.run(
-        lambda: [service.prompts.text(p) if isinstance(p, str) else Prompt(tuple(p)) for p in given]
+    each = [pair for pair in await _prompts(asked, service) for _ in range(asked.n)]
+    constraints = await service.hold(asked.form(), "none", len(each))
+    scored = asked.echo and asked.logprobs is not None
+    prompts, echoes = [prompt for prompt, _ in each], [echo for _, echo in each]
+    answers = service.start(
+        request, prompts, params, asked.cache_salt, constraints=constraints, score_prompts=scored
     )
-    repeated = [prompt for prompt in prompts for _ in range(asked.n)]
-    constraints = await service.hold(asked.form(), "none", len(repeated))
-    answers = service.start(request, repeated, params, asked.cache_salt, constraints=constraints)
-    texts = [p if isinstance(p, str) else service.tokenizer.decode(p) for p in given] if asked.echo else []
-    echoes = [text for text in texts for _ in range(asked.n)] or [""] * len(answers.answers)
-    head = _head(request, service, "cmpl-", "text_completion")
+    head, tokenizer = _head(request, service, "cmpl-", "text_completion"), service.tokenizer
     if asked.stream:
-        shape = TextChunks(head, service.tokenizer, len(given), echoes, usage=_wants_usage(asked))
+        shape = TextChunks(head, tokenizer, num_prompts, echoes, usage=_wants_usage(asked))
         return EventStream(stream(answers, shape))
-    choices = []
-    for index, answer in enumerate(await answers.collect(request)):
-        choice: dict[str, Any] = {"index": index, "text": echoes[index] + answer.text}
-        logprobs = None
-        if asked.logprobs is not None:
-            logprobs = text_logprobs(answer.logprobs, service.tokenizer, 0)
-        choices.append(choice | {"logprobs": logprobs, "finish_reason": answer.reason})
-    ends = {"usage": usage_of(answers.answers, len(given)), "timings": timings(answers.answers)}
+    with_logprobs = tokenizer if asked.logprobs is not None else None
+    choices = [
+        text_choice(index, answer, echoes[index], with_logprobs)
+        for index, answer in enumerate(await answers.collect(request))
+    ]
+    ends = {"usage": usage_of(answers.answers, num_prompts), "timings": timings(answers.answers)}
     return JSONResponse({**head, "choices": choices, **ends})
+
+
+async def _prompts(asked: CompletionRequest, service: Service) -> list[tuple[Prompt, Echo]]:
+    """The prompts, and how answers to them begin."""
+    given = asked.prompts()
+    service.prompts.check_size(*(prompt for prompt in given if isinstance(prompt, str)))
+
+    def read(one: str | list[int]) -> tuple[Prompt, Echo]:
+        prompt = service.prompts.text(one) if isinstance(one, str) else Prompt(tuple(one))
+        if not asked.echo:
+            return prompt, Echo()
+        text = one if isinstance(one, str) else service.tokenizer.decode(one)
+        return prompt, Echo(text, () if asked.logprobs is None else prompt.ids)
+
+    made: list[tuple[Prompt, Echo]] = await service.prompt_threads.run(lambda: [*map(read, given)])
+    return made
 
 
 async def models(request: Request) -> Response:

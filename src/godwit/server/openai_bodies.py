@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from godwit.engine import TokenLogprobs
+from godwit.engine.stream import Finish
 from godwit.server.answers import Answer, Update, Usage
 from godwit.server.tools import CallArguments, CallStart, Delta, Text, Thinking
 from godwit.tokenizer import Tokenizer
@@ -40,6 +42,7 @@ def timings(answers: Sequence[Answer]) -> dict[str, Any]:
         "decode_tokens_per_second": None if rate is None else round(rate, 3),
         "drafted": usage.drafted,
         "accepted": usage.accepted,
+        "speedup": None if finish.speedup is None else round(finish.speedup, 3),
         "reuse_note": finish.reuse_note,
     }
 
@@ -70,34 +73,79 @@ def call_id(answer_id: str, index: int, call: int) -> str:
 
 def chat_logprobs(logprobs: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> dict[str, Any]:
     """Probabilities as chat completions have them: of all tokens, those of tags and calls included."""
+    return {"content": [logprob_body(one, tokenizer) for one in logprobs], "refusal": None}
+
+
+def logprob_body(one: TokenLogprobs, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The probability of one token of a conversation."""
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
         data = token_bytes(tokenizer, token)
         text = data.decode(errors="replace")
         return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(data)}
 
-    content = [
-        entry(one.token_id, one.logprob) | {"top_logprobs": [entry(*other) for other in one.top]}
-        for one in logprobs
-    ]
-    return {"content": content, "refusal": None}
+    return entry(one.token_id, one.logprob) | {"top_logprobs": [entry(*other) for other in one.top]}
 
 
-def text_logprobs(logprobs: Sequence[TokenLogprobs], tokenizer: Tokenizer, offset: int) -> dict[str, Any]:
-    """Probabilities as plain completions have them; ``offset``: where the first token's text begins."""
-    offsets, decoder = [], tokenizer.stream(skip_special=False)
-    for one in logprobs:
-        offsets.append(offset)
-        offset += len(decoder.push(one.token_id))
-    return {
-        "tokens": [token_text(tokenizer, one.token_id) for one in logprobs],
-        "token_logprobs": [max(one.logprob, LEAST_LOGPROB) for one in logprobs],
-        "top_logprobs": [
-            {token_text(tokenizer, token): max(value, LEAST_LOGPROB) for token, value in one.top}
-            for one in logprobs
-        ],
-        "text_offset": offsets,
-    }
+@dataclass(frozen=True)
+class Echo:
+    """How a plain completion begins.
+
+    Attributes:
+        text: its prompt, where that was asked for.
+        ids: of the prompt's tokens, where they come with their probabilities.
+    """
+
+    text: str = ""
+    ids: Sequence[int] = ()
+
+
+def text_choice(index: int, answer: Answer, echo: Echo, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """One plain completion; ``tokenizer`` writes the tokens where probabilities were asked for."""
+    logprobs = None
+    if tokenizer is not None:
+        read = list(zip(echo.ids, answer.prompt_logprobs, strict=True))
+        logprobs = TextLogprobs(tokenizer).body([*answer.logprobs, *_last(answer.finish)], read)
+    text = echo.text + answer.text
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": answer.reason}
+
+
+def _last(finish: Finish | None) -> list[TokenLogprobs]:
+    """The stop token, which counts as a token of the answer though it has no text."""
+    return [finish.stop_logprobs] if finish is not None and finish.stop_logprobs is not None else []
+
+
+class TextLogprobs:
+    """Probabilities as plain completions have them, for the tokens of one text as they come."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = tokenizer.stream()
+        self._offset = 0
+
+    def body(
+        self, logprobs: Sequence[TokenLogprobs], prompt: Sequence[tuple[int, TokenLogprobs | None]] = ()
+    ) -> dict[str, Any]:
+        """The next tokens, those of the ``prompt`` first; the text's very first has no probability."""
+        entries = [*prompt, *((one.token_id, one) for one in logprobs)]
+        return {
+            "tokens": [token_text(self._tokenizer, token) for token, _ in entries],
+            "token_logprobs": [one and max(one.logprob, LEAST_LOGPROB) for _, one in entries],
+            "top_logprobs": [one and self._top(one) for _, one in entries],
+            "text_offset": [self._place(token) for token, _ in entries],
+        }
+
+    def _place(self, token: int) -> int:
+        place = self._offset
+        self._offset += len(self._decoder.push(token))
+        return place
+
+    def _top(self, one: TokenLogprobs) -> dict[str, float]:
+        """The likeliest tokens and the one that was taken; of several that look the same, the likeliest."""
+        top: dict[str, float] = {}
+        for token, value in (*one.top, (one.token_id, one.logprob)):
+            top.setdefault(token_text(self._tokenizer, token), max(value, LEAST_LOGPROB))
+        return top
 
 
 def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
@@ -192,30 +240,42 @@ class ChatChunks(ChunkStream):
 
 
 class TextChunks(ChunkStream):
-    """The chunks of a streamed plain completion, each text after its echo if one was asked for."""
+    """The chunks of a streamed plain completion; an echo with probabilities comes when the prompt is read.
+
+    Args:
+        echoes: how each answer begins.
+    """
 
     def __init__(
         self,
         head: dict[str, Any],
         tokenizer: Tokenizer,
         num_prompts: int,
-        echoes: Sequence[str],
+        echoes: Sequence[Echo],
         *,
         usage: bool = False,
     ) -> None:
         super().__init__(head, tokenizer, num_prompts, usage=usage)
         self._echoes = echoes
-        self._lengths = [0] * len(echoes)
+        self._logprobs = [TextLogprobs(tokenizer) for _ in echoes]
 
     def begin(self, num_choices: int) -> list[dict[str, Any]]:
-        return [self.chunk(index, {"text": echo}) for index, echo in enumerate(self._echoes) if echo]
+        return [
+            self.chunk(index, {"text": echo.text})
+            for index, echo in enumerate(self._echoes)
+            if echo.text and not echo.ids
+        ]
 
     def chunks(self, update: Update) -> list[dict[str, Any]]:
-        index = update.index
+        index, logprobs = update.index, self._logprobs[update.index]
+        if update.prompt_logprobs:
+            echo = self._echoes[index]
+            read = logprobs.body((), list(zip(echo.ids, update.prompt_logprobs, strict=True)))
+            return [self.chunk(index, {"text": echo.text}, logprobs=read)]
         text = "".join(delta.text for delta in update.deltas if isinstance(delta, Text))
+        new = [*update.logprobs, *_last(update.finish)]
+        if not (text or new or update.finish):
+            return []
         reason = update.reason if update.finish is not None else None
-        logprobs = None
-        if update.logprobs:
-            logprobs = text_logprobs(update.logprobs, self.tokenizer, self._lengths[index])
-        self._lengths[index] += len(text)
-        return [self.chunk(index, {"text": text}, logprobs=logprobs, reason=reason)]
+        known = logprobs.body(new) if new else None
+        return [self.chunk(index, {"text": text}, logprobs=known, reason=reason)]

@@ -9,13 +9,15 @@ from typing import Any
 
 from godwit.engine import opens_thinking
 from godwit.errors import TemplateError
-from godwit.server.errors import bad_request
+from godwit.server.errors import bad_request, too_long
 from godwit.tokenizer import Tokenizer
 
 Message = dict[str, Any]
 THINK = "<think>"
 #: How many beginnings of a conversation are rendered where its tokens do not tell its messages apart.
 MAX_RENDERED = 8
+#: Between the end of the last message and that of the prompt are only the words that open the answer.
+NEAR_END = 16
 _RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "documents", "chat_template"})
 
 
@@ -88,9 +90,8 @@ class PromptMaker:
         """
         size = sum(map(len, texts))
         if size > self.max_chars:
-            raise bad_request(
-                f"{size} characters are more than a context of {self.context} tokens holds; shorten the text",
-                code="context_length_exceeded",
+            raise too_long(
+                f"{size} characters are more than a context of {self.context} tokens holds; shorten the text"
             )
 
     def text(self, text: str, *, add_special_tokens: bool = True) -> Prompt:
@@ -140,7 +141,11 @@ class PromptMaker:
             except TemplateError:  # some templates want their messages in a certain order
                 continue
             ends.add(_common(ids, other))
-        return tuple(sorted(end for end in ends if 0 < end < len(ids)))
+        found = sorted(end for end in ends if 0 < end < len(ids))
+        # The state at the end of the prompt is kept anyway. Only what the next turn leaves out is between.
+        near = [] if conversation.prefill else [end for end in found if len(ids) - end < NEAR_END]
+        useful = near[-1:] if self._rewrites else []
+        return (*found[: len(found) - len(near)], *useful)
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from godwit.server.errors import bad_request
 from godwit.server.fields import (
+    MAX_TOKENS,
+    Choice,
     Content,
     FunctionSpec,
     Ignored,
     MaxTokens,
+    Mode,
     Name,
     Part,
     Penalty,
@@ -100,6 +103,20 @@ class NamedTool(Part):
     function: NamedFunction
 
 
+class AllowedFunctions(Part):
+    """Those of the tools that may be called now, and whether one has to be."""
+
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool] = Field(min_length=1, max_length=256)
+
+
+class AllowedTools(Part):
+    """A choice among some of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedFunctions
+
+
 class JsonSchema(Part):
     """A schema that an answer has to fit."""
 
@@ -181,6 +198,12 @@ class SharedFields(Request):
     structured_outputs: StructuredOutputs | None = None
     user: Ignored = None
 
+    @model_validator(mode="after")
+    def _options_of_streams(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("`stream_options` needs `stream` to be true")
+        return self
+
     def form(self) -> Form | None:
         """What answers have to be held to."""
         asked = self.structured_outputs
@@ -203,7 +226,7 @@ class ChatRequest(SharedFields):
     logprobs: bool = False
     top_logprobs: NumLogprobs | None = None
     tools: list[Tool] = Field(default=[], max_length=256)
-    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
+    tool_choice: Mode | NamedTool | AllowedTools = "auto"
     parallel_tool_calls: bool = True
     response_format: ResponseFormat | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
@@ -220,6 +243,16 @@ class ChatRequest(SharedFields):
     prompt_cache_key: Ignored = None
     prompt_cache_retention: Ignored = None
     prompt_cache_options: Ignored = None
+
+    def choice(self) -> Choice:
+        """Which tools may or have to be called."""
+        asked = self.tool_choice
+        if isinstance(asked, NamedTool):
+            return Choice("required", asked.function.name)
+        if isinstance(asked, AllowedTools):
+            functions = asked.allowed_tools
+            return Choice(functions.mode, None, [tool.function.name for tool in functions.tools])
+        return Choice(asked)
 
     def form(self) -> Form | None:
         wanted = self.response_format.form("response_format") if self.response_format else None
@@ -254,8 +287,9 @@ class CompletionRequest(SharedFields):
     """A body for /v1/completions; lists of token ids may hold control tokens, texts never do."""
 
     prompt: str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1, max_length=MAX_CHOICES)]
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: bool = False
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    logprobs: NumLogprobs | None = None
+    echo: bool = Field(default=False, description="With logprobs, the prompt's tokens have theirs too.")
     best_of: int | None = Field(default=None, description="As much as n, if it is given at all.")
     suffix: Annotated[str, Field(max_length=0)] | None = None
 
@@ -263,10 +297,6 @@ class CompletionRequest(SharedFields):
     def _can_be_done(self) -> CompletionRequest:
         if self.best_of not in (None, self.n):
             raise ValueError("`best_of` cannot be other than `n`")
-        if self.echo and self.logprobs is not None:
-            raise ValueError(
-                "`echo` with `logprobs` is not served: the probabilities of a prompt are not kept"
-            )
         return self
 
     def prompts(self) -> list[str | list[int]]:

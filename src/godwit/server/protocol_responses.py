@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from godwit.server.errors import bad_request
 from godwit.server.fields import (
+    Choice,
     Content,
     FunctionSpec,
     Ignored,
     MaxTokens,
+    Mode,
     Name,
     Part,
     Probability,
@@ -20,7 +22,7 @@ from godwit.server.fields import (
 )
 from godwit.server.forms import Form
 from godwit.server.prompts import Message
-from godwit.server.protocol import JsonSchema, StreamOptions
+from godwit.server.protocol import JsonSchema, NumLogprobs, StreamOptions
 
 
 class InputMessage(Part):
@@ -89,6 +91,14 @@ class NamedTool(Part):
     name: Name
 
 
+class AllowedTools(Part):
+    """Those of the tools that may be called now, and whether one has to be."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool] = Field(min_length=1, max_length=256)
+
+
 class TextFormat(Part):
     """The form of an answer."""
 
@@ -125,14 +135,16 @@ class ResponsesRequest(Request):
     temperature: Temperature | None = None
     top_p: Probability | None = None
     tools: list[ResponseTool] = Field(default=[], max_length=256)
-    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
+    tool_choice: Mode | NamedTool | AllowedTools = "auto"
     parallel_tool_calls: bool = True
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
-    include: list[Literal["reasoning.encrypted_content"]] | None = None
+    top_logprobs: NumLogprobs | None = None
+    include: list[Literal["reasoning.encrypted_content", "message.output_text.logprobs"]] = Field(
+        default=[], max_length=16
+    )
     metadata: dict[str, Any] | None = None
     store: Ignored = None
     user: Ignored = None
@@ -143,6 +155,12 @@ class ResponsesRequest(Request):
     prompt_cache_options: Ignored = None
     client_metadata: Ignored = None
 
+    @model_validator(mode="after")
+    def _logprobs_are_included(self) -> ResponsesRequest:
+        if self.top_logprobs and self.logprobs() is None:
+            raise ValueError("`top_logprobs` needs `include` to have message.output_text.logprobs")
+        return self
+
     @field_validator("tools", mode="before")
     @classmethod
     def _only_functions(cls, tools: Any) -> Any:
@@ -150,6 +168,20 @@ class ResponsesRequest(Request):
             if isinstance(tool, dict) and isinstance(tool.get("type"), str) and tool["type"] != "function":
                 raise ValueError("only tools of type function are served: those that the client runs")
         return tools
+
+    def logprobs(self) -> int | None:
+        """How many tokens to tell the probabilities of beside those of the text; None: of none at all."""
+        wanted = "message.output_text.logprobs" in self.include
+        return (self.top_logprobs or 0) if wanted else None
+
+    def choice(self) -> Choice:
+        """Which tools may or have to be called."""
+        asked = self.tool_choice
+        if isinstance(asked, NamedTool):
+            return Choice("required", asked.name)
+        if isinstance(asked, AllowedTools):
+            return Choice(asked.mode, None, [tool.name for tool in asked.tools])
+        return Choice(asked)
 
     def messages(self) -> list[Message]:
         """The conversation in the shape of chat templates."""

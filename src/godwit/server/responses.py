@@ -9,19 +9,20 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from godwit.engine import TokenLogprobs
 from godwit.server.answers import Answer, Answers, Update, Usage
 from godwit.server.errors import from_engine, openai_body
-from godwit.server.openai_bodies import call_id
+from godwit.server.openai_bodies import call_id, logprob_body
 from godwit.server.prompts import Conversation
-from godwit.server.protocol_responses import NamedTool, ResponsesRequest
-from godwit.server.service import Chat, Service
+from godwit.server.protocol_responses import ResponsesRequest
+from godwit.server.service import Chat, Service, allowed_tools
 from godwit.server.sse import KEEP_ALIVE, EventStream, event
 from godwit.server.tools import CallArguments, CallEnd, CallStart, Delta, Text, Thinking
+from godwit.tokenizer import Tokenizer
 
 Body = dict[str, Any]
 _ITEM_FIELDS: Mapping[str, Body] = {"message": {"role": "assistant"}, "reasoning": {"summary": []}}
-_PART_FIELDS: Mapping[str, Body] = {"message": {"annotations": [], "logprobs": []}, "reasoning": {}}
-_DELTA_FIELDS: Mapping[str, Body] = {"message": {"logprobs": []}, "reasoning": {}}
+_PART_FIELDS: Mapping[str, Body] = {"message": {"annotations": []}, "reasoning": {}}
 
 
 def chat_of(asked: ResponsesRequest, service: Service) -> Chat:
@@ -32,16 +33,20 @@ def chat_of(asked: ResponsesRequest, service: Service) -> Chat:
     """
     effort = asked.reasoning.effort if asked.reasoning else None
     variables = {} if effort is None else {"enable_thinking": effort not in ("none", "minimal")}
-    choice = asked.tool_choice
+    choice = asked.choice()
+    tools = allowed_tools(asked.tools, choice)
     return Chat(
-        conversation=Conversation(asked.messages(), [tool.tool() for tool in asked.tools], variables),
+        conversation=Conversation(asked.messages(), [tool.tool() for tool in tools], variables),
         params=service.sampling(
-            temperature=asked.temperature, top_p=asked.top_p, max_tokens=asked.max_output_tokens
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            max_tokens=asked.max_output_tokens,
+            logprobs=asked.logprobs(),
         ),
-        mode="required" if isinstance(choice, NamedTool) else choice,
-        tool=choice.name if isinstance(choice, NamedTool) else None,
+        mode=choice.mode,
+        tool=choice.tool,
         parallel=asked.parallel_tool_calls,
-        strict=any(tool.strict for tool in asked.tools),
+        strict=any(tool.strict for tool in tools),
         form=asked.form(),
     )
 
@@ -53,24 +58,25 @@ async def responses(request: Request) -> Response:
     service.check_model(asked.model)
     chat = chat_of(asked, service)
     answers = await service.chat(request, chat)
-    shape = ResponseEvents(_head(request, asked, chat, service))
+    shape = ResponseEvents(_head(request, asked, chat, service), service.tokenizer)
     if asked.stream:
         return EventStream(stream(answers, shape))
     (answer,) = await answers.collect(request)
-    update = Update(0, _deltas(answer), (), answer.finish, answer.reason)
-    for _ in shape.events(update):  # the events build up the same body
-        pass
+    for update in _updates(answer):
+        for _ in shape.events(update):  # the events build up the same body
+            pass
     return JSONResponse(shape.ended(answer))
 
 
-def _deltas(answer: Answer) -> list[Delta]:
-    """A whole answer as if it had just come."""
-    deltas: list[Delta] = [Thinking(answer.thinking)] if answer.thinking else []
-    deltas += [Text(answer.text)] if answer.text else []
+def _updates(answer: Answer) -> Iterator[Update]:
+    """A whole answer as if it came now, one part after the other."""
+    yield Update(0, [Thinking(answer.thinking)] if answer.thinking else [])
+    yield Update(0, [Text(answer.text)] if answer.text else [], said=answer.said)
+    deltas: list[Delta] = []
     for index, call in enumerate(answer.calls):
         deltas += [CallStart(index, call.name), CallArguments(index, call.arguments)]
         deltas.append(CallEnd(index, call.complete, call.raw))
-    return deltas
+    yield Update(0, deltas, finish=answer.finish, reason=answer.reason)
 
 
 def _head(request: Request, asked: ResponsesRequest, chat: Chat, service: Service) -> Body:
@@ -94,6 +100,7 @@ def _head(request: Request, asked: ResponsesRequest, chat: Chat, service: Servic
         "reasoning": {"effort": asked.reasoning.effort if asked.reasoning else None, "summary": None},
         "store": False,
         "temperature": chat.params.temperature,
+        "top_logprobs": chat.params.logprobs or 0,
         "text": {"format": {"type": "text"}}
         if asked.text is None
         else asked.text.model_dump(exclude_none=True),
@@ -129,8 +136,10 @@ async def stream(answers: Answers, shape: ResponseEvents) -> AsyncIterator[bytes
 class ResponseEvents:
     """The events of a streamed response, and the response that they build up."""
 
-    def __init__(self, head: Body) -> None:
+    def __init__(self, head: Body, tokenizer: Tokenizer) -> None:
         self._head = head
+        self._tokenizer = tokenizer
+        self._said: list[TokenLogprobs] = []  # of the text that comes next
         self._number = 0
         self._output: list[Body] = []
         self._open: Body | None = None  # the item that is being written
@@ -139,8 +148,10 @@ class ResponseEvents:
         return [self._event(f"response.{kind}", response=self._body()) for kind in ("created", "in_progress")]
 
     def events(self, update: Update) -> Iterator[Body]:
+        self._said += update.said
         for delta in update.deltas:
             yield from self._delta(delta)
+            self._said = []
         if update.finish is not None:
             yield from self._close("completed" if update.reason != "length" else "incomplete")
 
@@ -192,11 +203,17 @@ class ResponseEvents:
             yield from self._close()
             item = {"type": kind, "content": []} | _ITEM_FIELDS[kind]
             yield from self._begin(item, "msg_" if kind == "message" else "rs_")
-            content = {"type": part, "text": ""} | _PART_FIELDS[kind]
+            content: Body = {"type": part, "text": ""} | _PART_FIELDS[kind]
+            if kind == "message":
+                content["logprobs"] = []
             yield self._item_event("response.content_part.added", content_index=0, part=dict(content))
             self._current()["content"].append(content)
-        self._current()["content"][0]["text"] += text
-        more = _DELTA_FIELDS[kind]
+        content = self._current()["content"][0]
+        content["text"] += text
+        more: Body = {}
+        if kind == "message":
+            more["logprobs"] = [logprob_body(one, self._tokenizer) for one in self._said]
+            content["logprobs"] += more["logprobs"]
         yield self._item_event(f"response.{part}.delta", content_index=0, delta=text, **more)
 
     def _begin(self, item: Body, prefix: str) -> Iterator[Body]:
@@ -217,10 +234,8 @@ class ResponseEvents:
             yield self._item_event("response.function_call_arguments.done", **told)
         else:
             part = item["content"][0]
-            more = _DELTA_FIELDS[item["type"]]
-            yield self._item_event(
-                f"response.{part['type']}.done", content_index=0, text=part["text"], **more
-            )
+            told = {name: part[name] for name in ("text", "logprobs") if name in part}
+            yield self._item_event(f"response.{part['type']}.done", content_index=0, **told)
             yield self._item_event("response.content_part.done", content_index=0, part=dict(part))
         yield self._event("response.output_item.done", output_index=len(self._output) - 1, item=_copy(item))
         self._open = None

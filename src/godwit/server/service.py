@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import time
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import anyio
 from anyio.to_thread import run_sync
@@ -19,8 +19,9 @@ from godwit.engine import Constraint, GenerationRequest, SamplingParams, Stream
 from godwit.errors import GodwitError, UsageError
 from godwit.server.answers import Answers, check_choices
 from godwit.server.body import read_json
-from godwit.server.errors import ApiError, bad_request, from_engine, overloaded
-from godwit.server.forms import Form, FormMaker, Thinking
+from godwit.server.errors import ApiError, bad_request, from_engine, overloaded, too_long
+from godwit.server.fields import Choice, FunctionSpec, Mode
+from godwit.server.forms import Calls, Form, FormMaker, Thinking
 from godwit.server.host import EngineHost
 from godwit.server.journal import Metrics, Record
 from godwit.server.prompts import Conversation, Prompt, PromptMaker, check_variables
@@ -35,6 +36,7 @@ _log = logging.getLogger("godwit.server")
 #: What pydantic puts into the place of an error besides names and numbers.
 _TAG = re.compile(r"str|int|.*\[.*|constrained-.*|function-.*|[A-Z].*")
 _Result = TypeVar("_Result")
+_Function = TypeVar("_Function", bound=FunctionSpec)
 _Body = TypeVar("_Body", bound=BaseModel)
 
 
@@ -54,7 +56,7 @@ class Chat:
     conversation: Conversation
     params: SamplingParams
     n: int = 1
-    mode: Literal["none", "auto", "required"] = "auto"
+    mode: Mode = "auto"
     tool: str | None = None
     parallel: bool = True
     strict: bool = False
@@ -202,11 +204,15 @@ class Service:
             chat.params,
             chat.salt,
             constraints=constraints,
-            parser=lambda: AnswerParser(format, schemas, thinking=prompt.thinking),
+            parser=lambda: AnswerParser(
+                format, schemas, thinking=prompt.thinking, only_calls=chat.form is not None
+            ),
             parallel=chat.parallel,
         )
 
-    async def hold(self, form: Form | None, thinking: Thinking, count: int) -> Sequence[Constraint | None]:
+    async def hold(
+        self, form: Form | Calls | None, thinking: Thinking, count: int
+    ) -> Sequence[Constraint | None]:
         """What holds so many answers to a form.
 
         Raises:
@@ -214,8 +220,11 @@ class Service:
         """
         if form is None:
             return [None] * count
-        made: list[Constraint] = await self._form_threads.run(lambda: self._forms.make(form, thinking, count))
-        return made
+        try:
+            return await self._form_threads.run(lambda: self._forms.make(form, thinking, count))
+        except ApiError as error:
+            error.param = error.param or form.field
+            raise
 
     def _thinking(self, chat: Chat, prompt: Prompt) -> Thinking:
         if prompt.thinking:
@@ -233,6 +242,7 @@ class Service:
         constraints: Sequence[Constraint | None],
         parser: Callable[[], AnswerParser] | None = None,
         parallel: bool = True,
+        score_prompts: bool = False,
     ) -> Answers:
         """Start one answer to each prompt.
 
@@ -240,12 +250,20 @@ class Service:
             ApiError: they cannot be given.
         """
         self._check_start(len(prompts))
+        longest = max(len(prompt.ids) for prompt in prompts)
+        if longest >= self.context:
+            raise too_long(
+                f"the prompt has {longest} tokens and the context {self.context}, so there is no room for an "
+                "answer; shorten it"
+            )
         salt = f"{request.state.salt}\0{salt}"
         streams: list[Stream] = []
         try:
             for index, (prompt, constraint) in enumerate(zip(prompts, constraints, strict=True)):
                 own = params if params.seed is None else replace(params, seed=params.seed + index)
-                asked = GenerationRequest(prompt.ids, own, prompt.boundaries, salt, constraint)
+                asked = GenerationRequest(
+                    prompt.ids, own, prompt.boundaries, salt, constraint, score_prompt=score_prompts
+                )
                 streams.append(self._submit(asked))
         except (GodwitError, ApiError) as error:
             for stream in streams:
@@ -255,6 +273,7 @@ class Service:
         return Answers(
             streams,
             record=record,
+            mailbox=self.host.mailbox,
             num_prompt=len(prompts[0].ids),
             parser=parser,
             parallel=parallel,
@@ -279,25 +298,32 @@ class Service:
             raise overloaded("too many answers are under way; try again later")
 
 
-def form_of(chat: Chat, tools: Sequence[Mapping[str, Any]]) -> Form | None:
-    """What the answers to a request are held to.
+def allowed_tools(tools: Sequence[_Function], choice: Choice) -> list[_Function]:
+    """Those of the tools that there are for now.
 
     Raises:
-        ApiError: it asks for what excludes each other, or for a tool that is not there.
+        ApiError: one is allowed that is not there.
     """
-    wanted: Form | None = None
+    if choice.allowed is None:
+        return list(tools)
+    if missing := set(choice.allowed) - {tool.name for tool in tools}:
+        raise bad_request(f"`tool_choice` allows {min(missing)}, which `tools` does not have", "tool_choice")
+    return [tool for tool in tools if tool.name in choice.allowed]
+
+
+def form_of(chat: Chat, tools: Sequence[Mapping[str, Any]]) -> Form | Calls | None:
+    """What the answers to a request are held to: one that may call tools does so, or has the form asked for.
+
+    Raises:
+        ApiError: it asks for a tool that is not there.
+    """
     if chat.mode == "required":
         if chat.tool not in (None, *(tool["function"]["name"] for tool in tools)) or not tools:
             raise bad_request("`tool_choice` asks for a tool that `tools` does not have", "tool_choice")
-        wanted = Form("tool_choice", "calls", chat.tool or "required", tools, chat.parallel)
-    elif chat.strict and tools:
-        wanted = Form("tools", "calls", "auto", tools, chat.parallel)
-    if chat.form is not None and tools:
-        raise bad_request(
-            f"`{chat.form.field}` cannot hold an answer that may also call tools; leave one of both out",
-            chat.form.field,
-        )
-    return wanted or chat.form
+        return Calls(chat.tool or "required", tools, chat.parallel)
+    if tools and (chat.strict or chat.form is not None):
+        return Calls("auto", tools, chat.parallel, chat.form)
+    return chat.form
 
 
 def explain(error: ValidationError) -> ApiError:

@@ -85,6 +85,8 @@ class AnswerParser:
         format: of tool calls; None: nothing is taken for a call.
         schemas: the parameters of each tool, by its name.
         thinking: the prompt has opened ``<think>`` already.
+        only_calls: an answer that calls tools does nothing else, so what looks like a call behind some text,
+            such as in a string of JSON, is a part of that.
     """
 
     def __init__(
@@ -93,8 +95,10 @@ class AnswerParser:
         schemas: Mapping[str, Mapping[str, Any]] | None = None,
         *,
         thinking: bool = False,
+        only_calls: bool = False,
     ) -> None:
         self._format: Format | None = format
+        self._only_calls = only_calls
         self._schemas = schemas or {}
         self._opened = thinking
         self._openers = _OPENERS[format]
@@ -113,6 +117,11 @@ class AnswerParser:
     def thinks(self) -> bool:
         """Whether the text is in its thinking now."""
         return self._state == self._think
+
+    @property
+    def speaks(self) -> bool:
+        """Whether the text is neither in its thinking nor in a call now."""
+        return self._state in (self._begin, self._say)
 
     def push(self, text: str) -> list[Delta]:
         """What is certain with ``text``."""
@@ -156,6 +165,9 @@ class AnswerParser:
         return True
 
     def _say(self, final: bool) -> bool:
+        begun = self._held.lstrip() if self._only_calls else ""
+        if begun and not any(tag.startswith(begun[: len(tag)]) for tag in self._openers):
+            self._openers = ()
         place, tag = _first(self._held, self._openers)
         if not tag:
             self._give_certain(Text, self._openers, final)

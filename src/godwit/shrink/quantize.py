@@ -20,7 +20,6 @@ import godwit
 from godwit.checkpoint import Checkpoint, open_checkpoint
 from godwit.checkpoint.packed_layout import ExpertStack, Matrix, Plain, TensorBlob
 from godwit.checkpoint.packed_writer import PackedWriter
-from godwit.checkpoint.safetensors import SafetensorsFile
 from godwit.errors import CheckpointError, UsageError
 from godwit.models.loader import COMPANIONS, plan
 from godwit.models.names import Piece
@@ -116,16 +115,6 @@ def quantize_checkpoint(
 def companions_of(path: Path) -> dict[str, bytes]:
     """The files that travel with a model: its tokenizer, chat template and settings."""
     return {name: (path / name).read_bytes() for name in COMPANIONS if (path / name).is_file()}
-
-
-def read_importance(path: Path) -> dict[str, Tensor]:
-    """Importances from a safetensors file.
-
-    Raises:
-        CheckpointError: the file is missing or damaged.
-    """
-    file = SafetensorsFile(path)
-    return {name: file.tensor(name) for name in file.entries}
 
 
 class _Pool:

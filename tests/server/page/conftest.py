@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # no longer: Playwright keeps an event loop in this thread
 def browser() -> Iterator[Browser]:
     api = pytest.importorskip("playwright.sync_api", reason="needs Playwright (pip install playwright)")
     with api.sync_playwright() as playwright:

@@ -1,0 +1,64 @@
+"""How a verb ends: one sentence on stderr for what it raises, and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from godwit.cli.stopping import Terminated
+from godwit.errors import GodwitError, MemoryBudgetError
+
+# What a shell reports for a process that a signal ended: 128 + its number.
+INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_NO_MEMORY = "memory ran out; end other programs, or choose a smaller model, fewer bits or a shorter context"
+
+
+@contextmanager
+def one_sentence(ctx: typer.Context) -> Iterator[None]:
+    """Turn what a verb raises into one sentence on stderr and an exit code; --debug adds the traceback."""
+    try:
+        yield
+        sys.stdout.flush()
+    except (typer.Exit, typer.Abort):
+        raise
+    except KeyboardInterrupt as stop:
+        _explain(ctx, f"\ngodwit: {str(stop) or 'interrupted'}")
+        raise typer.Exit(TERMINATED if isinstance(stop, Terminated) else INTERRUPTED) from None
+    except BrokenPipeError:  # the reader left
+        drop_output()
+        raise typer.Exit(BROKEN_PIPE) from None
+    except GodwitError as error:
+        _explain(ctx, f"godwit: {error}")
+        raise typer.Exit(error.exit_code) from None
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
+            drop_output()
+            _explain(ctx, f"godwit: the output cannot be written ({error.strerror}); make room for it")
+            raise typer.Exit(1) from None
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            _explain(ctx, f"godwit: {_NO_MEMORY}")
+            raise typer.Exit(MemoryBudgetError.exit_code) from None
+        what = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
+        _explain(
+            ctx,
+            f"godwit: unexpected {what} (run with --debug to see where: godwit --debug {ctx.info_name} ...)",
+        )
+        raise typer.Exit(1) from None
+
+
+def drop_output() -> None:
+    """Lead stdout nowhere: Python would flush it once more at exit, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _explain(ctx: typer.Context, sentence: str) -> None:
+    if ctx.obj:
+        traceback.print_exc()
+    print(sentence, file=sys.stderr)
