@@ -45,7 +45,10 @@ Original = Annotated[
     typer.Argument(help="A directory, a Hugging Face repository, or built-in; not packed.", metavar="MODEL"),
 ]
 RecipeName = Annotated[
-    str, typer.Option(help="q4, q8, bf16, or a TOML file with formats.", metavar="NAME|FILE")
+    str,
+    typer.Option(
+        "--recipe", "--format", help="q4, q8, bf16, or a TOML file with formats.", metavar="NAME|FILE"
+    ),
 ]
 Restart = Annotated[
     bool, typer.Option("--restart", help="Begin anew where OUT.partial is of something else.")

@@ -19,6 +19,7 @@ from torch import Tensor
 from godwit import _native
 from godwit.config import MoeSpec
 from godwit.engine.cache import CacheSize, HybridCache, num_blocks
+from godwit.engine.sampling import as_rows
 from godwit.errors import MemoryBudgetError, UsageError
 from godwit.measure.ceilings import Ceilings, CpuTimes, MemoryUse, Noise, measure_ceilings, reset_peak
 from godwit.measure.costs import Costs, costs_of, distinct_experts, formats_of, trunk_caches
@@ -192,7 +193,8 @@ class Runner:
         return seconds
 
     def _choose(self, hidden: Tensor, batch: ForwardBatch) -> list[int]:
-        chosen: list[int] = self.model.compute_logits(hidden, batch.last_rows).argmax(-1).tolist()
+        logits = self.model.compute_logits(hidden, batch.last_rows)
+        chosen: list[int] = as_rows(logits).argmax(-1).tolist()  # as the engine does
         return chosen
 
 
