@@ -380,7 +380,7 @@ inline void down(const Parts& all, int64_t num_tokens, int64_t hidden, float* x)
   // few tokens: reading the weights takes all the time, and long pieces are read best; many: their hidden
   // rows are read by every item, and their sums stay in cache
   const bool few = num_tokens <= 16;
-  const int64_t items = num_threads() * (few ? 2 : 8), tiles = num_tiles(hidden), most = few ? 64 : 16;
+  const int64_t items = num_threads() * (few ? 2 : 2), tiles = num_tiles(hidden), most = few ? 64 : 32;
   const int64_t grain = tiles < items ? 1 : tiles / items > most ? most : tiles / items;
   const int64_t stride = grain * kTileRows;
   float* work = take<float>(num_threads() * (block + num_tokens) * stride);

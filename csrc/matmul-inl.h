@@ -235,15 +235,16 @@ inline void embed_row(const Weight& w, int64_t id, float* out) {
   const int64_t r = id % kTileRows, n = groups(w.cols);
   const uint8_t* tile = w.data + id / kTileRows * tile_bytes(w.format, w.cols);
   const uint16_t* scales = tile_scales(w.format, tile, n);
-  for (int64_t c = 0; c < w.cols; ++c) {
-    const int64_t g = c / kGroup, column = c % kGroup;
+  for (int64_t g = 0; g * kGroup < w.cols; ++g, out += kGroup) {
+    const int64_t count = w.cols - g * kGroup < kGroup ? w.cols - g * kGroup : kGroup;
     if (w.format == Format::bf16) {
       const auto* group = reinterpret_cast<const uint16_t*>(tile + g * code_bytes(w.format));
-      out[c] = from_bf16(group[32 * (column / 2) + 2 * r + column % 2]);
+      for (int64_t c = 0; c < count; ++c) out[c] = from_bf16(group[32 * (c / 2) + 2 * r + c % 2]);
     } else {
-      const int64_t share = w.format == Format::q4 ? g / kSpan : g;
-      out[c] = static_cast<float>(tile_code(w.format, tile, n, g, r, column)) *
-               half_to_float(scales[share * kTileRows + r]);
+      const float scale = half_to_float(scales[(w.format == Format::q4 ? g / kSpan : g) * kTileRows + r]);
+      for (int64_t c = 0; c < count; ++c) {
+        out[c] = static_cast<float>(tile_code(w.format, tile, n, g, r, c)) * scale;
+      }
     }
   }
 }

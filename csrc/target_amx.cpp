@@ -22,6 +22,8 @@ namespace {
 #include "tiles_avx512.h"
 // After the vector products, which it uses for what is too small:
 #include "tiles_amx.h"
+// After what both use of it:
+#include "tiles_amx_q4.h"
 // After the tile products:
 #include "attention-inl.h"
 #include "slab-inl.h"

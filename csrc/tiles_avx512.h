@@ -308,9 +308,11 @@ inline int64_t streams(const uint8_t* tiles, int64_t count, const uint8_t* after
 template <Format F>
 inline void all_tiles(const uint8_t* tiles, int64_t count, const uint8_t* after, const Rows& x, float* out,
                       int64_t out_stride, int64_t width) {
-  const auto some = x.m <= 2 && count >= 4   ? streams<F, 4>
-                    : x.m <= 4 && count >= 2 ? streams<F, 2>
-                                             : streams<F, 1>;
+  // Many rows of floats: 4 at a time stay in the nearest cache.
+  const bool two = x.m <= 4 || F == Format::bf16;
+  const auto some = x.m <= 2 && count >= 4 ? streams<F, 4>
+                    : two && count >= 2    ? streams<F, 2>
+                                           : streams<F, 1>;
   const int64_t done = some(tiles, count, after, x, out, out_stride, width);
   streams<F, 1>(tiles + done * tile_bytes(F, x.cols), count - done, after, x, out + done * kTileRows,
                 out_stride, width - done * kTileRows);

@@ -103,7 +103,7 @@ class Session:
         max_context: int | None = None,
         *,
         max_bytes: int | None = None,
-        chunk_size: int = 512,
+        chunk_size: int = 2048,
     ) -> None:
         limit = model.config.max_position
         self.max_context = limit if max_context is None else max_context
