@@ -377,10 +377,9 @@ inline void down(const Parts& all, int64_t num_tokens, int64_t hidden, float* x)
     const int64_t rows = part.num_rows < row_block(part.width) ? part.num_rows : row_block(part.width);
     block = rows > block ? rows : block;
   }
-  // few tokens: reading the weights takes all the time, and long pieces are read best; many: their hidden
-  // rows are read by every item, and their sums stay in cache
-  const bool few = num_tokens <= 16;
-  const int64_t items = num_threads() * (few ? 2 : 2), tiles = num_tiles(hidden), most = few ? 64 : 32;
+  // Weights are read best in long pieces; many tokens have so many hidden rows and sums that shorter ones,
+  // whose sums stay in cache, are better.
+  const int64_t items = 2 * num_threads(), tiles = num_tiles(hidden), most = num_tokens <= 16 ? 64 : 32;
   const int64_t grain = tiles < items ? 1 : tiles / items > most ? most : tiles / items;
   const int64_t stride = grain * kTileRows;
   float* work = take<float>(num_threads() * (block + num_tokens) * stride);
