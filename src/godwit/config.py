@@ -221,7 +221,8 @@ class _Reader:
         kind = self.text.get("model_type") or raw.get("model_type")
         if not isinstance(kind, str) or kind not in FAMILIES:
             known = ", ".join(sorted(FAMILIES))
-            raise UnsupportedModelError(f"model type {kind!r:.60} is not supported; Godwit runs: {known}")
+            found = "a config without model_type" if kind is None else f"model type {kind!r:.60}"
+            raise UnsupportedModelError(f"{found} is not supported; Godwit runs: {known}")
         self.model_type = kind
         self.family = FAMILIES[self.model_type]
 

@@ -155,7 +155,9 @@ def serve(
     context: Annotated[
         int | None, typer.Option(min=2, help="Tokens of prompt and answer together.", metavar="N")
     ] = None,
-    max_sequences: Annotated[int, typer.Option(min=1, help="Answers that run at a time.", metavar="N")] = 64,
+    max_sequences: Annotated[
+        int, typer.Option(min=1, max=4096, help="Answers that run at a time.", metavar="N")
+    ] = 64,
     memory: Annotated[
         float | None,
         typer.Option(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def run(
             f"serving needs the package {error.name}; install it with pip install 'godwit-llm[serve]'"
         ) from None
 
-    keys = read_keys(api_key_file, os.environ)
+    keys, origins = read_keys(api_key_file, os.environ), checked_origins(cors_origins)
     opened = common.open_model(model)
     sampling = common.recommended(opened.tokenizer.generation_defaults)
     common.sampling_params(SamplingOptions(), opened.tokenizer.generation_defaults)
@@ -76,15 +77,18 @@ def run(
             names=tuple(names) or (shown_name(opened.name),),
             sampling=sampling,
             keys=keys,
-            origins=tuple(cors_origins),
+            origins=origins,
             loopback=is_loopback(listener),
             limits=Limits.of(engines.context),
         )
         service = Service(engines, settings)
         log_to_stderr()
-        _log.info("%s: %s, %d threads", opened.name, common.described(weights), num_threads)
+        threads_used = f"{num_threads} thread{'s' * (num_threads > 1)}"
+        _log.info("%s: %s, %s", opened.name, common.described(weights), threads_used)
         if not keys and not settings.loopback:
-            _log.warning("everyone who can reach this address may use it; --api-key-file asks for keys")
+            _log.warning(
+                "warning: everyone who can reach this address may use it; --api-key-file asks for keys"
+            )
         address, bound = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         place = f"http://{shown}:{bound}"
@@ -92,6 +96,20 @@ def run(
             "serving %s at %s with a context of %d (Ctrl-C ends it)", settings.name, place, service.context
         )
         make_server(make_app(service), settings).run([listener])
+
+
+def checked_origins(origins: Sequence[str]) -> tuple[str, ...]:
+    """Origins as browsers send them.
+
+    Raises:
+        UsageError: one that no browser would send, which would silently allow nothing.
+    """
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise UsageError(
+                f"--cors-origin {origin!r:.100} is no origin; give one such as https://example.org"
+            )
+    return tuple(origins)
 
 
 def make_engine(model: CausalLM, opened: common.OpenedModel, options: EngineOptions) -> Engine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import socket
 from typing import Any
@@ -95,15 +96,16 @@ def listen(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
     except (OSError, OverflowError) as error:
-        raise UsageError(f"{host} is no address to listen at ({error})") from None
+        raise UsageError(f"{host} is no address to listen at ({error}); give another --host") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(2048)
     except OSError as error:
         listener.close()
+        other = "--host" if error.errno == errno.EADDRNOTAVAIL else "--port"
         raise UsageError(
-            f"cannot listen at {host} port {port}: {error.strerror}; take another --port"
+            f"cannot listen at {host} port {port}: {error.strerror}; take another {other}"
         ) from None
     return listener
 
