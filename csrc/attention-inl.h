@@ -37,12 +37,12 @@ inline void attention_scores(const Half* q, int64_t rows, int64_t dim, const Par
   lane_scores(q, rows, dim, keys.k, keys.v, num_blocks, out);
 }
 
-inline void weighted_values(const Half* p, int64_t rows, int64_t dim, const uint16_t* const* values,
-                            int64_t num_blocks, float* out) {
+inline void weighted_values(const Half* p, int64_t rows, int64_t dim, const Partition& keys,
+                            int64_t num_blocks, const uint16_t* const* ahead, float* out) {
 #if GODWIT_AMX
-  if (tiles_fit(dim)) return tile_values(p, rows, dim, values, num_blocks, out);
+  if (tiles_fit(dim)) return tile_values(p, rows, dim, keys.v, num_blocks, ahead, out);
 #endif
-  lane_values(p, rows, dim, values, num_blocks, out);
+  lane_values(p, rows, dim, keys.v, num_blocks, ahead, out);
 }
 
 inline void release_tiles() {
@@ -216,7 +216,8 @@ inline void softmax_row(float* s, int64_t n, int64_t width, Half* p, float* top,
 // Rows [row, row + count) of a block of queries against one partition: largest score, sum of exp and weighted
 // values of each. Rows that see nothing of it get no meaningful result.
 inline void attend(const AttentionStep& s, const QueryBlock& b, int64_t index, const Partition& keys,
-                   int64_t row, int64_t count, const ScoreWork& work, float* top, float* sum, float* out) {
+                   const uint16_t* const* ahead, int64_t row, int64_t count, const ScoreWork& work,
+                   float* top, float* sum, float* out) {
   const int64_t dim = s.layer.dim, start = index * kPartition, seen = limit_of(s, b, row + count - 1) - start;
   const int64_t blocks = seen < kPartition ? (seen + kBlock - 1) / kBlock : kPartitionBlocks;
   const Half* q = s.q + (b.head * s.count * s.ratio + b.begin + row) * dim;
@@ -231,17 +232,19 @@ inline void attend(const AttentionStep& s, const QueryBlock& b, int64_t index, c
       std::memset(p, 0, static_cast<size_t>(blocks * kBlock) * sizeof(Half));
     }
   }
-  weighted_values(work.probs, count, dim, keys.v, blocks, out);
+  weighted_values(work.probs, count, dim, keys, blocks, ahead, out);
 }
 
 // All rows of a block of queries against one partition, `done(row, count)` after every kSubRows of them, with
-// results at the place that `to(row)` gives.
+// results at the place that `to(row)` gives. `ahead`: the blocks of keys that this thread reads next, or
+// null.
 struct PartitionResult {
   float *top, *sum, *out;
 };
 template <typename To, typename Done>
 inline void attend_partition(const AttentionStep& s, const QueryBlock& b, int64_t index,
-                             const ScoreWork& work, const To& to, const Done& done) {
+                             const uint16_t* const* ahead, const ScoreWork& work, const To& to,
+                             const Done& done) {
   Partition keys = partition_of(s, b, index);
   // What lies beyond the last key may be anything, and zero times NaN is NaN.
   const int64_t dim = s.layer.dim, end = limit_of(s, b, b.count - 1) - index * kPartition;
@@ -259,7 +262,7 @@ inline void attend_partition(const AttentionStep& s, const QueryBlock& b, int64_
     const int64_t count = b.count - row < kSubRows ? b.count - row : kSubRows;
     if (limit_of(s, b, row + count - 1) <= index * kPartition) continue;
     const PartitionResult r = to(row);
-    attend(s, b, index, keys, row, count, work, r.top, r.sum, r.out);
+    attend(s, b, index, keys, ahead, row, count, work, r.top, r.sum, r.out);
     done(row, count);
   }
 }
@@ -311,8 +314,10 @@ inline void attend_blocks(const AttentionStep& s, const QueryBlock* blocks, int6
       const QueryBlock& b = blocks[num_blocks - 1 - i];
       const int64_t count = partitions(s, b);
       for (int64_t index = 0; index < count; ++index) {
+        const Partition next = partition_of(s, b, index + 1 < count ? index + 1 : index);
         attend_partition(
-            s, b, index, work, [&work](int64_t) { return PartitionResult{work.top, work.sum, work.out}; },
+            s, b, index, index + 1 < count ? next.k : nullptr, work,
+            [&work](int64_t) { return PartitionResult{work.top, work.sum, work.out}; },
             [&](int64_t row, int64_t n) {
               for (int64_t r = 0; r < n; ++r) {
                 join_partition(s, b, row + r, index, work.top[r], work.sum[r], work.out + r * s.layer.dim);
@@ -338,8 +343,10 @@ inline void attend_items(const AttentionStep& s, const QueryBlock* blocks, const
     const ScoreWork work = score_work(dim);
     for (int64_t i = begin; i < end; ++i) {
       const PartitionItem& item = items[i];
+      const PartitionItem& after = items[i + 1 < end ? i + 1 : i];
+      const Partition next = partition_of(s, blocks[after.block], after.index);
       attend_partition(
-          s, blocks[item.block], item.index, work,
+          s, blocks[item.block], item.index, i + 1 < end ? next.k : nullptr, work,
           [&](int64_t row) {
             row += item.row;
             return PartitionResult{results.top + row, results.sum + row, results.out + row * dim};

@@ -202,14 +202,14 @@ inline void choose_units(const Parts& all) {
   for (int64_t p = 0; p < all.count; ++p) {
     Part& part = all.parts[p];
     if (part.format2 != Format::q4) continue;
-    if (wide >= 16 * num_threads()) part.unit = kWideUnit;
+    if (wide >= 8 * num_threads()) part.unit = kWideUnit;
     if (part.rounded_later()) part.hidden.f = take<float>(part.num_rows * groups(part.width) * kGroup);
   }
 }
 
 // ---- Gate and up -----------------------------------------------------------------------------------
 
-// Calls f(Ranges) for the items of the first pass: about 32 a thread, or 8 with few rows, since weights are
+// Calls f(Ranges) for the items of the first pass: about 32 a thread, or 12 with few rows, since weights are
 // read best in long pieces; those of parts with many rows first, and whole parts where there are enough of
 // them, since the rows of an item are gathered once.
 template <typename F>
@@ -220,7 +220,7 @@ inline void for_each_item(const Parts& all, const F& f) {
     total += (part.num_rows + kWeightCost) * ((part.width + part.unit - 1) / part.unit) * part.unit;
     most = part.num_rows > most ? part.num_rows : most;
   }
-  const int64_t share = total / ((most <= kFewRows ? 8 : 32) * num_threads()) + 1;
+  const int64_t share = total / ((most <= kFewRows ? 12 : 32) * num_threads()) + 1;
   for (int64_t high = most; high > 0; high /= 2) {
     for (int64_t p = 0; p < all.count; ++p) {
       const Part& part = all.parts[p];

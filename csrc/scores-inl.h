@@ -105,12 +105,16 @@ inline void value_columns(const Half* p, int64_t rows, int64_t dim, const uint16
   }
 }
 
-// out [rows, dim] = p [rows, kPartition] times the values of the blocks.
+// out [rows, dim] = p [rows, kPartition] times the values of the blocks, which are in cache by now: meanwhile
+// memory has time for the keys that come next, where there are any.
 inline void lane_values(const Half* p, int64_t rows, int64_t dim, const uint16_t* const* values,
-                        int64_t num_blocks, float* out) {
+                        int64_t num_blocks, const uint16_t* const* ahead, float* out) {
   constexpr int64_t kWidth = kValueVectors * W;
   int64_t d = 0;
   for (; d + kWidth <= dim; d += kWidth) {
+    for (int64_t b = 0; ahead != nullptr && b < num_blocks; ++b) {
+      for (int64_t i = 0; i < kWidth; i += 2) __builtin_prefetch(ahead[b] + (d + i) * kBlock, 0, 2);
+    }
     value_columns<kValueVectors>(p, rows, dim, values, num_blocks, d, W, out);
   }
   for (; d < dim; d += W) {

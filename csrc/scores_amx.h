@@ -80,7 +80,7 @@ inline void tile_scores(const Half* q, int64_t rows, int64_t dim, const uint16_t
 
 // As lane_values.
 inline void tile_values(const Half* p, int64_t rows, int64_t dim, const uint16_t* const* values,
-                        int64_t num_blocks, float* out) {
+                        int64_t num_blocks, const uint16_t* const* ahead, float* out) {
   constexpr int64_t kStride = kPartition * sizeof(Half);
   const int64_t v_stride = dim * 4, out_stride = dim * static_cast<int64_t>(sizeof(float));
   configure_tiles(rows, 32);
@@ -92,6 +92,12 @@ inline void tile_values(const Half* p, int64_t rows, int64_t dim, const uint16_t
     _tile_zero(3);
     for (int64_t b = 0; b < num_blocks; ++b) {
       const uint16_t* v = values[b] + d * 2;
+      // Much of what was fetched early has gone again, so once more, shortly before it is used.
+      const uint16_t* soon = values[b + 3 < num_blocks ? b + 3 : b] + d * 2;
+      for (int64_t t = 0; t < kBlock / 2; ++t)
+        fetch(reinterpret_cast<const uint8_t*>(soon + t * dim * 2), 256);
+      if (ahead != nullptr)
+        prefetch(reinterpret_cast<const uint8_t*>(ahead[b] + d * kBlock), 64 * kBlock * 2);
       _tile_loadd(4, p + b * kBlock, kStride);
       _tile_loadd(6, v, v_stride);
       _tile_dpbf16ps(0, 4, 6);
