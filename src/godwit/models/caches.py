@@ -63,7 +63,7 @@ LARGE_PAGE = 2 << 20
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """As ``torch.zeros``, in pages of 2 MiB where there are such, from which a long context is read faster."""
+    """As ``torch.zeros``, in pages of 2 MiB where there are such: long contexts are read faster from them."""
     size = math.prod(shape) * dtype.itemsize
     if torch.device(device).type != "cpu" or size < 2 * LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=dtype, device=device)
