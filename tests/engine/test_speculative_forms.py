@@ -1,0 +1,74 @@
+"""Forms, tools, thinking and drafts together: guesses change no answer that has to have a form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from godwit.engine import Engine, GenerationRequest, SamplingParams
+from godwit.engine.constraint import Constraints, GrammarConstraint
+from godwit.engine.speculative import MAX_DEPTH, Speculator
+from godwit.models.causal_lm import CausalLM
+from godwit.models.loader import load_model
+from godwit.models.native import pack_model
+from godwit.tokenizer import Tokenizer
+from tests.engine.forms import FLAG, FOLDER, TOOLS, held
+from tests.engine.test_speculative import Eager
+
+pytest.importorskip("llguidance")
+
+
+@pytest.fixture(scope="module")
+def model() -> CausalLM:
+    return pack_model(load_model(FOLDER), "q4")
+
+
+@pytest.fixture
+def engines(model: CausalLM, tokenizer: Tokenizer) -> Iterator[tuple[Engine, Engine]]:
+    """One without drafts, and one that drafts as much as it can, from both sources in turn."""
+    drafter = Speculator(controller=Eager(MAX_DEPTH), max_sequences=64)
+    with (
+        Engine(model, tokenizer, max_context=1024, debug=True, speculate=False) as plain,
+        Engine(
+            model, tokenizer, max_context=1024, debug=True, drafter=drafter, max_rollback=MAX_DEPTH
+        ) as guessing,
+    ):
+        yield plain, guessing
+        for engine in (plain, guessing):
+            engine.check_integrity()
+
+
+def requests(forms: Constraints, tokenizer: Tokenizer) -> list[GenerationRequest]:
+    close = tokenizer.token_to_id("</think>")
+    assert close is not None
+    short_thoughts = {**dict.fromkeys(tokenizer.stop_ids, 1000.0), close: 14.0}
+    greedy, hot = SamplingParams(temperature=0, max_tokens=300), SamplingParams(seed=7, max_tokens=300)
+    thinking = SamplingParams(seed=3, max_tokens=400, logit_bias=short_thoughts)
+    calls = forms.tool_calls(TOOLS, "auto", otherwise=forms.rule("schema", FLAG), thinking="opened")
+    ways: list[tuple[GrammarConstraint | None, SamplingParams]] = [
+        (held(forms, "schema", FLAG), greedy),
+        (held(forms, "schema", FLAG), hot),
+        (held(forms, "schema", FLAG, thinking="opened"), thinking),
+        (calls, thinking),
+        (forms.tool_calls(TOOLS, "required"), hot),
+        (held(forms, "regex", "(one two three ){12}"), greedy),
+        (held(forms, "choice", ["yes", "no"]), hot),
+        (None, SamplingParams(temperature=0, max_tokens=60)),
+    ]
+    prompt = tuple(tokenizer.encode_chat([{"role": "user", "content": "one two three, one two three, one"}]))
+    return [GenerationRequest(prompt, params, constraint=form) for form, params in ways]
+
+
+def test_drafts_change_no_answer_of_any_form(
+    engines: tuple[Engine, Engine], forms: Constraints, tokenizer: Tokenizer
+) -> None:
+    answers = []
+    for engine in engines:
+        streams = [engine.submit(request) for request in requests(forms, tokenizer)]
+        results = [stream.result() for stream in streams]
+        answers.append([(text, finish.reason, finish.token_ids) for text, finish in results])
+    assert answers[0] == answers[1]
+    assert "<tool_call>" in answers[1][4][0] and answers[1][5][0] == "one two three " * 12
+    stats = engines[1].stats()
+    assert stats.drafted > 50 and stats.accepted > 10
