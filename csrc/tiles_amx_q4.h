@@ -26,10 +26,10 @@ struct SpanOfTiles {
   const uint8_t *codes = nullptr, *steps = nullptr, *scales = nullptr;  // of the first tile
   int64_t groups = 0, span = 0, tile_bytes = 0;
 
-  // Span `at` of all; beyond the last one of those of `after`.
-  SpanOfTiles(const uint8_t* tiles, int64_t num_tiles, const uint8_t* after, int64_t at, const Rows& x)
-      : SpanOfTiles(at < num_tiles * spans(x.cols) ? tiles : after,
-                    at < num_tiles * spans(x.cols) ? at : at - num_tiles * spans(x.cols), x) {}
+  // Span `at` of `num` times N tiles; beyond the last one of those of `after`.
+  SpanOfTiles(const uint8_t* tiles, int64_t num, const uint8_t* after, int64_t at, const Rows& x)
+      : SpanOfTiles(at < num * spans(x.cols) ? tiles : after,
+                    at < num * spans(x.cols) ? at : at - num * spans(x.cols), x) {}
 
   SpanOfTiles(const uint8_t* tiles, int64_t at, const Rows& x) {
     const int64_t n = godwit::groups(x.cols), num = spans(x.cols);
