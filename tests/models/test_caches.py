@@ -65,8 +65,10 @@ def test_logits_of_chosen_rows(model: CausalLM) -> None:
     batch = ForwardBatch.packed(ids, [5, 7])
     hidden = model(batch)
     every = model.compute_logits(hidden)
-    assert batch.last_rows.tolist() == [4, 11]
+    assert batch.last_rows is not None and batch.last_rows.tolist() == [4, 11]
     torch.testing.assert_close(model.compute_logits(hidden, batch.last_rows), every[[4, 11]])
+    single = ForwardBatch.packed(ids[:3], [1, 1, 1])
+    assert single.last_rows is None and model.compute_logits(model(single), single.last_rows).shape[0] == 3
 
 
 def test_specs_say_what_is_allocated(model: CausalLM) -> None:

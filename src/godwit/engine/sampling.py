@@ -305,7 +305,9 @@ def as_rows(logits: Tensor | Row) -> Row:
     """Scores as float32 arrays in the CPU's memory: small operations cost less on them than on tensors."""
     if isinstance(logits, np.ndarray):
         return logits
-    rows: Row = logits.detach().to("cpu", torch.float32).numpy()
+    if logits.dtype != torch.float32 or logits.device.type != "cpu":
+        logits = logits.to("cpu", torch.float32)
+    rows: Row = (logits.detach() if logits.requires_grad else logits).numpy()
     return rows
 
 

@@ -49,9 +49,11 @@ class ForwardBatch:
         return [end - start for start, end in zip(self.cu_seqlens, self.cu_seqlens[1:], strict=False)]
 
     @cached_property
-    def last_rows(self) -> Tensor:
-        """Index of the last token of each sequence, ``[S]``."""
-        return torch.tensor(self.cu_seqlens[1:], device=self.input_ids.device) - 1
+    def last_rows(self) -> Tensor | None:
+        """Index of the last token of each sequence, ``[S]``; None where every token is one: no copy then."""
+        if len(self.seq_lens) == len(self.input_ids):
+            return None
+        return torch.tensor([end - 1 for end in self.cu_seqlens[1:]], device=self.input_ids.device)
 
     @staticmethod
     def packed(input_ids: Tensor, lengths: Sequence[int], row_length: int = 0) -> ForwardBatch:
