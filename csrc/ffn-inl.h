@@ -265,8 +265,15 @@ inline Rows gather(const RowBuffer& x, const int32_t* tokens, int64_t m, Format 
 // Floats of a row in a unit's buffer: gate, then up, whose rows may begin inside a tile.
 inline int64_t unit_stride(int64_t unit) { return 2 * unit + kTileRows; }
 
+// Where a unit's gate begins; the weights have `cols` inputs.
+inline const uint8_t* first_tile(const Part& part, int64_t unit, int64_t cols) {
+  return part.w13 + unit * part.unit / kTileRows * tile_bytes(part.format13, cols);
+}
+
 // Hidden columns of one unit: silu(gate x) * (up x), into `hidden` as rows. `work` is [x.m, unit_stride].
-inline void gate_up(const Part& part, int64_t unit, const Rows& x, float* work, const RowBuffer& hidden) {
+// `after`: what this thread reads next.
+inline void gate_up(const Part& part, int64_t unit, const uint8_t* after, const Rows& x, float* work,
+                    const RowBuffer& hidden) {
   const int64_t first = unit * part.unit, stride = unit_stride(part.unit);
   const int64_t width = part.width - first < part.unit ? part.width - first : part.unit;
   const int64_t bytes = tile_bytes(part.format13, x.cols), first_up = part.width + first;
@@ -274,8 +281,8 @@ inline void gate_up(const Part& part, int64_t unit, const Rows& x, float* work, 
   const int64_t num_gate = num_tiles(width), num_up = num_tiles(first_up + width) - up_tile;
   tile_products(part.format13, part.w13 + gate_tile * bytes, num_gate, part.w13 + up_tile * bytes, x, work,
                 stride, num_gate * kTileRows);
-  tile_products(part.format13, part.w13 + up_tile * bytes, num_up, part.w13 + (gate_tile + num_gate) * bytes,
-                x, work + part.unit, stride, num_up * kTileRows);
+  tile_products(part.format13, part.w13 + up_tile * bytes, num_up, after, x, work + part.unit, stride,
+                num_up * kTileRows);
   const int64_t n = groups(part.width);
   for (int64_t i = 0; i < x.m; ++i) {
     float* gate = work + i * stride;
@@ -332,11 +339,14 @@ inline void gate_up(const Parts& all, const RowBuffer& x) {
     for (int64_t i = begin; i < end; ++i) {
       const Ranges& item = items[i];
       const Part& part = all.parts[item.part];
+      const Ranges& likely = items[i + num_threads() < count ? i + num_threads() : i];
+      const uint8_t* next = first_tile(all.parts[likely.part], likely.unit, x.cols);
       for (int64_t r = item.row; r < item.end_row; r += block) {
         const int64_t m = item.end_row - r < block ? item.end_row - r : block;
         const Rows rows = gather(x, part.tokens + r, m, part.format13, skip(gathered, thread * block));
         for (int64_t u = item.unit; u < item.end_unit; ++u) {
-          gate_up(part, u, rows, work + thread * size, skip(part.hidden, r));
+          const uint8_t* after = u + 1 < item.end_unit ? first_tile(part, u + 1, x.cols) : next;
+          gate_up(part, u, after, rows, work + thread * size, skip(part.hidden, r));
         }
       }
     }
