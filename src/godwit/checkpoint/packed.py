@@ -6,9 +6,7 @@ private memory map.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import mmap
 import os
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -31,19 +29,9 @@ from godwit.checkpoint.packed_layout import (
 from godwit.checkpoint.safetensors import shown
 from godwit.config import ModelConfig
 from godwit.errors import CheckpointError
+from godwit.pages import ask_for_large_pages
 
 _CHUNK = 1 << 20
-
-
-def _in_huge_pages(mapped: mmap.mmap) -> None:
-    """Ask for the file in pages of 2 MiB as it is read from disk.
-
-    Streaming weights through pages of 4 KiB costs a quarter of the memory's bandwidth. Where the system has
-    no such pages, or holds the file in small ones already, this changes nothing.
-    """
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            mapped.madvise(mmap.MADV_HUGEPAGE)
 
 
 def is_packed(path: str | Path) -> bool:
@@ -72,7 +60,7 @@ class PackedFile:
                 size = os.fstat(file.fileno()).st_size
                 table = read_table(file, size, path)
                 self._map = safetensors.map_file(file.fileno(), size, path)
-                _in_huge_pages(self._map)
+                ask_for_large_pages(self._map)
         except OSError as error:
             raise CheckpointError(
                 f"{path}: cannot be read ({error.strerror or error}); check the file"

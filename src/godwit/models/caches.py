@@ -8,17 +8,14 @@ enter the state when the next step begins: :meth:`Caches.rollback` then just for
 
 from __future__ import annotations
 
-import contextlib
-import math
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from godwit.errors import UsageError
 from godwit.models.batch import BLOCK_SIZE
+from godwit.pages import zeros
 
 
 @dataclass(frozen=True)
@@ -59,22 +56,6 @@ class RecurrentSpec:
 
 
 CacheSpec = PagedKVSpec | RecurrentSpec
-LARGE_PAGE = 2 << 20
-
-
-def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """As ``torch.zeros``, in pages of 2 MiB where there are such: long contexts are read faster from them."""
-    size = math.prod(shape) * dtype.itemsize
-    if torch.device(device).type != "cpu" or size < 2 * LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(shape, dtype=dtype, device=device)
-    try:
-        area = mmap.mmap(-1, size + LARGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError:  # too little memory, which torch says in words that are known elsewhere
-        return torch.zeros(shape, dtype=dtype, device=device)
-    with contextlib.suppress(OSError):  # a kernel without them
-        area.madvise(mmap.MADV_HUGEPAGE)
-    start = -torch.frombuffer(area, dtype=torch.uint8, count=1).data_ptr() % LARGE_PAGE
-    return torch.frombuffer(area, dtype=dtype, count=math.prod(shape), offset=start).view(shape)
 
 
 class PagedKV:
