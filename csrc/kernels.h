@@ -25,8 +25,8 @@ struct CpuFeature {
 // Every feature this build knows to ask for on its architecture, present or not, in a fixed order.
 const std::vector<CpuFeature>& cpu_features();
 
-// From the plainest to the widest; a wider one implies all before it. avx512 needs VNNI and BF16 too; amx
-// adds the tile unit for int8 and bf16.
+// From the plainest to the widest; a wider one implies all before it. avx512 needs VNNI, VBMI and BF16 too;
+// amx adds the tile unit for int8 and bf16.
 enum class InstructionSet { scalar, avx2, avx512, amx };
 
 const char* name_of(InstructionSet set);

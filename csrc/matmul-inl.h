@@ -187,12 +187,12 @@ inline int64_t rows_at_a_time(int64_t cols) {
   return rows < 16 ? 16 : rows;
 }
 
-// Tiles that a thread takes at once: some ten microseconds of work, and yet several turns for every
-// thread.
+// Tiles that a thread takes at once: some ten microseconds of work, with many rows a hundred, and yet several
+// turns for every thread.
 inline int64_t tiles_at_a_time(int64_t bytes_of_tile, int64_t m, int64_t tiles) {
   const int64_t work = bytes_of_tile * (1 + m / 8);  // in bytes to be read: computing 8 rows takes as long
   const int64_t least = 1 + 32768 / work;            // less is not worth a hand-over
-  const int64_t enough = 1 + 262144 / work, together = 4, fair = tiles / (4 * num_threads());
+  const int64_t enough = 1 + 262144 / work, together = m < 64 ? 4 : 16, fair = tiles / (4 * num_threads());
   int64_t grain = (enough + together - 1) / together * together;
   grain = grain < fair ? grain : fair;
   return grain > least ? grain : least;

@@ -152,7 +152,10 @@ std::vector<InstructionSet> detect_instruction_sets() {
 #if defined(__x86_64__)
   if (!has_all({"avx2", "fma", "f16c"})) return sets;
   sets.push_back(InstructionSet::avx2);
-  if (!has_all({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"})) return sets;
+  if (!has_all(
+          {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_vbmi", "avx512_bf16"})) {
+    return sets;
+  }
   sets.push_back(InstructionSet::avx512);
   if (has_all({"amx_tile", "amx_int8", "amx_bf16"}) && may_use_tiles()) sets.push_back(InstructionSet::amx);
 #endif

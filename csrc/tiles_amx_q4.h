@@ -4,8 +4,9 @@
 // this one, and the sums of a block of rows become floats while it works on the next block.
 
 constexpr int64_t kSpanBytes = kSpan * kGroup * kTileRows;  // of a tile's unpacked span
-constexpr int64_t kSpansAhead = 2;               // from the span that is unpacked to the one that is fetched
+constexpr int64_t kSpansAhead = 3;               // from the span that is unpacked to the one that is fetched
 constexpr int64_t kSumRows = 256;                // of float sums at a time: 32 KB
+constexpr int64_t kFarFloats = 1 << 18;          // of results: more are not in a core's own cache
 constexpr int64_t kFewestQ8 = 8, kFewestQ4 = 5;  // rows from which on the unit is faster than vectors
 
 // Registers 0 to 3 hold sums [rows][16], 4 and 5 activations [rows][64], 6 and 7 weights [16][16 rows x 4
@@ -59,10 +60,10 @@ inline void unpack_part(const SpanOfTiles<N>& from, const SpanOfTiles<N>& later,
   prefetch(later.steps + tile + begin * kTileRows, 64);
   out += t * kSpanBytes + begin * 512;
   for (int64_t g = 0; g < count; ++g) {
-    const __m512i zero = spread(step.zero + 16 * g, rows_in(0));
+    const __m512i zero = spread(step.zero, g);
     prefetch(later.codes + tile + (begin + g) * 256, 256);
     __m512i w[8];
-    unpack_sized(from.codes + tile + (begin + g) * 256, step.size + 16 * g, step.high + 16 * g, w);
+    unpack_sized(from.codes + tile + (begin + g) * 256, step, g, w);
 #pragma GCC unroll 8
     for (int v = 0; v < 8; ++v) _mm512_store_si512(out + g * 512 + 64 * v, _mm512_sub_epi8(w[v], zero));
   }
@@ -121,45 +122,53 @@ struct SpanRows {
   const float* x_scales = nullptr;  // of the first row
   int64_t x_stride = 0;
   bool first = false, last = false;  // of the spans
+  bool fetch_out = false;            // where totals will go is fetched meanwhile
   float* total = nullptr;            // [rows][N][16]
   float* out = nullptr;              // where totals go after the last span
   int64_t out_stride = 0, width = 0;
 };
 
-// total = float(sum) * (scale of the weights * scale of the row) on top of what it holds, for rows [i, end).
-template <int N>
-inline void add_span(const int32_t* sums, const SpanRows<N>& p, int64_t i, int64_t end) {
-  if (i >= end) return;
+// total = float(sum) * (scale of the weights * scale of the row) on top of what it holds, for rows [i, end);
+// after the last span to where totals belong.
+template <int N, bool Last>
+inline void add_rows(const int32_t* sums, const SpanRows<N>& p, int64_t i, int64_t end) {
   __m512 scale[N];
-  for (int t = 0; t < N; ++t) scale[t] = _mm512_load_ps(p.w_scales + 16 * t);
-  const __mmask16 holds = p.first ? 0 : 0xffff;
+  __mmask16 mask[N];
+  for (int t = 0; t < N; ++t) {
+    scale[t] = _mm512_load_ps(p.w_scales + 16 * t);
+    mask[t] = columns(p.width - t * kTileRows);
+  }
   // In variables of their own: what is stored here might be p for all the compiler knows.
-  const int64_t x_stride = p.x_stride;
+  const __mmask16 holds = p.first ? 0 : 0xffff;
+  const bool fetch_out = p.fetch_out;
+  const int64_t x_stride = p.x_stride, out_stride = p.out_stride;
   const float* x_scale = p.x_scales + i * x_stride;
-  float* total = p.total + i * N * 16;
+  float *total = p.total + i * N * 16, *out = p.out + i * out_stride;
   sums += 16 * (p.skipped + i);
 #pragma GCC unroll 4
-  for (; i < end; ++i, x_scale += x_stride, sums += 16, total += N * 16) {
+  for (; i < end; ++i, x_scale += x_stride, sums += 16, total += N * 16, out += out_stride) {
     const __m512 row = _mm512_set1_ps(*x_scale);
 #pragma GCC unroll 2
     for (int t = 0; t < N; ++t) {
       const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums + 256 * t));
       const __m512 before = _mm512_maskz_load_ps(holds, total + 16 * t);
-      _mm512_store_ps(total + 16 * t, _mm512_fmadd_ps(sum, _mm512_mul_ps(scale[t], row), before));
+      const __m512 now = _mm512_fmadd_ps(sum, _mm512_mul_ps(scale[t], row), before);
+      if constexpr (Last) {
+        _mm512_mask_storeu_ps(out + t * kTileRows, mask[t], _mm512_add_ps(now, _mm512_setzero_ps()));
+      } else {
+        _mm512_store_ps(total + 16 * t, now);
+        if (fetch_out) __builtin_prefetch(out + t * kTileRows, 1);
+      }
     }
   }
 }
-
-// The totals of a block's rows to where they belong.
 template <int N>
-inline void write_totals(const SpanRows<N>& p) {
-  for (int t = 0; t < N; ++t) {
-    const float* from = p.total + 16 * t;
-    float* out = p.out + t * kTileRows;
-    const __mmask16 mask = columns(p.width - t * kTileRows);
-    for (int64_t i = 0; i < p.rows; ++i, from += N * 16, out += p.out_stride) {
-      _mm512_mask_storeu_ps(out, mask, _mm512_add_ps(_mm512_load_ps(from), _mm512_setzero_ps()));
-    }
+inline void add_span(const int32_t* sums, const SpanRows<N>& p, int64_t i, int64_t end) {
+  if (i >= end) return;
+  if (p.last) {
+    add_rows<N, true>(sums, p, i, end);
+  } else {
+    add_rows<N, false>(sums, p, i, end);
   }
 }
 
@@ -200,7 +209,6 @@ struct SpanPipe {
       unpack();
     });
     add_span(sums[P], before, done, num);
-    if (step >= 2 && before.last) write_totals(before);
   }
   void finish() {
     for (int64_t left = step < 2 ? step : 2; left > 0; --left) {
@@ -208,7 +216,6 @@ struct SpanPipe {
       if (left == 1 && parity == 0) store_span<N, 0>(sums[0]);
       if (left == 1 && parity == 1) store_span<N, 1>(sums[1]);
       add_span(sums[parity], rows[parity], 0, rows[parity].rows);
-      if (rows[parity].last) write_totals(rows[parity]);
     }
   }
 };
@@ -221,6 +228,7 @@ inline void q4_block(const uint8_t* tiles, int64_t num, const uint8_t* after, co
   alignas(64) float totals[kSumRows * N * 16], w_scales[4][N * 16];
   const int64_t n = groups(x.cols), num_spans = spans(x.cols), q_stride = n * kGroup;
   const int64_t rows = x.m < 16 ? x.m : 16, blocks = (x.m + 15) / 16;
+  const bool far = x.m * out_stride > kFarFloats;
   SpanPipe<N> pipe;
   const SpanOfTiles<N> first(tiles, 0, x);
   for (int64_t part = 0; part < num_parts(first); ++part) {
@@ -252,6 +260,7 @@ inline void q4_block(const uint8_t* tiles, int64_t num, const uint8_t* after, co
       some.x_stride = num_spans;
       some.first = now.span == 0;
       some.last = now.span + 1 == num_spans;
+      some.fetch_out = far && now.span + 2 == num_spans;
       some.total = totals + done * N * 16;
       some.out = out + done * out_stride + column;
       some.out_stride = out_stride;

@@ -113,46 +113,42 @@ inline void q8_rows(const Run& run) {
 }
 
 // The steps of up to four groups in bytes [group][row]: sizes, sizes times 16, and sizes times the codes of
-// zero. One of 16 bytes is spread over a register's rows by spread.
+// zero.
 struct Steps {
-  alignas(64) uint8_t size[64], high[64], zero[64];
+  __m512i size, high, zero;
 
   Steps(const uint8_t* steps, int64_t count) {
     const auto mask = static_cast<__mmask64>(count < 4 ? (uint64_t{1} << (16 * count)) - 1 : ~uint64_t{0});
     const __m512i both = _mm512_maskz_loadu_epi8(mask, steps), nibble = _mm512_set1_epi8(15);
-    const __m512i low = _mm512_and_si512(both, nibble), odd = _mm512_set1_epi16(static_cast<int16_t>(0xff00));
+    const __m512i odd = _mm512_set1_epi16(static_cast<int16_t>(0xff00));
     const __m512i code = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+    size = _mm512_and_si512(both, nibble);
+    high = _mm512_slli_epi16(size, 4);
     // A product of two nibbles stays in its byte: even and odd bytes apart.
-    const __m512i even = _mm512_mullo_epi16(_mm512_andnot_si512(odd, low), code);
-    const __m512i other = _mm512_mullo_epi16(_mm512_and_si512(odd, low), _mm512_srli_epi16(code, 8));
-    _mm512_store_si512(size, low);
-    _mm512_store_si512(high, _mm512_slli_epi16(low, 4));
-    _mm512_store_si512(zero, _mm512_or_si512(_mm512_andnot_si512(odd, even), other));
+    const __m512i even = _mm512_mullo_epi16(_mm512_andnot_si512(odd, size), code);
+    const __m512i other = _mm512_mullo_epi16(_mm512_and_si512(odd, size), _mm512_srli_epi16(code, 8));
+    zero = _mm512_or_si512(_mm512_andnot_si512(odd, even), other);
   }
 };
 
-inline __m512i spread(const uint8_t* bytes, __m512i pick) {
-  const __m128i rows = _mm_load_si128(reinterpret_cast<const __m128i*>(bytes));
-  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(rows), pick);
-}
-
-// For spread: register r has `pattern` plus r in its bytes; 0x80 makes a byte 0.
-inline __m512i rows_in(uint32_t pattern) {
+// The sixteen bytes of a group, byte r in register r of the result: in all four bytes, or where `places` are.
+inline __m512i spread(__m512i bytes, int64_t group, __mmask64 places = ~__mmask64{0}) {
   const __m512i r = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i all = _mm512_mullo_epi32(r, _mm512_set1_epi32(0x01010101));
-  return _mm512_add_epi32(all, _mm512_set1_epi32(static_cast<int32_t>(pattern)));
+  const __m512i row = _mm512_mullo_epi32(r, _mm512_set1_epi32(0x01010101));
+  const __m512i pick = _mm512_add_epi8(row, _mm512_set1_epi8(static_cast<char>(16 * group)));
+  return _mm512_maskz_permutexvar_epi8(places, pick, bytes);
 }
+constexpr __mmask64 kEven = 0x5555555555555555, kOdd = ~kEven, kFirst = 0x1111111111111111;  // bytes
 
 // The eight registers of a group's codes times the sizes of their rows, at most 225: one multiplication for
 // two bytes, without a carry from one to the other, and for the high nibbles as 16 codes times 4096 sizes
 // over 65536.
-inline void unpack_sized(const uint8_t* group, const uint8_t* size, const uint8_t* high, __m512i* w) {
-  const __m512i low_factor = spread(size, rows_in(0x80008000)),
-                high_factor = spread(high, rows_in(0x00800080));
+inline void unpack_sized(const uint8_t* codes, const Steps& step, int64_t group, __m512i* w) {
+  const __m512i low_factor = spread(step.size, group, kEven), high_factor = spread(step.high, group, kOdd);
   const __m512i nibble = _mm512_set1_epi8(15);
 #pragma GCC unroll 4
   for (int v = 0; v < 4; ++v) {
-    const __m512i both = _mm512_load_si512(group + 64 * v);
+    const __m512i both = _mm512_load_si512(codes + 64 * v);
     w[v] = _mm512_mullo_epi16(_mm512_and_si512(both, nibble), low_factor);
     w[v + 4] = _mm512_mulhi_epu16(_mm512_andnot_si512(nibble, both), high_factor);
   }
@@ -167,7 +163,7 @@ inline void add_groups(const uint8_t* codes, const uint8_t* steps, const SpanCod
 #pragma GCC unroll 2
   for (int half = 0; half < 2; ++half) {
     __m512i w[8];
-    unpack_sized(codes + half * code_bytes(Format::q4), step.size + 16 * half, step.high + 16 * half, w);
+    unpack_sized(codes + half * code_bytes(Format::q4), step, half, w);
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
       const int8_t* a = rows.q + (i * n + half) * kGroup;
@@ -176,8 +172,7 @@ inline void add_groups(const uint8_t* codes, const uint8_t* steps, const SpanCod
     }
   }
   // The zeros of two groups side by side, with a minus.
-  const __m512i pairs =
-      _mm512_or_si512(spread(step.zero, rows_in(0x80808000)), spread(step.zero + 16, rows_in(0x80008080)));
+  const __m512i pairs = _mm512_or_si512(spread(step.zero, 0, kFirst), spread(step.zero, 1, kFirst << 2));
   const __m512i less = _mm512_sub_epi16(_mm512_setzero_si512(), pairs);
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {

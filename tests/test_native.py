@@ -49,7 +49,7 @@ def test_levels_need_all_their_features() -> None:
     features, levels = _native.cpu_features(), _native.available_instruction_sets()
     needs = {
         "avx2": ["avx2", "fma", "f16c"],
-        "avx512": ["avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"],
+        "avx512": [f"avx512{name}" for name in ("f", "bw", "vl", "dq", "_vnni", "_vbmi", "_bf16")],
         "amx": ["amx_tile", "amx_int8", "amx_bf16"],
     }
     for level, names in needs.items():
