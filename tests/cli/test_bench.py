@@ -51,7 +51,7 @@ def test_one_json_object_and_the_same_in_a_file(models: Models, tmp_path: Path) 
     assert row == json.loads(out.read_text())
     assert row["model"]["name"] == models("hello") and row["model"]["layers"] == 4
     assert row["machine"]["cores"] >= 1 and row["commit"] and row["date"] and row["command"]
-    assert (row["threads"], row["repeats"], row["chunk"]) == (1, 2, 2048)
+    assert (row["threads"], row["repeats"], row["chunk"]) == (1, 2, 4096)
     assert len(row["prefill"]) == 2 and len(row["decode"]) == 4 and row["profile"] == []
 
 

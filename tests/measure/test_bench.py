@@ -133,7 +133,7 @@ def test_cases_take_turns_and_ceilings_come_between(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(module, "_ceilings", between)
     bench(tiny_model("attention"), Plan((4,), 2, (0,), (1,), repeats=2))
     cases = ["prefill of 4", "decode at depth 0, batch 1"]
-    assert order == ["prefill of 512", "ceilings", *cases, "ceilings", *cases, "ceilings"]
+    assert order == ["prefill of 4096", "ceilings", *cases, "ceilings", *cases, "ceilings"]
 
 
 def test_no_figure_while_the_kernels_are_red(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -258,7 +258,7 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Rounds in which all cases take turns.")] = 5,
     chunk: Annotated[
         int, typer.Option(min=1, help="Tokens of a prompt that are read in one step.", metavar="N")
-    ] = 2048,
+    ] = 4096,
     threads: Threads = None,
     dtype: Dtype = "auto",
     quantize: Quantize = None,

@@ -115,7 +115,7 @@ class Engine:
         max_context: int | None = None,
         max_bytes: int | None = None,
         max_sequences: int = 64,
-        chunk_size: int = 2048,
+        chunk_size: int = 4096,
         step_seconds: float = 0.25,
         snapshot_bytes: int = DEFAULT_SNAPSHOT_BYTES,
         snapshot_spacing: int = SNAPSHOT_SPACING,

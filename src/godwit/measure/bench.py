@@ -78,7 +78,7 @@ class Plan:
     depths: Sequence[int] = (0,)
     batches: Sequence[int] = (1,)
     repeats: int = 5
-    chunk: int = 512
+    chunk: int = 4096
     profile: bool = False
 
     def cases(self, max_position: int) -> list[Case]:
