@@ -38,7 +38,7 @@ from benchmarks.peer_worker import Case  # noqa: E402
 from godwit import _native  # noqa: E402
 from godwit.config import ModelConfig  # noqa: E402
 from godwit.measure.bench import spread  # noqa: E402
-from godwit.measure.ceilings import CpuTimes, Noise, measure_ceilings  # noqa: E402
+from godwit.measure.ceilings import FIGURES, CpuTimes, Noise, measure_ceilings  # noqa: E402
 from godwit.measure.costs import costs_of  # noqa: E402
 from godwit.measure.report import result_row, write_json  # noqa: E402
 
@@ -178,10 +178,9 @@ def compare(
             ceilings.append(measure_ceilings(ceiling_bytes))
         noise = Noise.between(before, CpuTimes.now(), [found.read_bandwidth for found in ceilings])
         rows = [engine_row(each, {c: seconds[index, c] for c in cases}) for index, each in enumerate(workers)]
-    figures = ("read_bandwidth", "int8", "bfloat16")
     return {
         "engines": rows,
-        "ceilings": {name: spread([getattr(found, name) for found in ceilings]) for name in figures},
+        "ceilings": {name: spread([getattr(found, name) for found in ceilings]) for name in FIGURES},
         "noise": {"bandwidth_spread": noise.bandwidth_spread, "steal": noise.steal},
         # the workers are other processes: only the machine's own unrest counts here
         "warnings": Noise(noise.bandwidth_spread, noise.steal, None).warnings(),

@@ -124,6 +124,15 @@ godwit::Format format_of(std::string_view name) {
   refuse("There is no weight format named '" + std::string(name) + "'; there are bf16, q8 and q4.");
 }
 
+constexpr const char* kArithmeticNames[] = {"int8", "bfloat16", "float32"};
+
+godwit::Arithmetic arithmetic_of(std::string_view name) {
+  for (int i = 0; i < 3; ++i) {
+    if (name == kArithmeticNames[i]) return static_cast<godwit::Arithmetic>(i);
+  }
+  refuse("There is no arithmetic named '" + std::string(name) + "'; there are int8, bfloat16 and float32.");
+}
+
 int64_t checked_weight_bytes(godwit::Format format, int64_t rows, int64_t cols) {
   constexpr int64_t kMax = int64_t{1} << 31;
   if (rows < 1 || cols < 1 || rows > kMax || cols > kMax || rows > (int64_t{1} << 44) / cols) {

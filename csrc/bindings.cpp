@@ -215,6 +215,16 @@ void bind_threads(nb::module_& m) {
       },
       "bytes"_a, "repeats"_a = 3, "GB/s of reading memory with all threads, the best of some repeats.");
   m.def(
+      "peak",
+      [](std::string_view arithmetic, double seconds) {
+        const godwit::Arithmetic kind = arithmetic_of(arithmetic);
+        require(seconds >= 0 && seconds <= 60, "seconds must lie between 0 and 60.");
+        const Op op;
+        return godwit::peak(kind, seconds);
+      },
+      "arithmetic"_a, "seconds"_a = 0.1,
+      "10^9 operations a second with all threads and the instruction set in use, the best of some tries.");
+  m.def(
       "set_profiling",
       [](bool on) {
         const Op op;

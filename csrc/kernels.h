@@ -240,6 +240,10 @@ struct Ffn {  // dense: `shared` alone and shared_gate null; sparse: router, exp
 
 // ---- The kernels -----------------------------------------------------------------------------------
 
+// What kernels multiply: bytes with weights in q4 and q8, bf16 in attention, float32 everywhere else. Where
+// an instruction set has no products of bf16, attention multiplies float32.
+enum class Arithmetic : int { int8 = 0, bfloat16 = 1, float32 = 2 };
+
 // Every instruction set has one table. All ops run on the thread pool; one op at a time (callers hold a
 // lock).
 struct KernelTable {
@@ -257,6 +261,9 @@ struct KernelTable {
   void (*ffn)(const Ffn& layer, int64_t num_tokens, float* x, float* router_logits);
   // The k largest of values [n], largest first, the lower index first among equals.
   void (*top_k)(const float* values, int64_t n, int64_t k, float* top, int64_t* ids);
+  // `rounds` rounds of multiply-adds in registers on this thread alone; gives how many operations these were,
+  // two for each multiply-add. `out` receives a number that depends on all of them.
+  int64_t (*multiply)(Arithmetic kind, int64_t rounds, float* out);
 };
 
 const KernelTable& kernels();  // of the instruction set in use
@@ -270,5 +277,9 @@ extern const KernelTable kAmxTable;
 
 // GB/s of reading `bytes` of memory once with all threads, the best of `repeats`.
 double read_bandwidth(int64_t bytes, int repeats);
+
+// 10^9 operations a second of all threads together with the instruction set in use, the best of the tries
+// that fit in `seconds`, at least one.
+double peak(Arithmetic kind, double seconds);
 
 }  // namespace godwit

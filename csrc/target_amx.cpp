@@ -30,9 +30,10 @@ namespace {
 // After the passes over a state:
 #include "delta-inl.h"
 #include "ffn-inl.h"
+#include "peak-inl.h"
 
 }  // namespace
 
-const KernelTable kAmxTable = {linear, embed, rms_norm, gated_delta_net, attention, ffn, top_k};
+const KernelTable kAmxTable = {linear, embed, rms_norm, gated_delta_net, attention, ffn, top_k, multiply};
 
 }  // namespace godwit

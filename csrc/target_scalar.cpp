@@ -23,9 +23,10 @@ namespace {
 // After the passes over a state:
 #include "delta-inl.h"
 #include "ffn-inl.h"
+#include "peak-inl.h"
 
 }  // namespace
 
-const KernelTable kScalarTable = {linear, embed, rms_norm, gated_delta_net, attention, ffn, top_k};
+const KernelTable kScalarTable = {linear, embed, rms_norm, gated_delta_net, attention, ffn, top_k, multiply};
 
 }  // namespace godwit

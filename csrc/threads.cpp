@@ -1,4 +1,4 @@
-// The thread pool, scratch memory, the profile, and what memory gives.
+// The thread pool, scratch memory, the profile, and what memory and arithmetic give.
 #include <pthread.h>
 #include <sys/mman.h>
 
@@ -373,7 +373,7 @@ void set_profiling(bool on) {
 
 std::vector<ProfileEntry> profile() { return profile_entries(); }
 
-// ---- Memory bandwidth ------------------------------------------------------------------------------
+// ---- Ceilings --------------------------------------------------------------------------------------
 
 double read_bandwidth(int64_t bytes, int repeats) {
   constexpr int64_t kLanes = 16, kGrain = int64_t{1} << 13;  // lanes of 8 bytes in a line; a chunk is 1 MiB
@@ -399,6 +399,32 @@ double read_bandwidth(int64_t bytes, int repeats) {
     best = std::min(best, now_ns() - start);
   }
   return static_cast<double>(lines) * sizeof(Line) / static_cast<double>(std::max<int64_t>(best, 1));
+}
+
+double peak(Arithmetic kind, double seconds) {
+  constexpr int64_t kShare = 16;             // chunks a thread: one without its core holds up little
+  constexpr double kTryNs = 2e6;             // of an undisturbed try: handing out the work must not count
+  const auto multiply = kernels().multiply;  // of one instruction set throughout
+  const int64_t chunks = num_threads() * kShare;
+  const int64_t end = now_ns() + static_cast<int64_t>(seconds * 1e9);
+  double best = 0;  // operations a nanosecond
+  int64_t rounds = 64;
+  for (int tries = 0; tries < 2 || now_ns() < end;) {
+    std::atomic<int64_t> operations{0};
+    const int64_t start = now_ns();
+    parallel(chunks, 1, [&](int64_t first, int64_t last, int) {
+      float sum;
+      for (int64_t i = first; i < last; ++i) operations += multiply(kind, rounds, &sum);
+    });
+    const auto done = static_cast<double>(operations.load());
+    best = std::max(best, done / static_cast<double>(std::max<int64_t>(now_ns() - start, 1)));
+    if (done < best * kTryNs) {
+      rounds *= 2;
+    } else {
+      ++tries;
+    }
+  }
+  return best;
 }
 
 }  // namespace godwit

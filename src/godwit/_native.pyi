@@ -33,6 +33,16 @@ def set_num_threads(count: int) -> None:
 def read_bandwidth(bytes: int, repeats: int = 3) -> float:
     """GB/s of reading so much memory with all threads, the best of some repeats."""
 
+def peak(arithmetic: str, seconds: float = 0.1) -> float:
+    """10^9 operations a second of multiply-adds in registers: all threads, the instruction set in use.
+
+    The best of the tries that fit in `seconds`, at least one.
+
+    Args:
+        arithmetic: "int8", "bfloat16" or "float32".
+        seconds: from 0 to 60.
+    """
+
 def set_profiling(on: bool) -> None:
     """Measure where time goes from now on, or stop; switching it on forgets what was measured."""
 

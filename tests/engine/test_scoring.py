@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 import pytest
 import torch
 
@@ -33,6 +35,21 @@ def direct(model: CausalLM, ids: list[int]) -> torch.Tensor:
         ].log_softmax(-1)
 
 
+def rounding(kind: str) -> torch.Tensor:
+    """How far float32 explains another result, row by row ``[T]``.
+
+    As far as the results move when each weight changes by up to half its last bit, the most of a few trials;
+    times 16, since products and sums are rounded, too, not the weights alone.
+    """
+    wanted, moves = direct(tiny_model(kind), IDS), []
+    for seed in range(3):
+        model, generator = tiny_model(kind), torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.mul_(1 + 2.0**-24 * (2 * torch.rand(parameter.shape, generator=generator) - 1))
+        moves.append((direct(model, IDS) - wanted).abs().amax(-1))
+    return 16 * torch.stack(moves).amax(0)
+
+
 @pytest.mark.parametrize("kind", ["attention", "delta", "hybrid"])
 @pytest.mark.parametrize("chunk", [512, 20])
 def test_they_are_those_of_a_forward_pass(kind: str, chunk: int) -> None:
@@ -42,10 +59,12 @@ def test_they_are_those_of_a_forward_pass(kind: str, chunk: int) -> None:
     core.run()
     first, *others = scores_of(run)
     assert first is None and len(others) == len(IDS) - 1
-    for row, token, one in zip(direct(model, IDS), IDS[1:], others, strict=False):
+    limits = rounding(kind).tolist()
+    assert median(limits) < 0.01  # while the values differ by whole units
+    for row, token, one, limit in zip(direct(model, IDS), IDS[1:], others, limits, strict=False):
         assert one is not None and one.token_id == token
-        assert one.logprob == pytest.approx(row[token].item(), abs=2e-4)
-        assert [value for _, value in one.top] == pytest.approx(row.topk(3).values.tolist(), abs=2e-4)
+        assert one.logprob == pytest.approx(row[token].item(), abs=limit)
+        assert [value for _, value in one.top] == pytest.approx(row.topk(3).values.tolist(), abs=limit)
     assert [type(event) for event in run.events[:3]] == [Started, PromptScored, Piece]
 
 

@@ -15,7 +15,7 @@ from godwit.errors import KernelParityError, MemoryBudgetError, UsageError
 from godwit.measure import bench as module
 from godwit.measure.bench import Case, Plan, Runner, bench, spread
 from godwit.measure.ceilings import measure_ceilings
-from godwit.measure.costs import costs_of, formats_of, trunk_caches
+from godwit.measure.costs import ARITHMETICS, costs_of, formats_of, trunk_caches
 from godwit.measure.parity import KernelCheck
 from godwit.models.batch import ForwardBatch
 from godwit.models.caches import PagedKV
@@ -48,14 +48,17 @@ def test_a_report_is_finite_and_agrees_with_itself(kind: str) -> None:
     report = json.loads(json.dumps(bench(model, PLAN), allow_nan=False))
     assert all(math.isfinite(number) and number >= 0 for number in numbers(report))
     bandwidth = report["ceilings"]["read_bandwidth"]["median"] * 1e9
-    peak = report["ceilings"]["int8"]["median"] * 1e9
+    costs = costs_of(model.config, formats_of(model), trunk_caches(model))
+    peaks = {name: report["ceilings"][name]["max"] * 1e9 for name in ARITHMETICS}
     assert [row["tokens"] for row in report["prefill"]] == [5, 33]
     assert [(row["depth"], row["batch"]) for row in report["decode"]] == [(0, 1), (20, 1), (0, 3), (20, 3)]
     for row in report["decode"]:
         speed = row["tokens_per_second"]
         assert speed["min"] <= speed["median"] <= speed["max"]
         assert speed["median"] * row["bytes_per_token"] / bandwidth == pytest.approx(row["mbu"])
-        assert speed["median"] * row["flops_per_token"] / peak == pytest.approx(row["mfu"])
+        flops = costs.decode_flops(row["depth"] + (row["tokens"] - 1) / 2)
+        assert row["flops_per_token"] == flops.total
+        assert speed["median"] * flops.seconds(peaks) == pytest.approx(row["mfu"])
     for row in report["prefill"]:
         assert row["tokens"] / row["seconds_to_first_token"]["median"] == pytest.approx(
             row["tokens_per_second"]["median"]
@@ -71,7 +74,7 @@ def test_bytes_are_those_of_the_costs_at_the_mean_depth() -> None:
     (row,) = rows
     # three steps read 21, 22 and 23 tokens of each of two sequences
     assert row["bytes_per_token"] == costs.weights / 2 + 22 * costs.kv_per_token
-    assert row["flops_per_token"] == costs.decode_flops(21)
+    assert row["flops_per_token"] == costs.decode_flops(21).total
     assert row["experts_per_layer"] is None
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from godwit import _native
 from godwit.measure import ceilings
 from godwit.measure.ceilings import CpuTimes, MemoryUse, Noise
 
@@ -25,18 +26,28 @@ def plant(root: Path, **files: str) -> Path:
 
 def test_ceilings_are_positive_and_finite() -> None:
     found = ceilings.measure_ceilings(1 << 20, 0.0)
-    for value in (found.read_bandwidth, found.int8, found.bfloat16):
-        assert 0.0 < value < 1e7
+    assert len(ceilings.FIGURES) == 4
+    for name in ceilings.FIGURES:
+        assert 0.0 < getattr(found, name) < 1e7
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
-def test_both_layouts_are_one_product(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, size in (("ROWS", 32), ("INNER", 64), ("COLS", 48)):
-        monkeypatch.setattr(ceilings, name, size)
-    first, second = (run() for run in ceilings._products(dtype))
-    assert first.shape == (32, 48)
-    torch.testing.assert_close(first, second)
-    assert first.dtype == (torch.int32 if dtype == torch.int8 else torch.bfloat16)
+@pytest.mark.parametrize("name", _native.available_instruction_sets())
+def test_every_instruction_set_has_its_own_peaks(name: str) -> None:
+    before = _native.instruction_set()
+    try:
+        _native.set_instruction_set(name)
+        for arithmetic in ("int8", "bfloat16", "float32"):
+            assert 0.1 < _native.peak(arithmetic, 0.0) < 1e6
+    finally:
+        _native.set_instruction_set(before)
+
+
+def test_peaks_of_nothing_known() -> None:
+    with pytest.raises(ValueError, match="no arithmetic named 'int4'; there are int8, bfloat16 and float32"):
+        _native.peak("int4")
+    for seconds in (-1.0, 61.0, float("nan")):
+        with pytest.raises(ValueError, match="seconds must lie between 0 and 60"):
+            _native.peak("int8", seconds)
 
 
 def test_the_last_cache_decides_how_much_is_read(tmp_path: Path) -> None:

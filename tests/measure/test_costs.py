@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from godwit.config import ModelConfig
-from godwit.measure.costs import Costs, costs_of, distinct_experts, formats_of, stored_bytes, trunk_caches
+from godwit.measure.costs import (
+    Costs,
+    Flops,
+    costs_of,
+    distinct_experts,
+    formats_of,
+    stored_bytes,
+    trunk_caches,
+)
 from godwit.models.caches import PagedKVSpec, RecurrentSpec
 from godwit.models.causal_lm import CausalLM
 from tests.engine.tiny import tiny_model
@@ -58,15 +66,39 @@ def test_the_bytes_of_a_step_add_up() -> None:
 
 def test_operations_of_the_80b() -> None:
     costs = next_80b("bf16")
-    assert costs.decode_flops(-1) == pytest.approx(7.259e9, rel=1e-4)
-    assert costs.flops_head == 622_329_856
-    assert costs.flops_per_context == 196_608
-    assert costs.decode_flops(32_768) == pytest.approx(13.70e9, rel=1e-3)
+    assert costs.decode_flops(-1).total == pytest.approx(7.259e9, rel=1e-4)
+    assert costs.flops_head.total == 622_329_856
+    assert costs.flops_per_context.total == 196_608
+    assert costs.decode_flops(32_768).total == pytest.approx(13.70e9, rel=1e-3)
     linear = 36 * 67_371_008 + 12 * 54_525_952 + 48 * (2_097_152 + 62_914_560 + 6_295_552)
-    assert costs.flops_per_token == linear + 36 * (65_536 + 7 * 32 * 128 * 128)
-    prompt = 4096 * costs.flops_per_token + 622_329_856 + 196_608 * 4096 * 4097 // 2
-    assert costs.prefill_flops(4096) == prompt
+    assert costs.flops_per_token.total == linear + 36 * (65_536 + 7 * 32 * 128 * 128)
+    prompt = 4096 * costs.flops_per_token.total + 622_329_856 + 196_608 * 4096 * 4097 // 2
+    assert costs.prefill_flops(4096).total == prompt
     assert prompt == pytest.approx(29.1e12, rel=0.01)
+
+
+def test_operations_by_what_multiplies_them() -> None:
+    costs = next_80b("q4")
+    exact = 48 * 2 * 2048 * (512 + 1) + 36 * 2 * 2048 * 64  # routers, shared gates, gates of the delta rule
+    recurrent = 36 * (65_536 + 7 * 32 * 128 * 128)
+    assert costs.flops_per_token == Flops(
+        int8=next_80b("bf16").flops_per_token.total - exact - recurrent, float32=exact + recurrent
+    )
+    assert costs.flops_head == Flops(int8=622_329_856) and costs.flops_per_context == Flops(bfloat16=196_608)
+    widened = next_80b("bf16")
+    assert widened.flops_per_token.float32 == widened.flops_per_token.total  # bf16 weights meet float32
+    peaks = {"int8": 1e12, "bfloat16": 4e11, "float32": 1e11}
+    assert Flops(2e12, 4e11, 3e11).seconds(peaks) == pytest.approx(6.0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("float32", Flops(float32=1)), ("bfloat16", Flops(bfloat16=1))]
+)
+def test_operations_of_a_model_on_pytorch(dtype: str, expected: Flops) -> None:
+    kind = getattr(torch, dtype)
+    costs = costs_of(ModelConfig.from_dict(QWEN3_32B), {}, [PagedKVSpec(8, 128, kind)] * 64, dtype)
+    for found in (costs.flops_per_token, costs.flops_head, costs.flops_per_context):
+        assert found.total > 0 and found == expected * found.total
 
 
 @pytest.mark.parametrize(
@@ -75,8 +107,8 @@ def test_operations_of_the_80b() -> None:
 )
 def test_operations_of_other_models(raw: dict[str, Any], giga: float, context: int) -> None:
     costs = costs_of(ModelConfig.from_dict(raw), {}, [])
-    assert (costs.flops_per_token + costs.flops_head) / 1e9 == pytest.approx(giga, abs=0.01)
-    assert costs.flops_per_context == context
+    assert (costs.flops_per_token + costs.flops_head).total / 1e9 == pytest.approx(giga, abs=0.01)
+    assert costs.flops_per_context.total == context
     assert costs.state == costs.kv_per_token == 0
 
 

@@ -154,7 +154,8 @@ def _head(row: dict[str, Any]) -> str:
         f"{model['name']}: {model['layers']} layers of {model['model_type']}, {', '.join(row['formats'])}; "
         f"{row['threads']} thread{'s' * (row['threads'] > 1)}, {row['instruction_set']}\n"
         f"{row['machine']['cpu']} can now read {_range(ceilings['read_bandwidth'], 1)} GB/s and multiply "
-        f"{_range(ceilings['int8'], 0)} GOP/s in int8, {_range(ceilings['bfloat16'], 0)} GFLOP/s in bfloat16"
+        f"{_range(ceilings['int8'], 0)} GOP/s in int8, {_range(ceilings['bfloat16'], 0)} GFLOP/s in "
+        f"bfloat16, {_range(ceilings['float32'], 0)} in float32"
     )
 
 

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
-from time import perf_counter
-
-import torch
-from torch import Tensor
 
 from godwit import _native
 from godwit.measure.machine import memory
 
-ROWS, INNER, COLS = 1024, 2048, 2048  # of the matrix products: [ROWS, INNER] times [INNER, COLS]
 MIN_BYTES = 256 << 20
 NOISY_BANDWIDTH = 0.15  # (largest - smallest) / median of the bandwidths of one run
 NOISY_SHARE = 0.05  # of the processors' time, taken by others
@@ -24,48 +17,33 @@ NOISY_SHARE = 0.05  # of the processors' time, taken by others
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Read bandwidth in GB/s; int8 and bfloat16 matrix products of PyTorch in 10^9 operations a second."""
+    """Read bandwidth in GB/s; multiply-adds on registers alone in 10^9 operations a second.
+
+    The arithmetic is that of the instruction set in use: `int8` is what multiplies q4 and q8 weights,
+    `bfloat16` what multiplies the keys and values of attention, `float32` everything else. Where an
+    instruction set has no products of bfloat16 these are widened, and `bfloat16` is what float32 is.
+    """
 
     read_bandwidth: float
     int8: float
     bfloat16: float
+    float32: float
 
 
-def measure_ceilings(num_bytes: int | None = None, seconds: float = 0.3) -> Ceilings:
-    """The best of a few tries each, with the numbers of threads that are set now.
+FIGURES = tuple(field.name for field in fields(Ceilings))
+
+
+def measure_ceilings(num_bytes: int | None = None, seconds: float = 0.1) -> Ceilings:
+    """The best of a few tries each, with all threads of the kernels.
 
     Args:
         num_bytes: how much memory to read; None: more than the caches hold.
-        seconds: for each layout of each product.
+        seconds: for each arithmetic; some milliseconds at least.
     """
     return Ceilings(
         _native.read_bandwidth(bytes_beyond_cache() if num_bytes is None else num_bytes, 5),
-        max(_rate(run, seconds) for run in _products(torch.int8)),
-        max(_rate(run, seconds) for run in _products(torch.bfloat16)),
+        *(_native.peak(name, seconds) for name in ("int8", "bfloat16", "float32")),
     )
-
-
-def _products(dtype: torch.dtype) -> Iterator[Callable[[], Tensor]]:
-    """The product with the second matrix stored by rows and by columns: which is faster depends on torch."""
-    multiply: Callable[[Tensor, Tensor], Tensor] = torch._int_mm if dtype == torch.int8 else torch.mm
-    a, b = (
-        torch.randint(-127, 128, shape, dtype=torch.int8).to(dtype)
-        for shape in ((ROWS, INNER), (INNER, COLS))
-    )
-    yield partial(multiply, a, b)
-    yield partial(multiply, a, b.t().contiguous().t())
-
-
-def _rate(run: Callable[[], Tensor], seconds: float) -> float:
-    run()
-    best, end = float("inf"), perf_counter() + seconds
-    while True:
-        began = perf_counter()
-        run()
-        now = perf_counter()
-        best = min(best, now - began)
-        if now >= end:
-            return 2e-9 * ROWS * INNER * COLS / best
 
 
 def bytes_beyond_cache(root: Path = Path("/")) -> int:

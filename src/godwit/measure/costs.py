@@ -2,7 +2,7 @@
 
 A step reads every matrix that one of its tokens needs once, reads the keys and values of each sequence, and
 reads and writes each recurrent state. Activations, and the single row of the embedding, are left out. One
-multiply-add counts as two operations.
+multiply-add counts as two operations; operations are told apart by what the kernels multiply.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ from godwit.models.caches import CacheSpec, PagedKVSpec
 from godwit.models.causal_lm import CausalLM
 from godwit.qtensor import FORMATS, QuantExperts, QuantTensor, weight_bytes
 
+#: What is multiplied, fastest first: bytes, pairs of bfloat16, float32.
+ARITHMETICS = ("int8", "bfloat16", "float32")
+#: What multiplies weights in a format; others are bfloat16. Only packed bf16 weights are widened first.
+ARITHMETIC_OF = {"q4": "int8", "q8": "int8", "bf16": "float32", "float32": "float32"}
+
 
 def distinct_experts(num_experts: int, top_k: int, num_tokens: int) -> float:
     """Experts that ``num_tokens`` tokens use together where each takes its own at random."""
@@ -30,6 +35,29 @@ class ExpertLayer:
     num_experts: int
     top_k: int
     nbytes: int
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations by the arithmetic that computes them."""
+
+    int8: float = 0
+    bfloat16: float = 0
+    float32: float = 0
+
+    @property
+    def total(self) -> float:
+        return self.int8 + self.bfloat16 + self.float32
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.int8 + other.int8, self.bfloat16 + other.bfloat16, self.float32 + other.float32)
+
+    def __mul__(self, factor: float) -> Flops:
+        return Flops(self.int8 * factor, self.bfloat16 * factor, self.float32 * factor)
+
+    def seconds(self, peaks: Mapping[str, float]) -> float:
+        """The least time they take; ``peaks`` are operations a second of each arithmetic."""
+        return self.int8 / peaks["int8"] + self.bfloat16 / peaks["bfloat16"] + self.float32 / peaks["float32"]
 
 
 @dataclass(frozen=True)
@@ -50,9 +78,9 @@ class Costs:
     experts: tuple[ExpertLayer, ...]
     kv_per_token: int
     state: int
-    flops_per_token: int
-    flops_head: int
-    flops_per_context: int
+    flops_per_token: Flops
+    flops_head: Flops
+    flops_per_context: Flops
 
     def step_bytes(self, batch: int, depth: float, distinct: Sequence[float] | None = None) -> float:
         """Bytes of a decoding step of ``batch`` sequences with ``depth`` tokens each in the caches.
@@ -66,11 +94,11 @@ class Costs:
         routed = sum(used * layer.nbytes for used, layer in zip(distinct, self.experts, strict=True))
         return self.weights + routed + batch * (self.kv_per_token * (depth + 1) + 2 * self.state)
 
-    def decode_flops(self, depth: float) -> float:
+    def decode_flops(self, depth: float) -> Flops:
         """Operations for one token and its logits after ``depth`` others."""
         return self.flops_per_token + self.flops_head + self.flops_per_context * (depth + 1)
 
-    def prefill_flops(self, num_tokens: int) -> int:
+    def prefill_flops(self, num_tokens: int) -> Flops:
         """Operations for a prompt and the logits of its last token."""
         pairs = num_tokens * (num_tokens + 1) // 2
         return self.flops_per_token * num_tokens + self.flops_head + self.flops_per_context * pairs
@@ -88,14 +116,17 @@ def costs_of(
         other: format of the parameters that are not in ``formats``.
     """
     weights, experts = 0, [0] * len(config.layers)
-    for name, shape in _shapes(config).items():
+    shapes = _shapes(config)
+    for name, shape in shapes.items():
         size = stored_bytes(formats.get(name, other), shape)
         top, *rest = name.split(".")
         if ".ffn.experts." in name:
             experts[int(rest[0])] += size
         elif top != "embedding" or config.tie_embeddings:
             weights += size
-    hidden = config.hidden_size
+    head = "embedding.weight" if config.tie_embeddings else "head.weight"
+    products = {n: _products(config, n, shape) for n, shape in shapes.items() if n.startswith("layers.")}
+    per_token = [_flops(formats.get(name, other), count) for name, count in products.items()]
     return Costs(
         weights,
         tuple(
@@ -105,14 +136,40 @@ def costs_of(
         ),
         sum(spec.bytes_per_token for spec in caches if isinstance(spec, PagedKVSpec)),
         sum(spec.bytes_per_sequence for spec in caches if not isinstance(spec, PagedKVSpec)),
-        sum(_mixer_flops(layer, hidden) + _ffn_flops(layer, hidden) for layer in config.layers),
-        2 * config.vocab_size * hidden,
-        sum(
-            4 * layer.mixer.num_heads * layer.mixer.head_dim
-            for layer in config.layers
-            if isinstance(layer.mixer, AttentionSpec)
-        ),
+        sum(per_token, Flops(float32=sum(map(_recurrence, config.layers)))),
+        _flops(formats.get(head, other), 2 * config.vocab_size * config.hidden_size),
+        _context_flops(config, caches),
     )
+
+
+def _flops(format: str, count: float) -> Flops:
+    """Operations with weights in ``format``."""
+    return Flops(**{ARITHMETIC_OF.get(format, "bfloat16"): count})
+
+
+def _products(config: ModelConfig, name: str, shape: Sequence[int]) -> int:
+    """Operations of a token with a parameter of a layer: none with the factors of norms and the like."""
+    if len(shape) < 2:
+        return 0
+    ffn = config.layers[int(name.split(".")[1])].ffn
+    experts = ffn.top_k if isinstance(ffn, MoeSpec) and ".ffn.experts." in name else 1
+    return 2 * experts * shape[-2] * shape[-1]
+
+
+def _recurrence(layer: LayerSpec) -> int:
+    """Operations of the delta rule: decay 1, read 2, write 2, query 2 for each number of the state."""
+    mixer = layer.mixer
+    if not isinstance(mixer, GatedDeltaNetSpec):
+        return 0
+    return 7 * mixer.num_v_heads * mixer.head_k_dim * mixer.head_v_dim
+
+
+def _context_flops(config: ModelConfig, caches: Sequence[CacheSpec]) -> Flops:
+    """Scores and values: two products for each pair of tokens, in the arithmetic of what the caches hold."""
+    paged = [spec.dtype for spec in caches if isinstance(spec, PagedKVSpec)]
+    mixers = [layer.mixer for layer in config.layers]
+    count = sum(4 * mixer.num_heads * mixer.head_dim for mixer in mixers if isinstance(mixer, AttentionSpec))
+    return _flops(str(paged[0]).removeprefix("torch.") if paged else "bfloat16", count)
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -130,26 +187,6 @@ def stored_bytes(format: str, shape: Sequence[int]) -> int:
         return count * dtype.itemsize
     rows, cols = shape[-2:]
     return weight_bytes(format, rows, cols)
-
-
-def _mixer_flops(layer: LayerSpec, hidden: int) -> int:
-    mixer = layer.mixer
-    if isinstance(mixer, GatedDeltaNetSpec):
-        rows = mixer.conv_dim + 2 * mixer.value_dim + 2 * mixer.num_v_heads
-        # decay 1, read 2, write 2, query 2 for each number of the state, token by token
-        delta = 7 * mixer.num_v_heads * mixer.head_k_dim * mixer.head_v_dim
-        return 2 * hidden * rows + 2 * mixer.conv_kernel * mixer.conv_dim + delta
-    query = mixer.num_heads * mixer.head_dim
-    rows = query * (3 if mixer.output_gate else 2) + 2 * mixer.num_kv_heads * mixer.head_dim
-    return 2 * hidden * rows
-
-
-def _ffn_flops(layer: LayerSpec, hidden: int) -> int:
-    ffn = layer.ffn
-    if not isinstance(ffn, MoeSpec):
-        return 6 * hidden * ffn.intermediate
-    shared = 6 * hidden * ffn.shared_intermediate + 2 * hidden if ffn.shared_intermediate else 0
-    return 2 * hidden * ffn.num_experts + 6 * hidden * ffn.top_k * ffn.intermediate + shared
 
 
 def formats_of(model: CausalLM) -> dict[str, str]:
