@@ -13,9 +13,11 @@
 #include <cfenv>
 #include <chrono>
 #include <cstdint>
+#include <cstdlib>
 #include <initializer_list>
 #include <mutex>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <thread>
@@ -166,6 +168,18 @@ std::pair<std::vector<float>, std::vector<int64_t>> top_k(nb::handle values_obje
 #include "stack-inl.h"
 
 // ---- The module ------------------------------------------------------------------------------------
+
+// Lets a whole process run with another instruction set than the widest. The module cannot be imported where
+// that is impossible.
+void obey_environment() {
+  const char* name = std::getenv("GODWIT_INSTRUCTION_SET");
+  if (name == nullptr || *name == '\0') return;
+  try {
+    godwit::set_instruction_set(name);
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument("GODWIT_INSTRUCTION_SET: " + std::string(error.what()));
+  }
+}
 
 void bind_machine(nb::module_& m) {
   m.def(
@@ -329,6 +343,7 @@ void bind_ops(nb::module_& m) {
 NB_MODULE(_native, m) {
   m.doc() = "What the CPU offers, and the native kernels.";
   nb::set_leak_warnings(false);  // whoever ends in the middle of a conversation leaves a model behind
+  obey_environment();
   keep_forks_out();
   bind_machine(m);
   bind_threads(m);

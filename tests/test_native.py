@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +43,24 @@ def test_features_agree_with_the_kernel() -> None:
 def test_levels_come_plainest_first_and_the_widest_is_chosen() -> None:
     levels = _native.available_instruction_sets()
     assert levels == LEVELS[: len(levels)] and levels
-    assert _native.instruction_set() == levels[-1]
+    assert chosen_by("") == levels[-1]
+
+
+def chosen_by(name: str) -> str:
+    """The instruction set of a process whose environment names one, or what it ends with."""
+    code = "from godwit import _native; print(_native.instruction_set())"
+    environment = {**os.environ, "GODWIT_INSTRUCTION_SET": name}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    return (result.stderr if result.returncode else result.stdout).splitlines()[-1]
+
+
+def test_the_environment_forces_a_level() -> None:
+    levels = _native.available_instruction_sets()
+    assert [chosen_by(level) for level in levels] == levels
+    lacking = "ImportError: GODWIT_INSTRUCTION_SET: This CPU cannot run the instruction set '{}'; it offers: "
+    for level in LEVELS[len(levels) :]:
+        assert chosen_by(level).startswith(lacking.format(level))
+    assert chosen_by("AVX2").startswith("ImportError: GODWIT_INSTRUCTION_SET: There is no instruction set")
 
 
 def test_levels_need_all_their_features() -> None:

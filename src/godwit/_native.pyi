@@ -13,7 +13,11 @@ def available_instruction_sets() -> list[str]:
     """The instruction sets this CPU can run, from the plainest ("scalar") to the widest."""
 
 def instruction_set() -> str:
-    """The instruction set in use: the widest available until another is set."""
+    """The instruction set in use: the widest available until another is set.
+
+    The environment variable GODWIT_INSTRUCTION_SET sets one when this module is imported, which raises
+    ImportError where the name is unknown or the CPU lacks it.
+    """
 
 def set_instruction_set(name: str) -> None:
     """Use this instruction set from now on; ValueError where the CPU lacks it."""

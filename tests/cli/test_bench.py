@@ -17,6 +17,7 @@ from godwit.measure.parity import KernelCheck
 from godwit.shrink.synth import synthesize
 from tests.cli.conftest import Models
 from tests.engine.tiny import CONFIGS
+from tests.measure.test_bench import interrupted_at
 
 FEW = ("-p", "8,20", "-n", "2", "-d", "0,16", "-b", "1,2", "--repeats", "2", "--threads", "1")
 
@@ -53,6 +54,28 @@ def test_one_json_object_and_the_same_in_a_file(models: Models, tmp_path: Path) 
     assert row["machine"]["cores"] >= 1 and row["commit"] and row["date"] and row["command"]
     assert (row["threads"], row["repeats"], row["chunk"]) == (1, 2, 4096)
     assert len(row["prefill"]) == 2 and len(row["decode"]) == 4 and row["profile"] == []
+
+
+def test_ctrl_c_keeps_the_rounds_that_are_finished(
+    models: Models, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    words = ("-p", "8", "-n", "2", "-d", "0", "--repeats", "3", "--chunk", "16")
+    for args, call in ((words, 6), ((*words, "--json", "--output", tmp_path / "row.json"), 4), (words, 2)):
+        with monkeypatch.context() as patch:
+            interrupted_at(patch, call)
+            result = invoke(models("hello"), *args)
+        assert result.exit_code == 130
+        if call == 6:
+            assert "medians of 2 rounds finished before Ctrl-C; " in result.stdout
+            assert result.stderr.endswith(
+                "\ngodwit: interrupted; the figures are of 2 rounds finished before Ctrl-C\n"
+            )
+        elif call == 4:
+            row = json.loads(result.stdout)
+            assert row["interrupted"] and row["repeats"] == 1
+            assert row == json.loads((tmp_path / "row.json").read_text())
+        else:
+            assert result.stdout == "" and result.stderr.endswith("\ngodwit: interrupted\n")
 
 
 def test_where_the_file_cannot_be(models: Models, tmp_path: Path) -> None:

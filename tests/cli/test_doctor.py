@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -59,3 +62,41 @@ def test_default_model_names_the_absent_files(tmp_path: Path, monkeypatch: pytes
     assert doctor.default_model_report()["absent_files"] == ["model.safetensors"]
     plant(tmp_path / "default_model", **{"model.safetensors": ""})
     assert doctor.default_model_report()["present"]
+
+
+@pytest.mark.parametrize(("features", "fast"), [({"avx2": True}, False), ({"amx_bf16": True}, True)])
+def test_what_is_said_of_bfloat16(
+    features: dict[str, bool], fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native = {
+        "cores": 2,
+        "features": features,
+        "instruction_sets": ["scalar"],
+        "chosen": "scalar",
+        "forced": None,
+    }
+    monkeypatch.setattr(doctor, "native_report", lambda: native)
+    report = doctor.examine()
+    assert report["torch"]["bf16_matmul_fast"] == (fast and report["torch"]["mkldnn"])
+    notes = [note for note in report["notes"] if "bfloat16" in note]
+    assert len(notes) == (not report["torch"]["bf16_matmul_fast"])
+    assert all("PyTorch multiplies" in note and "native kernels are not concerned" in note for note in notes)
+
+
+DOCTOR = [sys.executable, "-c", "from godwit.cli.main import main; main()", "doctor"]
+
+
+def test_an_instruction_set_from_the_environment_is_shown() -> None:
+    environment = {**os.environ, "GODWIT_INSTRUCTION_SET": "scalar"}
+    result = subprocess.run(DOCTOR, env=environment, capture_output=True, text=True, check=True)
+    assert "native module   uses scalar (GODWIT_INSTRUCTION_SET) of scalar" in result.stdout
+
+
+def test_an_instruction_set_that_is_none_is_one_error() -> None:
+    environment = {**os.environ, "GODWIT_INSTRUCTION_SET": "sse9"}
+    result = subprocess.run(DOCTOR, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(
+        "godwit: GODWIT_INSTRUCTION_SET: There is no instruction set named 'sse9'; this CPU offers: scalar"
+    )
+    assert len(result.stderr.splitlines()) == 1

@@ -47,6 +47,7 @@ def test_a_run_from_start_to_model(recipe_file: Path, tmp_path: Path) -> None:
     assert (result.exit_code, result.stdout) == (0, f"{out / 'model'}\n")
     lines = result.stderr.splitlines()
     assert lines[0].startswith("Training 0.1 M parameters") and "8 steps of 256 tokens" in lines[0]
+    assert lines[1] == "Matrix products run in float32, as the recipe says."
     shown = [line for line in lines if line.startswith("step ") and "/8 " in line]
     assert len(shown) == 8
     for word in ("loss", "mtp", "tokens/s", "GFLOP/s", "balance", "left"):
@@ -57,6 +58,16 @@ def test_a_run_from_start_to_model(recipe_file: Path, tmp_path: Path) -> None:
     assert (out / "model" / "tokenizer.json").is_file()
     assert invoke(recipe_file, "--out", out).exit_code == 0  # all is done: it only exports again
     assert len(log_of(out)) == 8
+
+
+@pytest.mark.parametrize(("fast", "name"), [(True, "bfloat16, which"), (False, "float32: this CPU")])
+def test_the_cpu_chooses_the_arithmetic_where_the_recipe_does_not(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, name: str
+) -> None:
+    recipe_file.write_text(recipe_file.read_text().replace("autocast = false", ""))
+    monkeypatch.setattr("godwit.train.trainer.multiplies_bf16_fast", lambda: fast)
+    result = invoke(recipe_file, "--out", tmp_path / "out", "--steps", 1)
+    assert result.exit_code == 0 and f"Matrix products run in {name}" in result.stderr
 
 
 def test_some_steps_and_the_rest(recipe_file: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterator
 from functools import partial
+from itertools import count
 from typing import Any
 
 import pytest
@@ -122,7 +123,7 @@ def test_caches_hold_what_a_deep_context_would() -> None:
 
 def test_cases_take_turns_and_ceilings_come_between(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    run, ceilings = Runner.seconds, module._ceilings
+    run, ceilings = Runner.seconds, module.measure_ceilings
 
     def seconds(self: Runner, case: Case) -> float:
         order.append(str(case))
@@ -133,10 +134,53 @@ def test_cases_take_turns_and_ceilings_come_between(monkeypatch: pytest.MonkeyPa
         return ceilings()
 
     monkeypatch.setattr(Runner, "seconds", seconds)
-    monkeypatch.setattr(module, "_ceilings", between)
-    bench(tiny_model("attention"), Plan((4,), 2, (0,), (1,), repeats=2))
+    monkeypatch.setattr(module, "measure_ceilings", between)
+    said: list[str] = []
+    bench(tiny_model("attention"), Plan((4,), 2, (0,), (1,), repeats=2, chunk=16, profile=True), said.append)
     cases = ["prefill of 4", "decode at depth 0, batch 1"]
-    assert order == ["prefill of 4096", "ceilings", *cases, "ceilings", *cases, "ceilings"]
+    assert order == ["prefill of 16", "ceilings", *cases, "ceilings", *cases, "ceilings", *cases]
+    look = "measuring what the machine can do now"
+    assert said == [
+        "comparing the kernels with the reference",
+        "warming up: prefill of 16",
+        "counting the experts in use",
+        look,
+        *(f"round 1 of 2: {case}" for case in cases),
+        look,
+        *(f"round 2 of 2: {case}" for case in cases),
+        look,
+        *(f"profiling: {case}" for case in cases),
+    ]
+
+
+def interrupted_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """Ctrl-C in the middle of a case, counted from the warm-up on."""
+    run, calls = Runner.seconds, count(1)
+
+    def seconds(self: Runner, case: Case) -> float:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return run(self, case)
+
+    monkeypatch.setattr(Runner, "seconds", seconds)
+
+
+@pytest.mark.parametrize(("call", "rounds", "profiles"), [(5, 1, 0), (7, 2, 0), (9, 3, 1)])
+def test_what_is_finished_by_ctrl_c_counts(
+    monkeypatch: pytest.MonkeyPatch, call: int, rounds: int, profiles: int
+) -> None:
+    interrupted_at(monkeypatch, call)
+    report = bench(tiny_model("attention"), Plan((4,), 2, repeats=3, chunk=16, profile=True))
+    assert report["interrupted"] and report["repeats"] == rounds
+    assert len(report["prefill"]) == len(report["decode"]) == 1 and len(report["profile"]) == profiles
+    assert not bench(tiny_model("attention"), Plan((4,), 2, repeats=1, chunk=16))["interrupted"]
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_ctrl_c_before_a_round_is_finished(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    interrupted_at(monkeypatch, call)
+    with pytest.raises(KeyboardInterrupt):
+        bench(tiny_model("attention"), Plan((4,), 2, repeats=3, chunk=16))
 
 
 def test_no_figure_while_the_kernels_are_red(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,13 @@ def test_a_file_is_read_and_its_paths_are_its_own(recipe_file: Path) -> None:
     assert recipe.model["hidden_size"] == 32
 
 
+def test_bfloat16_is_forced_or_left_open(recipe_file: Path) -> None:
+    text = recipe_file.read_text()
+    for line, expected in (("autocast = true", True), ("autocast = false", False), ("", None)):
+        recipe_file.write_text(text.replace("autocast = false", line))
+        assert Recipe.from_file(recipe_file).autocast is expected
+
+
 def test_the_default_recipe_is_sound() -> None:
     recipe = Recipe.from_file(HERE.parents[2] / "recipes" / "default" / "recipe.toml")
     assert recipe.num_mtp == 1 and recipe.stage[-1].until == 1.0

@@ -18,6 +18,7 @@ import torch
 from godwit.errors import CheckpointError, GodwitError, UsageError
 from godwit.models.batch import ForwardBatch
 from godwit.models.loader import load_model
+from godwit.train import trainer as trainer_module
 from godwit.train.recipe import Recipe, Stage
 from godwit.train.trainer import Trainer, active_parameters
 from tests.train.conftest import MakeRecipe
@@ -89,6 +90,18 @@ def test_training_again_gives_the_same_losses(make_recipe: MakeRecipe, tmp_path:
     assert log_of(tmp_path / "one") == log_of(tmp_path / "two")
     train(make_recipe(steps=4, autocast=True, seed=5), tmp_path / "three")
     assert log_of(tmp_path / "three") != log_of(tmp_path / "one")
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_where_the_cpu_is_fast_with_it_or_the_recipe_says(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    monkeypatch.setattr(trainer_module, "multiplies_bf16_fast", lambda: fast)
+    chosen = [
+        Trainer(make_recipe(autocast=asked), tmp_path / "out", compile_kernels=False).autocast
+        for asked in (None, True, False)
+    ]
+    assert chosen == [fast, True, False]
 
 
 @pytest.mark.parametrize(("when", "step"), [("training", 5), ("saving", 6), ("saved", 3)])

@@ -46,7 +46,7 @@ def run(
     """Measure, and print a table, or with `as_json` one JSON object, to stdout; `output` receives the object.
 
     Raises: what opening a model raises; UsageError for numbers that make no sense; KernelParityError where
-    the kernels are wrong.
+    the kernels are wrong; KeyboardInterrupt after Ctrl-C, once the rounds finished by then are reported.
     """
     asked_prompts = None if prompts is None else counts(prompts, "-p", low=0)
     asked_depths = None if depths is None else counts(depths, "-d", low=0)
@@ -79,6 +79,8 @@ def run(
         show(row)
     if output is not None:
         save(output, row)
+    if row["interrupted"]:
+        raise KeyboardInterrupt(f"interrupted; the figures are of {rounds_text(row)}")
 
 
 def save(path: Path, row: dict[str, Any]) -> None:
@@ -166,9 +168,15 @@ def _foot(row: dict[str, Any]) -> str:
     checks = ", ".join(f"{c['format']} {c['error']:.1e} of {c['limit']:.1e}" for c in row["parity"])
     return (
         f"memory: {text}\n"
-        f"medians of {row['repeats']} rounds; {row['context']}; experts are those a step uses in a layer\n"
+        f"medians of {rounds_text(row)}; {row['context']}; experts are those a step uses in a layer\n"
         f"kernels against the reference: {checks or 'the reference itself ran'}"
     )
+
+
+def rounds_text(row: dict[str, Any]) -> str:
+    """Of how many rounds the figures are."""
+    many = "s" * (row["repeats"] != 1)
+    return f"{row['repeats']} round{many}{' finished before Ctrl-C' * row['interrupted']}"
 
 
 def _range(value: dict[str, float], digits: int) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import godwit
+from godwit.kernels.bfloat16 import bf16_units, multiplies_bf16_fast
 from godwit.measure.machine import cpu_name, memory
 
 DISTRIBUTION = "godwit-llm"
@@ -43,7 +44,10 @@ def examine(root: Path = Path("/")) -> dict[str, Any]:
     if torch is None and required.get("torch"):
         missing.append("PyTorch is installed but cannot be loaded; reinstall the package torch.")
     if torch and not torch["bf16_matmul_fast"]:
-        notes.append("bfloat16 matrix products are slow on this CPU; float32 is the better choice.")
+        notes.append(
+            "PyTorch multiplies bfloat16 slowly on this CPU: godwit train uses float32 unless its recipe "
+            "says otherwise, and --dtype bfloat16 is slow. The native kernels are not concerned."
+        )
     default_model = default_model_report()
     if not default_model["present"]:
         notes.append("The built-in model is not in this installation; name a model instead.")
@@ -75,6 +79,7 @@ def native_report() -> dict[str, Any] | None:
         "features": _native.cpu_features(),
         "instruction_sets": _native.available_instruction_sets(),
         "chosen": _native.instruction_set(),
+        "forced": os.environ.get("GODWIT_INSTRUCTION_SET") or None,
     }
 
 
@@ -85,15 +90,12 @@ def torch_report(native: dict[str, Any]) -> dict[str, Any] | None:
     except (ImportError, OSError):  # OSError: a shared library of its own is absent
         return None
     features: dict[str, bool] = native.get("features", {})
-    # PyTorch accepts bfloat16 on every CPU, but only these units multiply it without widening it first.
-    units = [name for name in ("amx_bf16", "avx512_bf16", "bf16") if features.get(name)]
-    mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return {
         "version": torch.__version__,
         "threads": torch.get_num_threads(),
-        "mkldnn": mkldnn,
-        "bf16_units": units,
-        "bf16_matmul_fast": mkldnn and bool(units),
+        "mkldnn": torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]
+        "bf16_units": bf16_units(features),
+        "bf16_matmul_fast": multiplies_bf16_fast(features),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
 
@@ -166,7 +168,8 @@ def _gib(size: int | None) -> str:
 def _native_text(native: dict[str, Any] | None) -> str:
     if native is None:
         return "absent"
-    return f"uses {native['chosen']} of {', '.join(native['instruction_sets'])}"
+    why = " (GODWIT_INSTRUCTION_SET)" if native["forced"] else ""
+    return f"uses {native['chosen']}{why} of {', '.join(native['instruction_sets'])}"
 
 
 def _torch_text(torch: dict[str, Any] | None) -> str:

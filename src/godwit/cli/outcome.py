@@ -12,10 +12,11 @@ from contextlib import contextmanager
 import typer
 
 from godwit.cli.stopping import Terminated
-from godwit.errors import GodwitError, MemoryBudgetError
+from godwit.errors import GodwitError, MemoryBudgetError, UsageError
 
 # What a shell reports for a process that a signal ended: 128 + its number.
 INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143
+INSTRUCTION_SET = "GODWIT_INSTRUCTION_SET"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _NO_MEMORY = "memory ran out; end other programs, or choose a smaller model, fewer bits or a shorter context"
 
@@ -24,6 +25,7 @@ _NO_MEMORY = "memory ran out; end other programs, or choose a smaller model, few
 def one_sentence(ctx: typer.Context) -> Iterator[None]:
     """Turn what a verb raises into one sentence on stderr and an exit code; --debug adds the traceback."""
     try:
+        _check_instruction_set()
         yield
         sys.stdout.flush()
     except (typer.Exit, typer.Abort):
@@ -51,6 +53,21 @@ def one_sentence(ctx: typer.Context) -> Iterator[None]:
             f"godwit: unexpected {what} (run with --debug to see where: godwit --debug {ctx.info_name} ...)",
         )
         raise typer.Exit(1) from None
+
+
+def _check_instruction_set() -> None:
+    """Import the native module where the environment chooses its instruction set.
+
+    Raises:
+        UsageError: there is no such set, or this CPU lacks it.
+    """
+    if not os.environ.get(INSTRUCTION_SET):
+        return
+    try:
+        from godwit import _native  # noqa: F401
+    except ImportError as error:
+        if str(error).startswith(INSTRUCTION_SET):
+            raise UsageError(str(error)) from None
 
 
 def drop_output() -> None:

@@ -84,7 +84,7 @@ class Progress:
     """One line on stderr, rewritten where it is a terminal; the first process of several speaks for all."""
 
     def __init__(self, trainer: Trainer, steps: int | None) -> None:
-        self.recipe, self.model = trainer.recipe, trainer.model
+        self.recipe, self.model, self.autocast = trainer.recipe, trainer.model, trainer.autocast
         self.steps = steps
         self.last: int | None = None  # the step this run ends with, known once it has begun
         self.pace: float | None = None  # seconds a step, the recent ones counting most
@@ -99,6 +99,7 @@ class Progress:
             f"Training {total:,.1f} M parameters ({active:,.1f} M active) for {self.recipe.steps:,} steps "
             f"of {self.recipe.tokens_per_step:,} tokens into {out}."
         )
+        self.say(_arithmetic(self.autocast, chosen=self.recipe.autocast is None))
         if compiles:
             self.say("The first step compiles the kernels, which takes about a minute.")
         else:
@@ -137,6 +138,15 @@ class Progress:
             self.open_line = True
         else:
             print(text, file=sys.stderr, flush=True)
+
+
+def _arithmetic(autocast: bool, chosen: bool) -> str:
+    """What matrix products run in, and why, where the recipe leaves it open."""
+    if not chosen:
+        return f"Matrix products run in {'bfloat16' if autocast else 'float32'}, as the recipe says."
+    if autocast:
+        return "Matrix products run in bfloat16, which this CPU multiplies fast (autocast in the recipe)."
+    return "Matrix products run in float32: this CPU multiplies bfloat16 slowly (autocast in the recipe)."
 
 
 def line_text(record: dict[str, Any], steps: int, left: str) -> str:

@@ -38,7 +38,7 @@ from godwit.models.caches import Caches, PagedKV
 from godwit.models.causal_lm import CausalLM
 
 WARM_UP_STEPS = 4
-PAUSE = 0.05  # seconds for the threads of other libraries to fall asleep after the ceilings
+PAUSE = 0.05  # seconds for the threads to fall asleep after the ceilings
 
 Say = Callable[[str], None]
 
@@ -226,7 +226,11 @@ def fill_rows(caches: Caches, num_rows: int, generator: torch.Generator) -> None
 
 @dataclass(frozen=True)
 class Measured:
-    """The raw results of a run: seconds of each case, the ceilings between rounds, and the circumstances."""
+    """The raw results of a run: seconds of each case, the ceilings between rounds, and the circumstances.
+
+    Attributes:
+        interrupted: Ctrl-C ended it early; the seconds are of the rounds that were finished.
+    """
 
     cases: dict[Case, list[float]]
     routed: dict[Case, list[float]]
@@ -235,35 +239,64 @@ class Measured:
     memory: MemoryUse
     cache_bytes: int
     profile: dict[Case, dict[str, Any]]
+    interrupted: bool
+
+    @property
+    def rounds(self) -> int:
+        return len(next(iter(self.cases.values())))
 
 
 def measure(model: CausalLM, plan: Plan, say: Say) -> Measured:
-    """Run all cases of ``plan``, round after round."""
+    """Run all cases of ``plan``, round after round. Ctrl-C ends it, and what is finished by then counts.
+
+    Raises:
+        KeyboardInterrupt: no round was finished by then.
+    """
     cases = plan.cases(model.config.max_position)
     warm_up = Case("prefill", min(plan.chunk, model.config.max_position))  # touches nearly every expert
     runner = Runner(model, [warm_up, *cases], plan.chunk)
+    say(f"warming up: {warm_up}")
     runner.seconds(warm_up)
+    say("counting the experts in use")
     routed = {case: runner.routed(case) for case in cases if case.kind == "decode"}
-    seconds: dict[Case, list[float]] = {case: [] for case in cases}
     peaks = [MemoryUse.now().peak]
     before = CpuTimes.now()
-    ceilings = [_ceilings()]
-    for number in range(1, plan.repeats + 1):
-        for case in cases:
-            say(f"round {number} of {plan.repeats}: {case}")
-            seconds[case].append(runner.seconds(case))
-        peaks.append(MemoryUse.now().peak)
-        ceilings.append(_ceilings())
+    ceilings = [_ceilings(say)]
+    rounds: list[list[float]] = []
+    profile: dict[Case, dict[str, Any]] = {}
+    interrupted = False
+    try:
+        for number in range(1, plan.repeats + 1):
+            rounds.append(_round(runner, cases, f"round {number} of {plan.repeats}", say))
+            peaks.append(MemoryUse.now().peak)
+            ceilings.append(_ceilings(say))
+        for case in cases if plan.profile else ():
+            say(f"profiling: {case}")
+            profile[case] = profile_case(runner, case)
+    except KeyboardInterrupt:
+        if not rounds:
+            raise
+        interrupted = True
+    seconds = {case: list(times) for case, times in zip(cases, zip(*rounds, strict=True), strict=True)}
     noise = Noise.between(before, CpuTimes.now(), [c.read_bandwidth for c in ceilings])
     now = MemoryUse.now()
     known = [peak for peak in peaks if peak is not None]
     use = MemoryUse(max(known, default=None), now.resident, now.proportional)
-    profile = {case: profile_case(runner, case) for case in cases} if plan.profile else {}
-    return Measured(seconds, routed, ceilings, noise, use, runner.cache_bytes, profile)
+    return Measured(seconds, routed, ceilings, noise, use, runner.cache_bytes, profile, interrupted)
 
 
-def _ceilings() -> Ceilings:
+def _round(runner: Runner, cases: Sequence[Case], name: str, say: Say) -> list[float]:
+    """Seconds of each case."""
+    seconds = []
+    for case in cases:
+        say(f"{name}: {case}")
+        seconds.append(runner.seconds(case))
+    return seconds
+
+
+def _ceilings(say: Say) -> Ceilings:
     """Measured, and the memory for it forgotten."""
+    say("measuring what the machine can do now")
     found = measure_ceilings()
     reset_peak()
     sleep(PAUSE)
@@ -286,6 +319,7 @@ def bench(model: CausalLM, plan: Plan, say: Say = lambda text: None) -> dict[str
 
     Raises:
         KernelParityError: they are.
+        KeyboardInterrupt: before the first round was finished; after it the report says `interrupted`.
         UsageError, MemoryBudgetError: the plan does not suit the model or the machine.
     """
     plan.cases(model.config.max_position)
@@ -316,7 +350,8 @@ def report(
         "instruction_set": _native.instruction_set(),
         "formats": sorted(set(formats.values())),
         "parity": [asdict(check) for check in checks],
-        "repeats": plan.repeats,
+        "repeats": measured.rounds,
+        "interrupted": measured.interrupted,
         "chunk": plan.chunk,
         "context": "random numbers in the caches, random tokens",
         "ceilings": ceilings,

@@ -53,6 +53,7 @@ class Recipe:
         row_length: tokens of a packed row, a multiple of 64.
         rows: rows of a micro-batch.
         accumulate: micro-batches of a step.
+        autocast: matrix products in bfloat16; without it, where the CPU multiplies bfloat16 fast.
         schedule: warm-up, then constant, then linear decay to zero over the last ``decay`` share of the run.
     """
 
@@ -76,7 +77,7 @@ class Recipe:
     clip: float = 1.0
     aux_weight: float = 1e-3
     seed: int = 0
-    autocast: bool = True
+    autocast: bool | None = None
     save_every: int = 100
     evaluate_every: int = 250
     evaluate_on: list[str] = field(default_factory=list)
@@ -169,6 +170,8 @@ def _build(kind: type[T], raw: Mapping[str, Any], where: str) -> T:
 
 
 def _checked(value: Any, hint: Any, where: str) -> Any:
+    if type(None) in get_args(hint):
+        (hint,) = (kind for kind in get_args(hint) if kind is not type(None))  # TOML has no null
     wanted = get_origin(hint) or hint
     if wanted is Any:
         return value

@@ -17,6 +17,7 @@ from torch import Tensor
 from godwit.config import ModelConfig, MoeSpec
 from godwit.errors import CheckpointError, GodwitError, UsageError
 from godwit.kernels import ops
+from godwit.kernels.bfloat16 import multiplies_bf16_fast
 from godwit.kernels.training import LinearCrossEntropy
 from godwit.models.batch import ForwardBatch
 from godwit.models.causal_lm import CausalLM
@@ -49,6 +50,9 @@ class Trainer:
         out: directory for state, log and the exported model.
         compile_kernels: fused, compiled kernels (fast, half a minute of warm-up) or the plain ones.
 
+    Attributes:
+        autocast: whether matrix products run in bfloat16.
+
     Raises:
         UsageError: the data or the recipe do not fit together.
     """
@@ -65,6 +69,7 @@ class Trainer:
                 "make accumulate a multiple of their number"
             )
         self.recipe = recipe
+        self.autocast = multiplies_bf16_fast() if recipe.autocast is None else recipe.autocast
         self.out = Path(out)
         if not (Path(recipe.tokenizer) / "tokenizer.json").is_file():
             raise UsageError(f"{recipe.tokenizer}: holds no tokenizer.json, which the model is exported with")
@@ -201,7 +206,7 @@ class Trainer:
     ) -> None:
         logits: list[Tensor] = []
         forward = ForwardBatch.packed(batch.input_ids, batch.lengths, self.recipe.row_length)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             hidden = self.model(forward, router_logits=logits)
             weights = role_weights(batch.roles, stage.role_weights) / main
             loss = self.cross_entropy(hidden, self.model.head_weight, batch.targets, weights)
@@ -221,7 +226,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Bits per byte on the held-out sources."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             return {
                 name: round(held_out.bits_per_byte(self.model, self.cross_entropy), 4)
                 for name, held_out in self.held_out.items()
