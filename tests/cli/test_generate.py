@@ -292,7 +292,7 @@ def test_the_context_fits_the_memory(models: Models, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(common, "memory", lambda free=free: {"total": None, "available": free})
         result = invoke(model, "-p", "x", "--dtype", "float32")
         assert result.stdout == "Hello there.\n"
-        chosen = int(result.stderr.split("context ")[1].split(",")[0])
+        chosen = int(result.stderr.split("context ")[1].split(" of 100000")[0])
         assert chosen == context if context else 512 <= chosen < 16384
     monkeypatch.setattr(common, "memory", lambda: {"total": None, "available": 1000})
     result = invoke(model, "-p", "x", "--dtype", "float32")
