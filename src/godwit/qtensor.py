@@ -250,13 +250,19 @@ def quantize(weight: Tensor, format: str, importance: Tensor | None = None) -> Q
     if weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
         raise UsageError(f"only matrices of floats can be packed, not {weight.dtype} of {list(weight.shape)}")
     rows, cols = weight.shape
-    out = torch.empty(weight_bytes(format, rows, cols), dtype=torch.uint8)
     spread = None if importance is None else _spread(importance, cols)
     step = max(1, _BLOCK // (groups(cols) * GROUP * TILE_ROWS)) * TILE_ROWS
+    # bfloat16 that stays bfloat16 is only laid out anew.
+    work = torch.bfloat16 if format == "bf16" and weight.dtype == torch.bfloat16 else torch.float32
+    blocks = (
+        _pack_block(weight[begin : begin + step].detach().to("cpu", work), format, spread)
+        for begin in range(0, rows, step)
+    )
+    if rows <= step:
+        return next(blocks)
+    out = torch.empty(weight_bytes(format, rows, cols), dtype=torch.uint8)
     at = 0
-    for begin in range(0, rows, step):
-        block = weight[begin : begin + step].detach().to("cpu", torch.float32)
-        packed = _pack_block(block, format, spread)
+    for packed in blocks:
         out[at : at + packed.nbytes] = packed.data
         at += packed.nbytes
     return QuantTensor(format, (rows, cols), out)
@@ -275,7 +281,9 @@ def _spread(importance: Tensor, cols: int) -> Tensor:
 
 def _padded(block: Tensor, rows: int) -> Tensor:
     """Zeros around ``block``, up to ``rows`` rows and whole groups."""
-    full = torch.zeros(rows, groups(block.shape[1]) * GROUP)
+    if block.shape == (rows, groups(block.shape[1]) * GROUP):
+        return block
+    full = torch.zeros(rows, groups(block.shape[1]) * GROUP, dtype=block.dtype)
     full[: block.shape[0], : block.shape[1]] = block
     return full
 
@@ -290,8 +298,8 @@ def _pack_block(block: Tensor, format: str, spread: Tensor | None) -> QuantTenso
     shape = (block.shape[0], block.shape[1])
     full = _padded(block, _num_tiles(shape[0]) * TILE_ROWS)
     if format == "bf16":
-        tiles = full.bfloat16().view(-1, TILE_ROWS, groups(shape[1]), GROUP // 2, 2)
-        laid = tiles.permute(0, 2, 3, 1, 4).contiguous()
+        pairs = full.bfloat16().contiguous().view(torch.int32).view(-1, TILE_ROWS, full.shape[1] // 2)
+        laid = pairs.transpose(1, 2).contiguous()
         return QuantTensor(format, shape, laid.view(torch.uint8).flatten())
     x = _by_group(full)
     weighted = x if spread is None else x * spread

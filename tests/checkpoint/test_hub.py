@@ -121,7 +121,6 @@ def test_failures_become_sentences(
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     for call in (open_checkpoint, read_raw_config):
         with pytest.raises(kind) as caught:
             call("org/name")

@@ -90,6 +90,33 @@ def test_there_is_one_line_break_at_the_end(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == "\n"
 
 
+def test_lengths_are_checked_before_weights_are_read(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(common, "load_weights", refuse)
+    monkeypatch.setattr(common, "memory", lambda: {"total": 2**40, "available": 2**40})
+    result = invoke(models("hello"), "-p", "x", "--context", "4097")
+    assert result.exit_code == 2 and "at most 4096 tokens" in result.stderr
+    result = invoke(models("hello"), "-p", "x " * 30, "--context", "20")
+    assert result.exit_code == 2 and "raise --context (at most 4096)" in result.stderr
+    monkeypatch.setattr(common, "DEFAULT_CONTEXT", 32)
+    result = invoke(models("hello"), "-p", "x " * 30)
+    assert result.exit_code == 2 and "the context 32, so there is no room" in result.stderr
+    monkeypatch.setattr(common, "memory", lambda: {"total": 1000, "available": 1000})
+    result = invoke(models("hello"), "-p", "x", "--context", "4096")
+    assert result.exit_code == 5 and "GiB of memory are free; ask for fewer tokens" in result.stderr
+
+
+def test_a_context_that_is_asked_for_is_taken_and_shown(models: Models) -> None:
+    result = invoke(models("hello"), "-p", "Hi", "--context", "64")
+    assert (result.exit_code, result.stdout) == (0, "Hello there.\n")
+    assert "context 64 of 4096 (--context), " in result.stderr
+    finish = json.loads(answer(models("endless"), "--json", "-p", "Sing", "--context", "40"))
+    assert finish["finish_reason"] == "length"
+    assert finish["prompt_tokens"] + finish["completion_tokens"] == 40
+
+
 def test_a_seed_repeats_an_answer(models: Models) -> None:
     # after a letter all tokens are equally likely
     texts = [
@@ -128,7 +155,7 @@ def test_system_and_tools_reach_the_prompt(models: Models, tmp_path: Path) -> No
         (["-p", "x", "--raw", "--system", "s"], 2, "--raw continues a text as it is"),
         (["-p", "x", "--top-p", "0"], 2, "top_p has to be more than 0"),
         (["-p", "x", "--presence-penalty", "nan"], 2, "presence_penalty has to be a number"),
-        (["-p", "x" * 5000], 2, "tokens and the context only 4096"),
+        (["-p", "x" * 5000], 2, "tokens and the context 4096"),
         (["-p", "x", "--tools", "/nowhere"], 2, "/nowhere: cannot be read (No such file or directory)"),
     ],
 )
@@ -265,7 +292,7 @@ def test_the_context_fits_the_memory(models: Models, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(common, "memory", lambda free=free: {"total": None, "available": free})
         result = invoke(model, "-p", "x", "--dtype", "float32")
         assert result.stdout == "Hello there.\n"
-        chosen = int(result.stderr.split("context ")[1].split(",")[0])
+        chosen = int(result.stderr.split("context ")[1].split(" of 100000")[0])
         assert chosen == context if context else 512 <= chosen < 16384
     monkeypatch.setattr(common, "memory", lambda: {"total": None, "available": 1000})
     result = invoke(model, "-p", "x", "--dtype", "float32")

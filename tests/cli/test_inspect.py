@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from godwit.checkpoint import save_checkpoint
 from godwit.cli import doctor, inspect
 from godwit.cli.main import app
+from godwit.cli.tables import size_text
 from godwit.config import ModelConfig
 from godwit.models.causal_lm import CausalLM
 from godwit.models.loader import export_tensors
@@ -44,6 +45,11 @@ def tensors(num_mtp: int = 1) -> dict[str, torch.Tensor]:
 
 def invoke(*args: str | Path) -> Any:
     return CliRunner().invoke(app, ["inspect", *map(str, args)])
+
+
+def said(*args: str | Path) -> str:
+    """What is printed, as one line."""
+    return " ".join(invoke(*args).stdout.split())
 
 
 def report(*args: str | Path) -> dict[str, Any]:
@@ -109,7 +115,7 @@ def test_weights_that_do_not_fit_are_named_and_end_with_3(tmp_path: Path, broken
     name = "odd.weight" if broken == "unexpected" else "model.norm.weight"
     assert result.exit_code == 3 and name in result.stderr and result.stderr.count("\n") == 1
     assert name in json.loads(result.stdout)["weights"]["problem"]
-    assert "not those of the config" in invoke(tmp_path / "m").stdout
+    assert "do not match the config" in invoke(tmp_path / "m").stdout
 
 
 def test_a_damaged_checkpoint_ends_with_3(tmp_path: Path) -> None:
@@ -129,22 +135,68 @@ def test_contexts(tmp_path: Path, machine: dict[str, int | None]) -> None:
     assert row["cache"] == 100 * 256 + fixed
     assert row["resident"] == row["cache"] + found["resident_bfloat16"]
     assert row["read_per_token"] == 2 * found["parameters"]["active"] + 101 * 256 + 2 * fixed
-    assert row["fits"] and row["spare"] == 8 * 10**9 - row["resident"]
+    assert row["fits"] and row["spare"] == 16 * 10**9 - row["resident"]
 
 
 def test_too_large_says_by_how_much(tmp_path: Path, machine: dict[str, int | None]) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**TINY, "vocab_size": 2**26}))
     found = report(tmp_path)
     assert not found["contexts"][0]["fits"] and found["longest_context"] == 0
-    size = inspect.size_text(-found["contexts"][0]["spare"])
-    assert f"{size} too large" in invoke(tmp_path).stdout
+    size = size_text(-found["spare_without_context"])
+    assert f"{size} too large" in said(tmp_path)
 
 
 def test_part_of_the_context_fits(tmp_path: Path, machine: dict[str, int | None]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TINY))
-    machine["available"] = report(tmp_path, "--context", "300")["contexts"][0]["resident"]
+    machine["total"] = report(tmp_path, "--context", "300")["contexts"][0]["resident"]
     assert report(tmp_path)["longest_context"] == 300
-    assert "300 of 512 tokens of context fit" in invoke(tmp_path).stdout
+    assert "300 of 512 tokens of context fit" in said(tmp_path)
+
+
+def test_it_judges_by_the_whole_memory_and_says_what_is_free(
+    tmp_path: Path, machine: dict[str, int | None]
+) -> None:
+    save_checkpoint(tmp_path / "m", tensors().items(), TINY)
+    machine.update(total=16 * 10**9, available=1000)
+    found = report(tmp_path / "m")
+    assert found["contexts"][0]["fits"] and found["fits_now"] is False
+    assert "1.00 kB of it free now" in said(tmp_path / "m") and "To do: free some memory" in said(
+        tmp_path / "m"
+    )
+    machine["available"] = 8 * 10**9
+    assert "To do: talk to it with godwit chat" in said(tmp_path / "m")
+    machine["total"] = report(tmp_path / "m", "--context", "300")["contexts"][0]["resident"]
+    assert "--context 300" in said(tmp_path / "m")
+
+
+def test_what_fits_only_packed_is_to_be_packed(tmp_path: Path, machine: dict[str, int | None]) -> None:
+    save_checkpoint(tmp_path / "m", tensors().items(), TINY)
+    machine["total"] = report(tmp_path / "m")["resident_bfloat16"]
+    found = "".join(invoke(tmp_path / "m").stdout.split())  # paths break anywhere
+    assert f"packitwithgodwitquantize{tmp_path / 'm'}OUT.godwit--recipeq8" in found
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_sixty_columns_are_enough(tmp_path: Path, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    more = {"vocab_size": 2**18, "hidden_size": 4096, "num_hidden_layers": 64} if large else {}
+    (tmp_path / "config.json").write_text(json.dumps(TINY | more))
+    shown = invoke(tmp_path).stdout
+    assert max(map(len, shown.splitlines())) <= 60 and "…" not in shown
+    made = tmp_path / "packed.godwit"
+    if not large:
+        assert CliRunner().invoke(app, ["synth", str(tmp_path), str(made), "--recipe", "q4"]).exit_code == 0
+        assert "…" not in invoke(made).stdout
+
+
+def test_the_sizes_of_packed_parts_add_up(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    made = tmp_path / "packed.godwit"
+    assert CliRunner().invoke(app, ["synth", str(tmp_path), str(made), "--recipe", "q8"]).exit_code == 0
+    found = report(made)
+    stored = sum(part["bytes"] for part in found["packed"]["parts"].values())
+    total = next(line for line in invoke(made).stdout.splitlines() if "in all" in line)
+    assert stored == found["resident_packed"] and size_text(stored) in total
 
 
 @pytest.mark.parametrize("total", [16 * 10**9, None])
@@ -204,7 +256,7 @@ def test_what_it_would_take_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found["q4"]["resident"] < found["q8"]["resident"]
     assert "Packed as q4 it takes " in invoke(tmp_path).stdout and "if_packed" not in report(tmp_path / "q4")
     monkeypatch.setattr(inspect, "memory", lambda: {"total": 1000, "available": 1000})
-    assert " too much." in invoke(tmp_path).stdout
+    assert " too much." in said(tmp_path) and "To do: take a machine with more than" in said(tmp_path)
 
 
 def test_nothing_there(tmp_path: Path) -> None:

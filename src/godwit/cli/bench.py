@@ -13,9 +13,8 @@ from rich import box
 from rich.table import Table
 
 from godwit.cli import common
-from godwit.cli.inspect import size_text
 from godwit.cli.options import DtypeName, QuantizeName
-from godwit.cli.tables import Tables
+from godwit.cli.tables import Tables, size_text
 from godwit.errors import UsageError
 from godwit.measure.report import result_row, write_json
 

@@ -44,6 +44,7 @@ def run(
     system: str | None,
     tools: Path | None,
     sampling: SamplingOptions,
+    context: int | None = None,
     threads: int | None,
     dtype: DtypeName,
     quantize: QuantizeName | None,
@@ -57,7 +58,8 @@ def run(
     if opened.tokenizer.chat_template is None:
         raise TemplateError("this model has no chat template; use godwit generate --raw for plain texts")
     params = common.sampling_params(sampling, opened.tokenizer.generation_defaults)
-    session = opened.start(threads=threads, dtype=dtype, quantize=quantize)
+    opened.check_context(context)
+    session = opened.start(context=context, threads=threads, dtype=dtype, quantize=quantize)
     chat = Chat(session, params, Terminal(), name=opened.name, system=opened.system(system), tools=listed)
     chat.talk()
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from godwit.cli import doctor
 from godwit.cli.options import DtypeName, QuantizeName, SamplingOptions
-from godwit.errors import CheckpointError, UsageError
+from godwit.errors import CheckpointError, MemoryBudgetError, UsageError
 from godwit.measure.machine import memory
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from godwit.checkpoint import Checkpoint
     from godwit.checkpoint.packed import PackedFile
-    from godwit.engine import SamplingParams, Session
+    from godwit.config import ModelConfig
+    from godwit.engine import CacheSize, SamplingParams, Session
     from godwit.models.causal_lm import CausalLM
     from godwit.tokenizer import Tokenizer
 
@@ -53,23 +54,70 @@ class OpenedModel:
             return None
         return f"{PERSONA} Today is {datetime.date.today().isoformat()}."
 
+    def check_context(self, asked: int | None, num_prompt: int = 0) -> None:
+        """Refuse a context or a prompt that cannot work, before any weights are read.
+
+        Args:
+            asked: tokens of context; None: not asked for.
+            num_prompt: tokens of the prompt.
+
+        Raises:
+            UsageError: more than the model is made for, or a prompt that leaves no room for an answer.
+            MemoryBudgetError: the caches alone would not fit the free memory.
+        """
+        most = self.source.config.max_position
+        if asked is not None and asked > most:
+            raise UsageError(
+                f"--context {asked}: this model is made for at most {most} tokens; ask for fewer"
+            )
+        context = min(most, DEFAULT_CONTEXT) if asked is None else asked
+        if num_prompt >= context:
+            more = "" if context == most else f" or raise --context (at most {most})"
+            raise UsageError(
+                f"the prompt has {num_prompt} tokens and the context {context}, so there is no room for an "
+                f"answer; shorten it{more}"
+            )
+        available = memory()["available"]
+        if asked is None or available is None:
+            return
+        needed = cache_size(self.source.config).total(asked)
+        if needed > available:
+            raise MemoryBudgetError(
+                f"--context {asked} takes {needed / 2**30:.1f} GiB for keys, values and states, and "
+                f"{available / 2**30:.1f} GiB of memory are free; ask for fewer tokens"
+            )
+
     def start(
-        self, *, threads: int | None, dtype: DtypeName, quantize: QuantizeName | None = None
+        self,
+        *,
+        context: int | None = None,
+        threads: int | None,
+        dtype: DtypeName,
+        quantize: QuantizeName | None = None,
     ) -> Session:
         """Load the weights and make a session, with progress on stderr.
 
-        Raises: what loading raises; MemoryBudgetError where not even a short context fits.
+        Args:
+            context: tokens of prompt and answer together; None: :data:`DEFAULT_CONTEXT`, or fewer where the
+                model is made for fewer or half of the free memory holds fewer.
+            threads, dtype, quantize: as for :func:`load_weights`.
+
+        Raises: what loading raises; MemoryBudgetError where the context does not fit.
         """
         from godwit.engine import Session
 
         num_threads = use_threads(threads)
         with loading(self.name) as progress:
             model = load_weights(self.source, dtype, quantize, progress)
-        available = memory()["available"]
-        budget = None if available is None else available // 2
-        session = Session(model, self.tokenizer, resolve_context(model, budget), max_bytes=budget)
+        budget = memory()["available"]
+        if context is None:
+            budget = None if budget is None else budget // 2
+            context = resolve_context(model, budget)
+        session = Session(model, self.tokenizer, context, max_bytes=budget)
+        most = model.config.max_position
+        limit = "" if context == most else f" of {most} (--context)"
         print(
-            f"{self.name}: {described(model)}, context {session.max_context}, "
+            f"{self.name}: {described(model)}, context {context}{limit}, "
             f"{num_threads} thread{'s' * (num_threads > 1)}",
             file=sys.stderr,
         )
@@ -250,6 +298,17 @@ def resolve_context(model: CausalLM, budget: int | None) -> int:
     if budget is None:
         return limit
     return max(CacheSize.of(model).tokens_within(budget, 1, limit), min(limit, MIN_CONTEXT))
+
+
+def cache_size(config: ModelConfig) -> CacheSize:
+    """Bytes of the caches of a model of this configuration, without its weights."""
+    import torch
+
+    from godwit.engine.cache import CacheSize
+    from godwit.models.causal_lm import CausalLM
+
+    with torch.device("meta"):
+        return CacheSize.of(CausalLM(config))
 
 
 def sampling_params(

@@ -29,11 +29,14 @@ def run(
     stream: bool,
     logit_bias: Mapping[int, float],
     sampling: SamplingOptions,
+    context: int | None = None,
     threads: int | None,
     dtype: DtypeName,
     quantize: QuantizeName | None,
 ) -> None:
     """Answer `prompt` (None: stdin) on stdout, with one line break at the end.
+
+    Lengths are checked before weights are read.
 
     Raises: GodwitError of any kind; UsageError for an empty prompt and for options that exclude each other.
     """
@@ -45,9 +48,12 @@ def run(
     if not text.strip():
         raise UsageError("the prompt is empty; give one with -p TEXT or on stdin")
     opened = common.open_model(model)
+    opened.check_context(context)
     params = common.sampling_params(sampling, opened.tokenizer.generation_defaults, logit_bias)
     ids = encode(opened.tokenizer, text, raw=raw, system=opened.system(system), tools=listed)
-    events = opened.start(threads=threads, dtype=dtype, quantize=quantize).stream(ids, params)
+    opened.check_context(context, len(ids))
+    session = opened.start(context=context, threads=threads, dtype=dtype, quantize=quantize)
+    events = session.stream(ids, params)
     if not as_json:
         write(events, at_once=not stream)
         return

@@ -9,20 +9,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.markup import escape
-from rich.table import Table
-
 from godwit.checkpoint import Checkpoint, open_checkpoint, read_raw_config
 from godwit.checkpoint.layout import INDEX
 from godwit.checkpoint.packed import PackedFile, is_packed
 from godwit.cli import common
+from godwit.cli.inspect_tables import show
 from godwit.cli.packed import PackedSizes, bytes_of_parts, checked_blobs, sizes_packed, weights_of
-from godwit.cli.tables import Tables
 from godwit.config import AttentionSpec, GatedDeltaNetSpec, ModelConfig, MoeSpec
 from godwit.errors import CheckpointError
 from godwit.measure.machine import memory
-from godwit.measure.planner import PARTS, Sizes, sizes_of
+from godwit.measure.planner import Sizes, sizes_of
 from godwit.models.loader import plan
 from godwit.models.names import canonical_name
 
@@ -120,10 +116,13 @@ def _cache(sizes: Sizes, possible: Sizes | None) -> dict[str, Any]:
 
 
 def _room(sizes: Sizes, config: ModelConfig, context: int | None) -> dict[str, Any]:
+    """What the machine's memory holds; what other programs use of it now is said beside, and may change."""
     machine = memory()
-    budget = machine["total"] if machine["available"] is None else machine["available"]
+    budget, free = machine["total"], machine["available"]
+    least = _contexts(config, context)[0]
     return {
         "memory": machine,
+        "fits_now": None if free is None else sizes.resident(least) <= free,
         "spare_without_context": None if budget is None else budget - sizes.resident(0),
         "contexts": [_context(sizes, tokens, budget) for tokens in _contexts(config, context)],
         "longest_context": None if budget is None else sizes.context_in(budget, config.max_position),
@@ -227,145 +226,3 @@ def _context(sizes: Sizes, tokens: int, budget: int | None) -> dict[str, Any]:
         "spare": spare,
         "fits": None if spare is None else spare >= 0,
     }
-
-
-def show(report: dict[str, Any]) -> None:
-    """The report as tables."""
-    console = Tables()
-    for table in (_about(report), _parts(report), _memory(report)):
-        console.print(table)
-    console.print(f"Memory for this process: {_machine_text(report)}", soft_wrap=True)
-    console.print(_verdict(report), soft_wrap=True)
-    for name, packed in report.get("if_packed", {}).items():
-        console.print(_packed_text(name, packed, report["max_context"]), soft_wrap=True)
-
-
-def _about(report: dict[str, Any]) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    layers, attention, delta = report["layers"], report["attention"], report["delta"]
-    rows = [
-        ("model", report["model"]),
-        ("family", f"{report['family']} ({report['model_type']})"),
-        ("layers", _layers_text(layers)),
-        ("hidden, vocabulary", f"{report['hidden_size']:,}, {report['vocab_size']:,}"),
-        ("longest context", f"{report['max_context']:,} tokens"),
-    ]
-    if attention:
-        text = f"{attention['heads']} query and {attention['kv_heads']} key/value heads"
-        rows.append(("attention", f"{text} of {attention['head_dim']}"))
-    if delta:
-        text = f"{delta['key_heads']} key heads of {delta['key_dim']}, "
-        rows.append(("delta", text + f"{delta['value_heads']} value heads of {delta['value_dim']}"))
-    if report["experts"]:
-        rows.append(("experts", f"{report['experts']} a layer, {report['experts_per_token']} a token"))
-    rows += _weight_rows(report)
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _layers_text(layers: dict[str, Any]) -> str:
-    kinds = [f"{layers[kind]} {kind}" for kind in ("delta", "attention") if layers[kind]]
-    ffns = [f"{layers[kind]} {kind}" for kind in ("sparse", "dense") if layers[kind]]
-    mtp = ", and 1 for multi-token prediction" if layers["mtp"] else ""
-    return f"{layers['total']}: {' + '.join(kinds)}; feed-forward {' + '.join(ffns)}{mtp}"
-
-
-def _weight_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
-    weights = report["weights"]
-    if weights is None:
-        return [("weights", "none here: this is the config alone")]
-    held = weights["dtypes"].items()
-    kinds = ", ".join(f"{kind} {size_text(part['bytes'])} in {part['tensors']:,}" for kind, part in held)
-    rows = [("weights", f"{size_text(weights['bytes'])} in {weights['tensors']:,} tensors ({kinds})")]
-    if weights["beside_the_text_model"]:
-        rows.append(("", f"{weights['beside_the_text_model']:,} of them are not of the text model"))
-    verdict = "they are not those of the config: see the end" if weights["problem"] else "those of the config"
-    rows.append(("names and shapes", verdict))
-    packed = report.get("packed")
-    if packed:
-        metadata = packed["metadata"].items()
-        rows += [(name, escape(text)) for name, text in metadata if name in ("recipe", "source")]
-        rows.append(("files inside", ", ".join(packed["files"]) or "none"))
-    return rows
-
-
-def _parts(report: dict[str, Any]) -> Table:
-    parameters = report["parameters"]
-    table = Table(box=box.SIMPLE, show_footer=True)
-    table.add_column("parameters", "in all")
-    table.add_column("total", f"{parameters['total']:,}", justify="right", no_wrap=True)
-    table.add_column("read per token", f"{parameters['active']:,}", justify="right", no_wrap=True)
-    packed = report["packed"]["parts"] if "packed" in report else {}
-    for title in ("size", "bits a weight") if packed else ():
-        table.add_column(title, justify="right", no_wrap=True)
-    for name, part in parameters["parts"].items():
-        if part["total"] or part["active"]:
-            own = packed.get(name)
-            sizes = (size_text(own["bytes"]), f"{own['bits']:.2f}") if own else ()
-            table.add_row(
-                PARTS[name], f"{part['total']:,}", f"{part['active']:,}" if part["active"] else "", *sizes
-            )
-    if parameters["mtp_if_present"]:
-        table.add_row("(prediction module, if there)", f"({parameters['mtp_if_present']:,})", "")
-    return table
-
-
-def _memory(report: dict[str, Any]) -> Table:
-    cache = report["cache"]
-    table = Table(box=box.SIMPLE, title_justify="left", title=_cache_text(cache))
-    for title in ("context", "cache", "with weights", "read per token", "fits"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for row in report["contexts"]:
-        too_large = f"{size_text(-(row['spare'] or 0))} too large"
-        fits = {None: "unknown", True: "yes", False: too_large}[row["fits"]]
-        sizes = (size_text(row[name]) for name in ("cache", "resident", "read_per_token"))
-        table.add_row(f"{row['tokens']:,}", *sizes, fits)
-    return table
-
-
-def _cache_text(cache: dict[str, int]) -> str:
-    mtp = cache["mtp_kv_per_token"] or cache["mtp_kv_per_token_if_present"]
-    more = f" (+ {mtp:,} with the prediction module)" if mtp else ""
-    text = f"A sequence keeps {cache['kv_per_token']:,} bytes a token{more}"
-    if cache["state"]:
-        text += f",\nand {cache['state']:,} of state and {cache['conv']:,} of convolution"
-    return text + "."
-
-
-def _machine_text(report: dict[str, Any]) -> str:
-    total, available = report["memory"]["total"], report["memory"]["available"]
-    if total is None:
-        return "unknown"
-    return f"{size_text(total)}" + ("" if available is None else f", {size_text(available)} of it available")
-
-
-def _verdict(report: dict[str, Any]) -> str:
-    longest, most = report["longest_context"], report["max_context"]
-    weights = "packed weights" if "packed" in report else "weights in bfloat16"
-    note = f" ({weights} and one sequence; 1 GB is 10^9 bytes)"
-    if longest is None:
-        return f"Whether it fits is unknown{note}."
-    if report["spare_without_context"] < 0:
-        return f"The model is {size_text(-report['spare_without_context'])} too large{note}."
-    return f"{'All' if longest == most else f'{longest:,}'} of {most:,} tokens of context fit{note}."
-
-
-def _packed_text(recipe: str, packed: dict[str, Any], most: int) -> str:
-    spare, longest = packed["spare_without_context"], packed["longest_context"]
-    text = f"Packed as {recipe} it takes {size_text(packed['resident'])}"
-    if longest is None:
-        return f"{text}."
-    if spare < 0:
-        return f"{text}, {size_text(-spare)} too much."
-    return f"{text}; {'all' if longest == most else f'{longest:,}'} of {most:,} tokens of context fit."
-
-
-def size_text(size: int) -> str:
-    """Bytes for a reader, in decimal units."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if size >= unit:
-            return f"{size / unit:,.2f} {name}"
-    return f"{size} B"

@@ -28,6 +28,14 @@ System = Annotated[str | None, typer.Option(help="The system message.", metavar=
 Tools = Annotated[
     Path | None, typer.Option(help="A JSON file with the tools that the model may call.", metavar="FILE")
 ]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        help="Tokens of prompt and answer together; without it, 16384 or what fits half of the free memory.",
+        metavar="N",
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(min=1, max=1024, help="Cores to use; without it, all that this process may use."),

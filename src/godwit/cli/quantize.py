@@ -17,10 +17,9 @@ from rich.table import Table
 from godwit.checkpoint import Checkpoint, open_checkpoint, read_raw_config
 from godwit.checkpoint.packed import PackedFile
 from godwit.cli import common
-from godwit.cli.inspect import size_text
 from godwit.cli.packed import bytes_of_parts
 from godwit.cli.stopping import tidy_stop
-from godwit.cli.tables import Tables
+from godwit.cli.tables import Tables, size_text
 from godwit.config import ModelConfig
 from godwit.errors import MemoryBudgetError, UsageError
 from godwit.measure import planner

@@ -80,7 +80,7 @@ def load_model(
         dtype = checkpoint.info(actual["model.embed_tokens.weight"]).dtype
     with torch.device("meta"):
         model = CausalLM(checkpoint.config, num_mtp).to(dtype)
-    model.to_empty(device=device).requires_grad_(False)
+    _allocate(model, device)
     targets: dict[str, nn.Parameter] = dict(model.named_parameters())
     for done, piece in enumerate(pieces, 1):
         name = actual[piece.source]
@@ -89,6 +89,14 @@ def load_model(
         if progress is not None:
             progress(done, len(pieces))
     return model.eval()
+
+
+def _allocate(model: nn.Module, device: torch.device | str) -> None:
+    """What Module.to_empty does, without torch.empty_like, which imports sympy for tensors on "meta"."""
+    for module in model.modules():
+        for name, param in list(module.named_parameters(recurse=False)):
+            real = torch.empty(param.shape, dtype=param.dtype, device=device)
+            setattr(module, name, nn.Parameter(real, requires_grad=False))
 
 
 def plan(checkpoint: Checkpoint) -> tuple[list[Piece], dict[str, str], int]:
