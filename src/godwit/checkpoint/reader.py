@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from godwit.checkpoint import fp8
 from godwit.checkpoint.hub import locate, locate_config
 from godwit.checkpoint.layout import open_shards
 from godwit.checkpoint.safetensors import DTYPES, SafetensorsFile, TensorEntry, shown
+from godwit.checkpoint.spelling import EMBEDDING, HEAD, canonical_name
 from godwit.config import ModelConfig, read_config_json
 from godwit.errors import CheckpointError, UnsupportedModelError
 
@@ -24,6 +26,9 @@ _COMPANION = re.compile(
     r"(?:.*[._])?(?:qweight|qzeros|scales?|scale_inv|scale_2|g_idx|weight_packed|zero_point|weight_shape"
     r"|absmax|quant_map)"
 )
+
+_ROWS = 1024  # of the head and the embedding, compared at a time
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +67,20 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> ModelConfig:
-        """The model's configuration.
+        """The model's configuration, untied where the files hold a head other than the embedding.
 
         Raises:
             UnsupportedModelError: the model type or a feature of it is not supported.
         """
-        return ModelConfig.from_dict(self.raw_config)
+        config = ModelConfig.from_dict(self.raw_config)
+        if not config.tie_embeddings or not self._has_own_head():
+            return config
+        _log.warning(
+            "%s: config.json ties the head to the embedding, but the checkpoint has another head; it is used "
+            "(tie_word_embeddings should be false)",
+            self.path,
+        )
+        return config.untied()
 
     def names(self) -> list[str]:
         """Logical tensor names in the order of the files' bytes; the scales of FP8 weights are left out."""
@@ -149,6 +162,21 @@ class Checkpoint:
                 f"{self.path}: has no tensor {shown(name)}; config.json and the weights disagree"
             )
         return shard.entries[name]
+
+    def _has_own_head(self) -> bool:
+        """Whether there is a head that differs from the embedding."""
+        actual = {canonical_name(name): name for name in self.names()}
+        head, embedding = actual.get(HEAD), actual.get(EMBEDDING)
+        if head is None or embedding is None:
+            return False
+        pair = self.tensor(head), self.tensor(embedding)
+        same = pair[0].shape == pair[1].shape and all(
+            torch.equal(ours.float(), theirs.float())
+            for ours, theirs in zip(*(part.split(_ROWS) for part in pair), strict=True)
+        )
+        self.release(head)
+        self.release(embedding)
+        return not same
 
     def _dequantize(self, name: str, out: torch.Tensor | None) -> torch.Tensor:
         q, scale = (self._shards[stored].tensor(stored) for stored in (name, self._scales[name]))
