@@ -17,6 +17,7 @@ from typing import Any, Literal
 from godwit.config_fields import Fields
 from godwit.config_rotary import RotarySpec, read_rotary
 from godwit.errors import CheckpointError, UnsupportedModelError
+from godwit.file_kinds import kind_of, refusal
 
 __all__ = [
     "FAMILIES", "AttentionSpec", "DenseSpec", "Family", "FfnSpec", "GatedDeltaNetSpec", "LayerSpec",
@@ -207,9 +208,13 @@ def read_config_json(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: no such file; give a model directory or its config.json")
     if file.stat().st_size > MAX_CONFIG_BYTES:
         raise CheckpointError(f"{file}: larger than {MAX_CONFIG_BYTES >> 20} MiB, so not a model config")
+    data = file.read_bytes()
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
+        kind = kind_of(data, len(data))
+        if kind is not None:
+            raise refusal(file, kind) from None
         raise CheckpointError(f"{file}: not valid JSON ({error}); fetch the file again") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file}: a model config must be a JSON object, found {type(raw).__name__}")

@@ -25,9 +25,9 @@ _BARE = ("embed_tokens.", "layers.", "norm.")
 def canonical_name(name: str) -> str | None:
     """Fold the spellings in the wild into one; None for tensors that are not part of the text model.
 
-    Multimodal wrappers keep the text model under ``model.language_model.`` or ``language_model.model.``, their
-    towers and projectors beside it, and the head at the top or under ``language_model.``; some converters
-    write ``model.mtp.``; a checkpoint of the decoder alone has no prefix at all.
+    Multimodal wrappers keep the text model under ``model.language_model.`` or ``language_model.model.``,
+    their towers and projectors beside it, and the head at the top or under ``language_model.``; some
+    converters write ``model.mtp.``; a checkpoint of the decoder alone has no prefix at all.
     """
     if name.removeprefix("model.").startswith(_TOWERS) or name.endswith(".rotary_emb.inv_freq"):
         return None

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from godwit.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
+from godwit.checkpoint.spelling import EMBEDDING, HEAD, canonical_name
 from godwit.config import ModelConfig
 from godwit.errors import CheckpointError
 from godwit.models.causal_lm import CausalLM
-from godwit.models.names import Alternatives, Entry, Piece, canonical_name, name_map
+from godwit.models.names import Alternatives, Entry, Piece, name_map
 
 _MTP_LAYER = re.compile(r"mtp\.layers\.(\d+)\.")
 _LISTED = 20  # names shown of each kind of complaint
@@ -77,7 +78,7 @@ def load_model(
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     pieces, actual, num_mtp = plan(checkpoint)
     if dtype is None:
-        dtype = checkpoint.info(actual["model.embed_tokens.weight"]).dtype
+        dtype = checkpoint.info(actual[EMBEDDING]).dtype
     with torch.device("meta"):
         model = CausalLM(checkpoint.config, num_mtp).to(dtype)
     model.to_empty(device=device).requires_grad_(False)
@@ -106,11 +107,12 @@ def plan(checkpoint: Checkpoint) -> tuple[list[Piece], dict[str, str], int]:
         if canonical in actual:
             complaints.unexpected.append(f"{name} (a second spelling of {actual[canonical]})")
         actual[canonical] = name
+    if checkpoint.config.tie_embeddings and HEAD in actual:
+        actual.setdefault(EMBEDDING, actual.pop(HEAD))
     num_mtp = max((int(m.group(1)) + 1 for m in map(_MTP_LAYER.match, actual) if m), default=0)
     pieces = [piece for entry in name_map(checkpoint.config, num_mtp) for piece in _choose(entry, actual)]
     wanted = {piece.source for piece in pieces}
-    ignored = {"lm_head.weight"} if checkpoint.config.tie_embeddings else set()
-    complaints.unexpected += [actual[name] for name in actual if name not in wanted | ignored]
+    complaints.unexpected += [actual[name] for name in actual if name not in wanted]
     for piece in pieces:
         if piece.source not in actual:
             complaints.missing.append(piece.source)
