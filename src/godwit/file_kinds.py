@@ -18,21 +18,29 @@ _GGUF_SOURCE = b"general.base_model.0.repo_url"
 
 @dataclass(frozen=True)
 class Kind:
-    """``what`` a file is, with its article; without a ``remedy`` the ``original`` weights are needed."""
+    """``what`` a file is, with its article; without a ``remedy`` the ``original`` weights are needed.
+
+    ``foreign``: in order, but in a format that is not read.
+    """
 
     what: str
     remedy: str | None = None
     original: str | None = None
+    foreign: bool = True
 
 
-_PICKLE = Kind("a PyTorch pickle, which can run code and is never opened")
-_ARCHIVE = Kind("an archive", "unpack it and give the directory")
+CONVERT = "convert it to safetensors, as save_pretrained of transformers does"
+_PICKLE = Kind("a PyTorch pickle, which can run code and is never opened", CONVERT)
+_ARCHIVE = Kind("an archive", "unpack it and give the directory", foreign=False)
 _MAGIC = (
     (b"lmgg", Kind("an old GGML file (llama.cpp before GGUF)")),
     (b"fmgg", Kind("an old GGML file (llama.cpp before GGUF)")),
     (b"tjgg", Kind("an old GGML file (llama.cpp before GGUF)")),
     (b"algg", Kind("a LoRA adapter in llama.cpp's old format")),
-    (b"version https://git-lfs", Kind("a Git LFS pointer, not the file itself", "run 'git lfs pull'")),
+    (
+        b"version https://git-lfs",
+        Kind("a Git LFS pointer, not the file itself", "run 'git lfs pull'", foreign=False),
+    ),
     (b"\x89HDF", Kind("an HDF5 file (Keras or TensorFlow weights)")),
     (b"\x1f\x8b", _ARCHIVE),
     (b"7z\xbc\xaf", _ARCHIVE),
@@ -45,10 +53,12 @@ _SUFFIXES = {
     **dict.fromkeys((".tar", ".zip", ".gz", ".tgz", ".zst", ".7z"), _ARCHIVE),
     **dict.fromkeys(
         (".incomplete", ".part", ".crdownload", ".aria2", ".download"),
-        Kind("an unfinished download", "finish or repeat it"),
+        Kind("an unfinished download", "finish or repeat it", foreign=False),
     ),
-    ".partial": Kind("an unfinished packed model", "run the same 'godwit quantize' again to finish it"),
-    ".gguf": Kind("named like a GGUF file but is none", _AGAIN),
+    ".partial": Kind(
+        "an unfinished packed model", "run the same 'godwit quantize' again to finish it", foreign=False
+    ),
+    ".gguf": Kind("named like a GGUF file but is none", _AGAIN, foreign=False),
     ".msgpack": Kind("a Flax model"),
     ".npz": Kind("an archive of NumPy arrays (old MLX weights)"),
     ".tflite": Kind("a TensorFlow Lite model"),
@@ -70,6 +80,7 @@ def kind_of(head: bytes, size: int, name: str = "") -> Kind | None:
         return Kind(
             "a web page or a server's error message in place of the file",
             f"{_AGAIN}, logged in where that is needed",
+            foreign=False,
         )
     suffix = Path(name).suffix.lower()
     if head.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x02-\x05]", head):
@@ -88,9 +99,8 @@ def kind_of_file(path: Path) -> Kind | None:
 
 def refusal(path: object, kind: Kind) -> GodwitError:
     """The error for a file or directory of a kind that cannot be used."""
-    if kind.remedy is not None:
-        return CheckpointError(f"{path}: {kind.what}; {kind.remedy}")
-    return UnsupportedModelError(f"{path}: {kind.what}; {next_step(kind.original)}")
+    error = UnsupportedModelError if kind.foreign else CheckpointError
+    return error(f"{path}: {kind.what}; {kind.remedy or next_step(kind.original)}")
 
 
 def next_step(original: str | None) -> str:
@@ -127,4 +137,4 @@ def _short_text(head: bytes, size: int) -> Kind | None:
         return None
     if not text or not text.isprintable() or text[0] in "{[":  # cut or damaged JSON is told apart elsewhere
         return None
-    return Kind(f"a short text ({text[:60]!r}) in place of the file", _AGAIN)
+    return Kind(f"a short text ({text[:60]!r}) in place of the file", _AGAIN, foreign=False)

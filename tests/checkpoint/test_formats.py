@@ -37,7 +37,7 @@ FILES: list[tuple[str, bytes, type[GodwitError], tuple[str, ...]]] = [
     ("sha256-" + "0a" * 32, GGUF, UNSUPPORTED, ("Ollama's blob",)),
     ("model.gguf", b"\0" * 40, DAMAGED, ("named like a GGUF file",)),
     ("model.bin", b"tjgg\0\0\0\0", UNSUPPORTED, ("an old GGML file",)),
-    ("model.bin", b"PK\x03\x04abc", UNSUPPORTED, ("a PyTorch pickle, which can run code", FETCH)),
+    ("model.bin", b"PK\x03\x04abc", UNSUPPORTED, ("a PyTorch pickle, which can run code", "convert it")),
     ("model.pt", b"\x80\x02}q", UNSUPPORTED, ("a PyTorch pickle",)),
     ("data", b"\x80\x04\x95", UNSUPPORTED, ("a PyTorch pickle",)),
     ("model.onnx", b"\x08\x07\x12\x07pytorch", UNSUPPORTED, ("an ONNX model",)),
@@ -90,7 +90,7 @@ DIRECTORIES: list[tuple[dict[str, Any], type[GodwitError], tuple[str, ...]]] = [
     ({"adapter_config.json": {}}, UNSUPPORTED, ("LoRA", "merge it into that model")),
     ({"model_index.json": {}, "x.safetensors": WEIGHTS}, UNSUPPORTED, ("diffusers",)),
     ({"params.json": {}, "consolidated.safetensors": WEIGHTS}, UNSUPPORTED, ("params.json",)),
-    ({"pytorch_model.bin": b"", "config.json": {}}, UNSUPPORTED, ("pickles (.bin, .pt, .pth)", FETCH)),
+    ({"pytorch_model.bin": b"", "config.json": {}}, UNSUPPORTED, ("pickles (.bin, .pt, .pth)", "convert it")),
     ({"pytorch_model.bin.index.json": {}}, UNSUPPORTED, ("never opened",)),
     ({"model.pt": b""}, UNSUPPORTED, ("never opened",)),
     ({"model.onnx": b""}, UNSUPPORTED, ("ONNX",)),
@@ -173,5 +173,5 @@ def test_configs_and_tokenizers_that_are_something_else(content: bytes, tmp_path
     (tmp_path / "config.json").write_bytes(content)
     (tmp_path / "tokenizer.json").write_bytes(content)
     for read in (read_config_json, Tokenizer.from_dir):
-        with pytest.raises(CheckpointError, match="pointer|web page|a short text"):
+        with pytest.raises(CheckpointError, match=r"pointer|web page|a short text"):
             read(tmp_path)

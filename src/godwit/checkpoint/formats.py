@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from godwit.errors import CheckpointError, UnsupportedModelError
-from godwit.file_kinds import Kind, kind_of_file, next_step, refusal, repository
+from godwit.file_kinds import CONVERT, Kind, kind_of_file, next_step, refusal, repository
 
 INDEX = "model.safetensors.index.json"
 #: Files that run code when loaded, and the indexes that point to them.
@@ -92,7 +92,8 @@ def check_directory(directory: Path) -> None:
         raise refusal(directory, kind)
     for suffixes, what in _INSTEAD:
         if any(name.endswith(suffixes) for name in names) or (suffixes is PICKLES and PICKLE_INDEX in names):
-            raise UnsupportedModelError(f"{directory}: {what}; {next_step(original_of(directory))}")
+            step = CONVERT if suffixes is PICKLES else next_step(original_of(directory))
+            raise UnsupportedModelError(f"{directory}: {what}; {step}")
     raise CheckpointError(f"{directory}: {_without_weights(directory, names)}")
 
 
