@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ def load_model(
     source: str | Path | Checkpoint,
     *,
     dtype: torch.dtype | None = None,
+    as_stored: bool = False,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> CausalLM:
@@ -66,6 +67,8 @@ def load_model(
     Args:
         source: what :func:`godwit.checkpoint.open_checkpoint` accepts, or an open checkpoint.
         dtype: of the parameters; None keeps the dtype of the embedding on disk.
+        as_stored: every parameter in the dtype of its own tensors, which loses nothing; for packing, since
+            PyTorch's operations want one dtype.
         device: where the parameters go.
         progress: called with (tensors done, tensors in all).
 
@@ -81,6 +84,8 @@ def load_model(
         dtype = checkpoint.info(actual[EMBEDDING]).dtype
     with torch.device("meta"):
         model = CausalLM(checkpoint.config, num_mtp).to(dtype)
+    if as_stored:
+        _widen(model, pieces, {piece.source: checkpoint.info(actual[piece.source]).dtype for piece in pieces})
     model.to_empty(device=device).requires_grad_(False)
     targets: dict[str, nn.Parameter] = dict(model.named_parameters())
     for done, piece in enumerate(pieces, 1):
@@ -90,6 +95,16 @@ def load_model(
         if progress is not None:
             progress(done, len(pieces))
     return model.eval()
+
+
+def _widen(model: CausalLM, pieces: Sequence[Piece], stored: Mapping[str, torch.dtype]) -> None:
+    """Give each parameter of a model without data the dtype that holds all its tensors exactly."""
+    dtypes: dict[str, torch.dtype] = {}
+    for piece in pieces:
+        own = stored[piece.source]
+        dtypes[piece.target] = torch.promote_types(dtypes.get(piece.target, own), own)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtypes[name])
 
 
 def plan(checkpoint: Checkpoint) -> tuple[list[Piece], dict[str, str], int]:
