@@ -174,8 +174,8 @@ def rounding_line(rounding: Rounding) -> str:
     if rounding.exact == rounding.matrices:
         return f"{dtypes} weights are packed as bf16, which holds every one of them exactly"
     return (
-        f"{dtypes} weights are packed as bf16: exact are {rounding.exact:,} of {rounding.matrices:,} matrices, "
-        f"the others rounded (by {rounding.error:.2%} rms); --dtype float32 keeps every bit, but is far slower"
+        f"{dtypes} weights are packed as bf16: {rounding.exact:,} of {rounding.matrices:,} matrices exactly, "
+        f"the others rounded (by {rounding.error:.2%} rms); --dtype float32 keeps every bit, far slower"
     )
 
 
