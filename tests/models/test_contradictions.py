@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from godwit.errors import GodwitError
 from godwit.models.loader import load_model
-from tests.models.families import BY_NAME
+from tests.models.families import BY_NAME, VOCAB
 from tests.models.harness import (
     build_reference,
     error,
@@ -179,6 +180,21 @@ def theirs(directory: Path) -> Tensor | None:
         return reference_logits(model.eval(), IDS)
     except Exception:  # its strict fields, its validators and PyTorch all have exceptions of their own
         return None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_in_a_tied_checkpoint(same: bool, saved: Callable[[str], Path], tmp_path: Path) -> None:
+    """It is used where it differs from the embedding."""
+    directory = edited(saved(TIED), tmp_path, {}, {})
+    tensors = load_file(directory / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone() if same else torch.randn(VOCAB, 54)
+    (directory / "model.safetensors").unlink()
+    save_file({**tensors, "lm_head.weight": head}, directory / "model.safetensors", {"format": "pt"})
+    wanted = theirs(directory)
+    with torch.no_grad():
+        found = packed_logits(load_model(directory, dtype=torch.float32), [IDS])
+    assert wanted is not None and error(found, wanted) < 1e-4
 
 
 @pytest.mark.filterwarnings("ignore")
