@@ -8,10 +8,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent / "src" / "godwit"
 # The rooms of each floor, and the modules of a room that has several. The ground, below all floors, is what
-# everyone may import: the package itself (it holds the version), errors, child processes, pages of memory,
-# the native module.
+# everyone may import: the package itself (it holds the version), errors, kinds of files, child processes,
+# pages of memory, the native module.
 FLOORS = (
-    ("errors", "child", "pages", "_native"),
+    ("errors", "child", "file_kinds", "pages", "_native"),
     ("config", "qtensor", "tokenizer"),
     ("checkpoint", "kernels"),
     ("models",),
@@ -20,7 +20,10 @@ FLOORS = (
     ("cli",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms} | {"": 0}
-PARTS = {"tokenizer": ("chat_template", "detokenizer", "template_worker", "tokenizer_files")}
+PARTS = {
+    "config": ("config_fields", "config_rotary"),
+    "tokenizer": ("added_tokens", "chat_template", "detokenizer", "template_worker", "tokenizer_files"),
+}
 ROOM = {part: room for room, parts in PARTS.items() for part in parts}
 
 

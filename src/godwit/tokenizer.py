@@ -10,15 +10,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from .added_tokens import SPECIAL_NAMES, AddedToken, Matcher, Part, merged
 from .chat_template import ROLE_OTHER, TOOL_RESULT, ChatTemplate, RoleTracker, Shield
 from .detokenizer import DecodePlan, StreamDecoder
 from .errors import CheckpointError, GodwitError, TemplateError
@@ -39,35 +38,6 @@ _SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "max_new_tokens", "do_sample",
 )  # fmt: skip
-_SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
-_WORD_CATEGORIES = ("Mn", "Mc", "Me", "Pc")
-
-
-@dataclass(frozen=True)
-class AddedToken:
-    """A token that is matched as a whole in text: an entry of `added_tokens` in `tokenizer.json`."""
-
-    id: int
-    content: str
-    special: bool
-    lstrip: bool
-    rstrip: bool
-    single_word: bool
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> AddedToken:
-        """Read one entry; raises KeyError, TypeError or ValueError when it is malformed."""
-        if not isinstance(raw["content"], str) or not isinstance(raw["id"], int):
-            raise TypeError("an added token needs a text and a number")
-        if not 0 <= raw["id"] < 1 << 31:
-            raise ValueError(f"no token can have the number {raw['id']}")
-        flags = (bool(raw.get(name)) for name in ("special", "lstrip", "rstrip", "single_word"))
-        return cls(raw["id"], raw["content"], *flags)
-
-    @property
-    def is_control(self) -> bool:
-        """False for ordinary text, such as runs of spaces, which some vocabularies list here too."""
-        return self.special or not (len(self.content) == 1 or self.content.isspace())
 
 
 class Tokenizer:
@@ -96,14 +66,11 @@ class Tokenizer:
             self._forbidden = self._find_forbidden(raw["model"])
             self._first_only = '"prepend_scheme": "first"' in json.dumps(raw.get("pre_tokenizer"))
             self._bare = _load(_without_prefix(raw)) if self._first_only or self._forbidden else self._base
+            self._raw = raw
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"it is not a valid tokenizer ({error!r})") from None
         control = [token for token in self._added if token.is_control]
-        # A control token of one character could not be broken up by the shield, so none is read from a text.
-        self._any_token = _alternatives(
-            token.content for token in self._added if not token.is_control or len(token.content) > 1
-        )
-        self._text_token = _alternatives(token.content for token in self._added if not token.is_control)
+        self._set_matchers()
         reserved = (token.content for token in control if token.special)
         self._shield = Shield([TOOL_RESULT, *(token.content for token in control)], reserved)
         self._prefix, self._suffix = self._probe_post_processor()
@@ -140,13 +107,13 @@ class Tokenizer:
         settings = read_json(read, where, "tokenizer_config.json") or {}
         generation = read_json(read, where, "generation_config.json") or {}
         config = read_json(read, where, "config.json") or {}
-        special = {name: text for name in _SPECIAL_NAMES if (text := token_text(settings.get(name)))}
+        special = {name: text for name in SPECIAL_NAMES if (text := token_text(settings.get(name)))}
         nested = config.get("text_config")
         sources = [generation, config, nested if isinstance(nested, Mapping) else {}]
         numbers = {key: value for key, value in generation.items() if isinstance(value, (int, float))}
         try:
             return cls(
-                raw,
+                _with_settings(raw, settings),
                 chat_template=read_template(read, settings, special),
                 stop_ids=[id for source in sources for id in eos_ids(source.get("eos_token_id"))],
                 stop_tokens=[special["eos_token"]] if "eos_token" in special else [],
@@ -175,7 +142,7 @@ class Tokenizer:
         `allow_special` is for texts of the program itself: control tokens written out in them are matched.
         `add_special_tokens` adds what the checkpoint wants around a plain prompt (a BOS token, or nothing).
         """
-        parts = self._split(_valid(text), self._any_token if allow_special else self._text_token)
+        parts = (self._any_token if allow_special else self._text_token).split(_valid(text))
         ids = [id for part in parts for id in self._encode_part(part)]
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
 
@@ -233,7 +200,7 @@ class Tokenizer:
                 pairs.append((part.token.id, tracker.control(part.text)))
                 continue
             header, code = tracker.text(part.text, after.text if after else "")
-            spans = self._spans(part.text.replace(mark, ""), part.leads)
+            spans = self._spans(part.text.replace(mark, ""), part.leads, part.normal)
             pairs += [(id, ROLE_OTHER if start < header else code) for id, start in spans]
         return [id for id, _ in pairs], [code for _, code in pairs]
 
@@ -242,49 +209,27 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None,
         variables: Mapping[str, Any],
-    ) -> tuple[list[_Part], str]:
+    ) -> tuple[list[Part], str]:
         if self.chat_template is None:
             raise TemplateError(
                 "this checkpoint has no chat template; add a chat_template.jinja or use plain prompts"
             )
         mark, shielded, shielded_tools, shielded_variables = self._shield.apply(messages, tools, variables)
         text = self.chat_template.render(shielded, tools=shielded_tools, **shielded_variables)
-        return list(self._split(_valid(text), self._any_token)), mark
+        return list(self._chat_token.split(_valid(text))), mark
 
-    def _split(self, text: str, pattern: re.Pattern[str]) -> Iterator[_Part]:
-        """Cut `text` at added tokens; those with `lstrip` or `rstrip` swallow the white space beside them."""
-        done = 0
-        for match in pattern.finditer(text):
-            token = self._by_text[match[0]]
-            start, stop = match.span()
-            if start < done or (token.single_word and _touches_word(text, start, stop)):
-                continue
-            if token.lstrip:
-                start = done + len(text[done:start].rstrip())
-            if token.rstrip:
-                stop = len(text) - len(text[stop:].lstrip())
-            if start > done:
-                yield _Part(text[done:start], None, self._leads(done))
-            yield _Part(token.content, token, False)
-            done = stop
-        if done < len(text):
-            yield _Part(text[done:], None, self._leads(done))
-
-    def _leads(self, start: int) -> bool:
-        return start == 0 or not self._first_only
-
-    def _encode_part(self, part: _Part, mark: str = "") -> list[int]:
+    def _encode_part(self, part: Part, mark: str = "") -> list[int]:
         if part.token is not None:
             return [part.token.id]
         text = part.text.replace(mark, "") if mark else part.text
-        ids: list[int] = self._run(text, part.leads).ids
+        ids: list[int] = self._run(text, part.leads, normal=part.normal).ids
         if self._forbidden.isdisjoint(ids):
             return ids
-        return [id for id, _ in self._spans(text, part.leads)]
+        return [id for id, _ in self._spans(text, part.leads, part.normal)]
 
-    def _spans(self, text: str, leads: bool) -> list[tuple[int, int]]:
+    def _spans(self, text: str, leads: bool, normal: bool) -> list[tuple[int, int]]:
         """(id, index of its first character) of text without added tokens."""
-        encoding = self._run(text, leads)
+        encoding = self._run(text, leads, normal=normal)
         spans = [(id, start, stop) for id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)]
         cuts = [start + 1 for id, start, stop in spans if id in self._forbidden and stop - start > 1]
         if not cuts:
@@ -292,13 +237,43 @@ class Tokenizer:
         # Some vocabularies hold control tokens among the words. Cut in two, they are words no more.
         result: list[tuple[int, int]] = []
         for start, stop in itertools.pairwise([0, *cuts, len(text)]):
-            inner = self._spans(text[start:stop], leads and start == 0)
+            inner = self._spans(text[start:stop], leads and start == 0, normal)
             result += [(id, start + place) for id, place in inner]
         return result
 
-    def _run(self, text: str, leads: bool, *, around: bool = False) -> tokenizers.Encoding:
+    def _run(
+        self, text: str, leads: bool, *, around: bool = False, normal: bool = False
+    ) -> tokenizers.Encoding:
+        chosen = self._normal if normal else self._base if leads else self._bare
         with _library_errors():
-            return (self._base if leads else self._bare).encode(text, add_special_tokens=around)
+            return chosen.encode(text, add_special_tokens=around)
+
+    @cached_property
+    def _normal(self) -> tokenizers.Tokenizer:
+        """For text that the normaliser has seen; few vocabularies ever need it."""
+        return _load({**self._raw, "normalizer": None})
+
+    def _set_matchers(self) -> None:
+        """What is cut out of the program's own texts, of rendered conversations and of anyone's texts."""
+        # A control token of one character could not be broken up by the shield, so none is read from a text.
+        readable = [token for token in self._added if not token.is_control or len(token.content) > 1]
+        plain = [token for token in self._added if not token.is_control]
+        # In conversations the normaliser must not turn what someone typed into a control token.
+        chat = [token for token in plain if token.normalized]
+        self._any_token = self._matcher(readable, [token for token in readable if token.normalized])
+        self._chat_token = self._matcher(readable, chat)
+        self._text_token = self._matcher(plain, chat)
+
+    def _matcher(self, tokens: list[AddedToken], normalized: list[AddedToken]) -> Matcher:
+        literal = [token for token in tokens if token not in normalized]
+        return Matcher(literal, normalized, self._normalize, first_only=self._first_only)
+
+    def _normalize(self, text: str) -> str:
+        normalizer = self._base.normalizer
+        if normalizer is None:
+            return text
+        with _library_errors():
+            return str(normalizer.normalize_str(text))
 
     def _find_forbidden(self, model: Mapping[str, Any]) -> frozenset[int]:
         """Control tokens that the model of the tokenizer could produce from plain text."""
@@ -327,28 +302,17 @@ class Tokenizer:
         return self._bytes[key]
 
 
-@dataclass(frozen=True)
-class _Part:
-    """An added token, or text between two; `leads`: it gets the prefix space of the tokenizer, if any."""
-
-    text: str
-    token: AddedToken | None
-    leads: bool
-
-
-def _alternatives(words: Iterable[str]) -> re.Pattern[str]:
-    """Matches one of `words`, the longest that fits."""
-    ordered = sorted(filter(None, words), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
-
-
-def _touches_word(text: str, start: int, stop: int) -> bool:
-    return any(map(_is_word, (text[start - 1 : start], text[stop : stop + 1])))
-
-
-def _is_word(character: str) -> bool:
-    """Like `\\w` of the library, which counts combining marks, unlike that of Python."""
-    return bool(character) and (character.isalnum() or unicodedata.category(character) in _WORD_CATEGORIES)
+def _with_settings(raw: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of `tokenizer.json` with the tokens that only `tokenizer_config.json` names."""
+    try:
+        added = raw.get("added_tokens") or []
+        words = raw["model"]["vocab"]
+        vocabulary = words if isinstance(words, dict) else {word: id for id, (word, _) in enumerate(words)}
+        return {**raw, "added_tokens": merged(added, settings, vocabulary)}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"its added tokens, or those of tokenizer_config.json, are no tokens ({error!r})"
+        ) from None
 
 
 def _valid(text: str) -> str:

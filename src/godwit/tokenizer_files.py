@@ -9,6 +9,7 @@ from typing import Any
 
 from .chat_template import ChatTemplate
 from .errors import CheckpointError
+from .file_kinds import kind_of, refusal
 
 MAX_SIDE_FILE_BYTES = 16 << 20
 
@@ -63,6 +64,9 @@ def read_json(
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
+        kind = kind_of(text.encode("utf-8", "replace"), len(text))
+        if kind is not None:
+            raise refusal(f"{where}/{name}", kind) from None
         raise CheckpointError(f"{where}/{name} is not valid JSON ({error}); download it again") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}/{name} does not hold a JSON object; download it again")

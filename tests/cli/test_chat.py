@@ -69,7 +69,7 @@ def test_no_input_is_no_error(models: Models) -> None:
 
 
 def test_the_numbers_tell_what_was_reused(models: Models) -> None:
-    lines = talk("Hi", "Ho", args=[models("hello")]).stderr.splitlines()[1:]
+    lines = talk("Hi", "Ho", args=[models("hello")]).stderr.splitlines()[2:]
     # <|im_start|> and "user\n", the text, <|im_end|>, "\n", <|im_start|>, "assistant\n"
     prompt = 1 + 5 + 2 + 2 + 1 + 10
     number = r"\d+(\.\d)?"
@@ -203,7 +203,7 @@ def test_a_stopped_answer_asks_for_no_results(models: Models, monkeypatch: pytes
 
 def test_thinking_is_no_part_of_the_answer(models: Models, file: Path) -> None:
     result = talk("Well?", f"/save {file}", args=[models("thinking")])
-    assert result.stdout == "Yes.\n" and result.stderr.splitlines()[1] == "hm"
+    assert result.stdout == "Yes.\n" and result.stderr.splitlines()[2] == "hm"
     assert saved(file)["messages"][1] == {"role": "assistant", "content": "Yes.", "reasoning_content": "hm"}
 
 

@@ -40,7 +40,8 @@ def answer(*args: str, stdin: str = "") -> str:
 def test_the_answer_goes_to_stdout_and_the_rest_to_stderr(models: Models) -> None:
     result = invoke(models("hello"), "-p", "Hi")
     assert (result.exit_code, result.stdout) == (0, "Hello there.\n")
-    assert "M parameters, float32 on PyTorch, context 4096, " in result.stderr
+    assert "float32 weights are packed as bf16, which holds every one of them exactly\n" in result.stderr
+    assert "M parameters, bf16 on " in result.stderr and " kernels, context 4096, " in result.stderr
 
 
 def test_the_prompt_may_come_on_stdin_and_the_answer_at_once(models: Models) -> None:

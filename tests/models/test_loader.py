@@ -15,7 +15,7 @@ from godwit.checkpoint import dequantize_fp8, open_checkpoint, quantize_fp8, sav
 from godwit.config import ModelConfig
 from godwit.errors import CheckpointError
 from godwit.models.causal_lm import CausalLM
-from godwit.models.loader import export_tensors, load_model
+from godwit.models.loader import export_tensors, load_model, save_model
 from tests.models.families import BY_NAME
 from tests.models.harness import randomize
 
@@ -117,6 +117,14 @@ def wrapped(tensors: Tensors) -> Tensors:
     return inner | {"model.visual.patch_embed.proj.bias": torch.zeros(3)}
 
 
+def as_mlx_vlm(tensors: Tensors) -> Tensors:
+    """Everything under one more prefix, the head too, with a tower beside it."""
+    return {f"language_model.{name}": tensor for name, tensor in tensors.items()} | {
+        "vision_tower.blocks.0.attn.proj.weight": torch.zeros(3),
+        "multi_modal_projector.linear_1.weight": torch.zeros(3),
+    }
+
+
 def mtp_inside(tensors: Tensors) -> Tensors:
     return {"model." + name if name.startswith("mtp.") else name: tensor for name, tensor in tensors.items()}
 
@@ -125,7 +133,9 @@ def with_buffers(tensors: Tensors) -> Tensors:
     return tensors | {"model.layers.3.self_attn.rotary_emb.inv_freq": torch.zeros(3)}
 
 
-@pytest.mark.parametrize("layout", [experts_fused, only_mtp_apart, wrapped, mtp_inside, with_buffers])
+@pytest.mark.parametrize(
+    "layout", [experts_fused, only_mtp_apart, wrapped, as_mlx_vlm, mtp_inside, with_buffers]
+)
 def test_layouts_in_the_wild(layout: Callable[[Tensors], Tensors], tmp_path: Path) -> None:
     model = fresh()
     tensors = dict(export_tensors(model))
@@ -163,6 +173,55 @@ def test_a_tied_checkpoint_may_carry_its_head(tmp_path: Path) -> None:
     loaded = load_model(saved(tmp_path / "m", tensors, raw))
     assert loaded.head_weight is loaded.embedding.weight
     assert_loads_as(tmp_path / "m", model)
+
+
+def test_a_head_of_its_own_in_a_tied_checkpoint_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = {"model_type": "qwen3", **BY_NAME["qwen3 tied"].fields}
+    model = fresh({**raw, "tie_word_embeddings": False}, 0)
+    checkpoint = open_checkpoint(saved(tmp_path / "m", dict(export_tensors(model)), raw))
+    assert not checkpoint.config.tie_embeddings and not checkpoint.config.raw["tie_word_embeddings"]
+    loaded = load_model(checkpoint)
+    assert loaded.head is not None and torch.equal(loaded.head.weight, model.head_weight)
+    assert len(caplog.records) == 1 and "has another head; it is used" in caplog.text
+    save_model(loaded, tmp_path / "again")
+    assert load_model(tmp_path / "again").head is not None
+    assert len(caplog.records) == 1
+
+
+def test_a_tied_matrix_may_be_called_the_head(tmp_path: Path) -> None:
+    raw = {"model_type": "qwen3", **BY_NAME["qwen3 tied"].fields}
+    model = fresh(raw, 0)
+    tensors = dict(export_tensors(model))
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    assert_loads_as(saved(tmp_path / "m", tensors, raw), model)
+
+
+def test_wrappers_may_tie_at_either_level() -> None:
+    fields = BY_NAME["qwen3_5 wrapper"].fields
+    for outer in ({}, {"tie_word_embeddings": False}, {"tie_word_embeddings": True}):
+        for inner in (False, True):
+            text = {**fields["text_config"], "tie_word_embeddings": inner}
+            raw = {"model_type": "qwen3_5", **fields, **outer, "text_config": text}
+            tied = ModelConfig.from_dict(raw)
+            assert tied.tie_embeddings == (inner or outer.get("tie_word_embeddings", False))
+            assert not ModelConfig.from_dict(tied.untied().raw).tie_embeddings
+
+
+def test_parameters_as_they_are_stored(tmp_path: Path) -> None:
+    """For packing, each parameter has the least dtype that holds its tensors exactly."""
+    model = fresh()
+    tensors = {name: tensor.bfloat16() for name, tensor in export_tensors(model)}
+    tensors["model.layers.0.linear_attn.A_log"] = torch.full((6,), 1 / 3)
+    tensors["model.layers.3.self_attn.q_proj.weight"] = tensors[
+        "model.layers.3.self_attn.q_proj.weight"
+    ].half()
+    loaded = load_model(saved(tmp_path / "m", tensors), as_stored=True)
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(loaded.get_parameter("layers.0.mixer.A_log"), torch.full((6,), 1 / 3))
+    assert loaded.get_parameter("layers.3.mixer.in_proj.weight").dtype == torch.float32
+    assert load_model(tmp_path / "m").get_parameter("layers.0.mixer.A_log").dtype == torch.bfloat16
 
 
 def test_fp8(tmp_path: Path) -> None:

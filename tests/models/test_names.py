@@ -108,5 +108,14 @@ def test_spellings() -> None:
     assert canonical_name("language_model.model.norm.weight") == "model.norm.weight"
     assert canonical_name("model.mtp.fc.weight") == "mtp.fc.weight"
     assert canonical_name("lm_head.weight") == "lm_head.weight"
+    assert canonical_name("language_model.lm_head.weight") == "lm_head.weight"
+    assert canonical_name("model.language_model.lm_head.weight") == "lm_head.weight"
+    assert canonical_name("language_model.mtp.fc.weight") == "mtp.fc.weight"
+    assert canonical_name("layers.0.mlp.gate.weight") == "model.layers.0.mlp.gate.weight"
+    assert canonical_name("embed_tokens.weight") == "model.embed_tokens.weight"
+    assert canonical_name("model.layers.0.mlp.gate.weight") == "model.layers.0.mlp.gate.weight"
+    for tower in ("visual", "vision_tower", "vision_model", "multi_modal_projector", "audio_tower"):
+        assert canonical_name(f"{tower}.blocks.0.attn.proj.weight") is None
+        assert canonical_name(f"model.{tower}.blocks.0.attn.proj.weight") is None
     assert canonical_name("model.visual.blocks.0.norm1.weight") is None
     assert canonical_name("model.layers.0.self_attn.rotary_emb.inv_freq") is None

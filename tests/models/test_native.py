@@ -14,7 +14,7 @@ from godwit.errors import CheckpointError
 from godwit.models.batch import ForwardBatch
 from godwit.models.causal_lm import CausalLM
 from godwit.models.generate import generate
-from godwit.models.native import _assign_all, count_parameters, formats, pack_model
+from godwit.models.native import _assign_all, count_parameters, formats, pack_model, rounding_to_bf16
 from godwit.qtensor import FORMATS, QuantExperts, QuantTensor
 from tests.models.families import FAMILIES, Family
 from tests.models.harness import CachedRun, randomize, tokens
@@ -142,6 +142,32 @@ def test_packing_may_free_what_it_packed(model: CausalLM) -> None:
     packed = pack_model(model, "bf16", release=True)
     assert sum(param.numel() for param in model.parameters()) == 0
     assert torch.equal(logits(packed, [20]), kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_weights_that_bf16_holds_lose_nothing(model: CausalLM, dtype: torch.dtype) -> None:
+    """Of other dtypes, and made of bf16 ones: the same bits as from these, and counted as exact."""
+    rounded = model.bfloat16()
+    wanted = logits(pack_model(rounded, "bf16"), [20])
+    other = rounded.to(dtype)
+    rounding = rounding_to_bf16(other)
+    assert rounding.matrices == rounding.exact > 4 and rounding.error == 0.0
+    assert rounding.dtypes == {str(dtype).removeprefix("torch.")}
+    packed = pack_model(other, "bf16")
+    for name, module in other.named_modules():
+        weight = vars(packed.get_submodule(name)).get("weight")
+        if isinstance(weight, QuantTensor):
+            assert torch.equal(weight.dequantize(), module.get_parameter("weight").float())
+    assert float((logits(packed, [20]) - wanted).norm() / wanted.norm()) < 0.01
+
+
+def test_rounding_is_measured(model: CausalLM) -> None:
+    exact = {"embedding.weight"}
+    model.embedding.weight.copy_(model.embedding.weight.bfloat16())
+    rounding = rounding_to_bf16(model)
+    assert rounding.exact == len(exact) < rounding.matrices
+    assert 2.0**-11 < rounding.error < 2.0**-9  # half a unit in the last of eight bits at most
+    assert rounding_to_bf16(model.bfloat16()).matrices == 0
 
 
 def test_tensors_that_do_not_fit_are_all_named() -> None:

@@ -15,19 +15,22 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from godwit.checkpoint.formats import name_of_quantization
 from godwit.errors import CheckpointError, UnsupportedModelError
+from godwit.file_kinds import next_step
 
 SCALE_SUFFIX = "_scale_inv"
 E4M3_MAX = 448.0
 DEFAULT_BLOCK = (128, 128)
-READABLE = "Godwit reads unquantised weights and block-wise FP8 (quant_method 'fp8' with dynamic activations)"
 
 # Rows are converted in pieces of about this many elements, so that the float32 in between stays small.
 _PIECE = 1 << 18
 
 
-def fp8_block_size(raw_config: Mapping[str, Any]) -> tuple[int, int]:
+def fp8_block_size(raw_config: Mapping[str, Any], original: str | None = None) -> tuple[int, int]:
     """The block [out, in] one scale covers, from a ``config.json``; 128 x 128 where it says nothing.
+
+    ``original`` is the repository of the weights before they were quantised, for the error.
 
     Raises:
         UnsupportedModelError: the config announces another quantisation.
@@ -40,17 +43,29 @@ def fp8_block_size(raw_config: Mapping[str, Any]) -> tuple[int, int]:
         raise CheckpointError(
             "the quantization_config of config.json is not a JSON object; correct or remove it"
         )
-    method = config.get("quant_method")
-    if method != "fp8":
+    if config.get("quant_method") != "fp8":
+        name = name_of_quantization(config)
         raise UnsupportedModelError(
-            f"the checkpoint is quantised with quant_method {method!r:.60}; {READABLE}"
+            f"its weights are quantised with {name}, which is not read; {next_step(original)}"
         )
     for field, known in (("activation_scheme", "dynamic"), ("fmt", "e4m3")):
         if config.get(field, known) != known:
             raise UnsupportedModelError(
-                f"the checkpoint's FP8 weights have {field} {config[field]!r:.60}; {READABLE}"
+                f"its FP8 weights have {field} {config[field]!r:.60}, which is not read; "
+                f"{next_step(original)}"
             )
-    return _block(config.get("weight_block_size", list(DEFAULT_BLOCK)))
+    sides = config.get("weight_block_size", list(DEFAULT_BLOCK))
+    if sides is None:
+        raise coarse_scales(original)
+    return _block(sides)
+
+
+def coarse_scales(original: str | None) -> UnsupportedModelError:
+    """The error for FP8 weights whose scales are not those of blocks."""
+    return UnsupportedModelError(
+        f"its FP8 weights have one scale a tensor or channel, and only those with one a block are read; "
+        f"{next_step(original)}"
+    )
 
 
 def _quantization_section(raw_config: Mapping[str, Any]) -> object:
@@ -64,8 +79,6 @@ def _quantization_section(raw_config: Mapping[str, Any]) -> object:
 
 
 def _block(value: object) -> tuple[int, int]:
-    if value is None:
-        raise UnsupportedModelError(f"the checkpoint's FP8 weights have one scale a tensor; {READABLE}")
     if not isinstance(value, list) or len(value) != 2 or not all(type(side) is int for side in value):
         raise CheckpointError(
             f"weight_block_size in config.json is {value!r:.60}, not two whole numbers; correct it"

@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from godwit.checkpoint.layout import PICKLES
 from godwit.errors import CheckpointError, GodwitError, OfflineError, UsageError
+from godwit.file_kinds import kind_of_file, refusal
 
 #: What is fetched: weights, configuration, tokenizer and chat template, at the top level only; never code.
 ALLOWED = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model", "*.tiktoken")
@@ -43,6 +43,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
 
     Raises:
         CheckpointError: no such directory or repository, or a file where a directory belongs.
+        UnsupportedModelError: a file in another format.
         OfflineError: the Hub cannot be reached and its cache lacks the repository.
         UsageError: a revision for a local directory.
     """
@@ -52,7 +53,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     _refuse_revision(source, revision)
     if os.path.isdir(source) and str(source):
         return Path(source)
-    raise CheckpointError(_not_a_directory(source))
+    raise _not_a_directory(source)
 
 
 def locate_config(source: str | Path, revision: str | None = None) -> Path:
@@ -79,24 +80,30 @@ def _refuse_revision(source: str | Path, revision: str | None) -> None:
         )
 
 
-def _not_a_directory(source: str | Path) -> str:
+def _not_a_directory(source: str | Path) -> GodwitError:
     text = str(source)
     if not os.path.isfile(source):
         no_such = "no such directory" if not os.path.lexists(source) else "neither a directory nor a file"
-        return (
+        return CheckpointError(
             f"{text or repr(text)}: {no_such}; give a model directory, or a Hub repository as "
             "organisation/name"
         )
-    if text.endswith(PICKLES):
-        return f"{text}: a pickle, which can run code and is never opened; convert it to safetensors"
-    if text.endswith(".json"):
-        return (
-            f"{text}: a bare config without weights; give the directory with it and the *.safetensors files"
-        )
     if text.endswith(".godwit"):
-        return f"{text}: packed already; give the original that it was made of"
+        return CheckpointError(f"{text}: packed already; give the original that it was made of")
+    kind = kind_of_file(Path(source))
+    if kind is not None:
+        return refusal(text, kind)
+    return CheckpointError(f"{text}: {_alone(text)}")
+
+
+def _alone(name: str) -> str:
+    """What is wrong with a file that is part of a checkpoint, or of nothing known."""
+    if name.endswith(".json"):
+        return "a bare config without weights; give the directory with it and the *.safetensors files"
+    if name.endswith(".safetensors"):
+        return "weights without their config.json; give the directory that holds both"
     return (
-        f"{text}: neither a packed model (.godwit) nor a directory with config.json and *.safetensors files; "
+        "neither a packed model (.godwit) nor a directory with config.json and *.safetensors files; "
         "give one of them"
     )
 

@@ -6,15 +6,12 @@ import os
 import re
 from pathlib import Path, PureWindowsPath
 
+from godwit.checkpoint.formats import INDEX as INDEX
 from godwit.checkpoint.safetensors import SafetensorsFile, shown, strict_json
 from godwit.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 100_000_000
-#: Files that run code when loaded, and the indexes that point to them.
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-PICKLE_INDEX = "pytorch_model.bin.index.json"
 
 _NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors", re.ASCII)
 
@@ -26,7 +23,7 @@ def open_shards(directory: Path) -> dict[str, SafetensorsFile]:
     without one, ``model.safetensors``, or every ``*.safetensors``. Pickles are never opened.
 
     Raises:
-        CheckpointError: no weights, a missing shard, a damaged file, or files that contradict each other.
+        CheckpointError: a missing shard, a damaged file, or files that contradict each other.
     """
     index = _read_index(directory)
     files = sorted(set(index.values())) if index is not None else _find_weights(directory)
@@ -90,21 +87,8 @@ def _find_weights(directory: Path) -> list[str]:
     if WEIGHTS in names:
         return [WEIGHTS]
     found = [name for name in names if name.endswith(".safetensors") and not name.startswith(".")]
-    if not found:
-        raise CheckpointError(f"{directory}: {_without_weights(names)}")
     _check_numbers(directory, found)
     return found
-
-
-def _without_weights(names: list[str]) -> str:
-    if any(name.endswith(PICKLES) or name == PICKLE_INDEX for name in names):
-        return (
-            "its weights are pickles (.bin, .pt, .pth), which can run code and are never opened; "
-            "convert them to safetensors"
-        )
-    if "config.json" in names:
-        return "has a config.json but no weights (*.safetensors); fetch the weights too"
-    return "holds no checkpoint; give a directory with config.json and *.safetensors files"
 
 
 def _check_numbers(directory: Path, names: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from dataclasses import dataclass
@@ -12,18 +13,24 @@ from typing import Any
 import torch
 
 from godwit.checkpoint import fp8
+from godwit.checkpoint.formats import check_directory, name_of_tensors, original_of
 from godwit.checkpoint.hub import locate, locate_config
 from godwit.checkpoint.layout import open_shards
 from godwit.checkpoint.safetensors import DTYPES, SafetensorsFile, TensorEntry, shown
+from godwit.checkpoint.spelling import EMBEDDING, HEAD, canonical_name
 from godwit.config import ModelConfig, read_config_json
 from godwit.errors import CheckpointError, UnsupportedModelError
+from godwit.file_kinds import next_step
 
 # Tensors that only a quantised weight brings along: the packings of GPTQ, AWQ, compressed-tensors and
 # bitsandbytes, and scales other than ours. The weight beside them, read as if it were plain, would be noise.
 _COMPANION = re.compile(
     r"(?:.*[._])?(?:qweight|qzeros|scales?|scale_inv|scale_2|g_idx|weight_packed|zero_point|weight_shape"
-    r"|absmax|quant_map)"
+    r"|absmax|quant_map|trellis|suh|svh|q_weight|W_q)"
 )
+
+_ROWS = 1024  # of the head and the embedding, compared at a time
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,24 +57,34 @@ class Checkpoint:
         """Open the directory ``path``; see :func:`open_checkpoint`."""
         self.path = path
         try:
+            check_directory(path)
+            self.raw_config: dict[str, Any] = read_config_json(path)
+            self._original = original_of(path, self.raw_config)
+            self._block = self._block_size()
             self._shards = open_shards(path)
         except OSError as error:
             raise CheckpointError(
                 f"{path}: cannot be read ({error.strerror or error}); check the directory"
             ) from error
-        self.raw_config: dict[str, Any] = read_config_json(path)
-        self._block = fp8.fp8_block_size(self.raw_config)
         self._scales = self._pair_scales()
         self._hidden = frozenset(self._scales.values())
 
     @cached_property
     def config(self) -> ModelConfig:
-        """The model's configuration.
+        """The model's configuration, untied where the files hold a head other than the embedding.
 
         Raises:
             UnsupportedModelError: the model type or a feature of it is not supported.
         """
-        return ModelConfig.from_dict(self.raw_config)
+        config = ModelConfig.from_dict(self.raw_config)
+        if not config.tie_embeddings or not self._has_own_head():
+            return config
+        _log.warning(
+            "%s: config.json ties the head to the embedding, but the checkpoint has another head; it is used "
+            "(tie_word_embeddings should be false)",
+            self.path,
+        )
+        return config.untied()
 
     def names(self) -> list[str]:
         """Logical tensor names in the order of the files' bytes; the scales of FP8 weights are left out."""
@@ -150,12 +167,33 @@ class Checkpoint:
             )
         return shard.entries[name]
 
+    def _has_own_head(self) -> bool:
+        """Whether there is a head that differs from the embedding."""
+        actual = {canonical_name(name): name for name in self.names()}
+        head, embedding = actual.get(HEAD), actual.get(EMBEDDING)
+        if head is None or embedding is None:
+            return False
+        pair = self.tensor(head), self.tensor(embedding)
+        same = pair[0].shape == pair[1].shape and all(
+            torch.equal(ours.float(), theirs.float())
+            for ours, theirs in zip(*(torch.split(part, _ROWS) for part in pair), strict=True)
+        )
+        self.release(head)
+        self.release(embedding)
+        return not same
+
     def _dequantize(self, name: str, out: torch.Tensor | None) -> torch.Tensor:
         q, scale = (self._shards[stored].tensor(stored) for stored in (name, self._scales[name]))
         try:
             return fp8.dequantize_fp8(q, scale, self._block, out=out)
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: tensor {shown(name)}: {error}") from None
+
+    def _block_size(self) -> tuple[int, int]:
+        try:
+            return fp8.fp8_block_size(self.raw_config, self._original)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{self.path}: {error}") from None
 
     def _pair_scales(self) -> dict[str, str]:
         """FP8 weight -> its scale tensor, each pair checked; every other quantisation is refused."""
@@ -166,20 +204,26 @@ class Checkpoint:
         known = set(pairs.values())
         for name in self._shards:
             if name not in known and _COMPANION.fullmatch(name):
+                method = name_of_tensors(self.path, self._shards)
+                what = f"quantised with {method}" if method else "quantised in a way"
                 raise UnsupportedModelError(
-                    f"{self.path}: tensor {shown(name)} belongs to a quantisation Godwit does not read; "
-                    f"{fp8.READABLE}"
+                    f"{self.path}: its weights are {what} that is not read (tensor {shown(name)}); "
+                    f"{next_step(self._original)}"
                 )
         return pairs
 
     def _scale_of(self, name: str) -> str:
         weight, scale = self._entry(name), name + fp8.SCALE_SUFFIX
+        if scale not in self._shards and any(other in self._shards for other in _coarse_names(name)):
+            raise self._coarse()
         if scale not in self._shards:
             raise CheckpointError(
                 f"{self.path}: FP8 tensor {shown(name)} has no {shown(scale)}; fetch the checkpoint again"
             )
         stored = self._entry(scale)
         wanted = fp8.fp8_scale_shape(weight.shape, self._block) if len(weight.shape) >= 2 else None
+        if stored.shape != wanted and _is_coarse(weight.shape, stored.shape):
+            raise self._coarse()
         if stored.shape != wanted or stored.dtype not in ("F32", "BF16"):
             raise CheckpointError(
                 f"{self.path}: FP8 tensor {shown(name)} of shape {list(weight.shape)} has scales of shape "
@@ -187,6 +231,19 @@ class Checkpoint:
                 f"{self._block[0]} x {self._block[1]} in F32 or BF16; fetch the checkpoint again"
             )
         return scale
+
+    def _coarse(self) -> UnsupportedModelError:
+        return UnsupportedModelError(f"{self.path}: {fp8.coarse_scales(self._original)}")
+
+
+def _coarse_names(weight: str) -> tuple[str, str]:
+    """What scales of a whole tensor or channel are called beside an FP8 weight."""
+    return weight + "_scale", weight.removesuffix("weight") + "scale_weight"
+
+
+def _is_coarse(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
+    """Whether there is one scale for a whole tensor or for each of its rows."""
+    return math.prod(scale) == 1 or math.prod(scale) == math.prod(weight[:-1])
 
 
 def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:

@@ -24,13 +24,13 @@ from typing import Any, BinaryIO, NoReturn
 import torch
 
 from godwit.errors import CheckpointError, MemoryBudgetError, UnsupportedModelError
+from godwit.file_kinds import HEAD_BYTES, kind_of, refusal
 
 #: The limit of the reference implementation.
 MAX_HEADER_BYTES = 100_000_000
 MAX_RANK = 16
 _INT64_MAX = 2**63 - 1
 _LENGTH_BYTES = 8
-_LFS_POINTER = b"version "
 
 #: dtype strings of the format -> torch. The sub-byte and microscaling types are left out: no supported
 #: checkpoint stores them as plain tensors.
@@ -198,9 +198,11 @@ def map_file(descriptor: int, size: int, path: Path) -> mmap.mmap:
 
 def _read_header(file: BinaryIO, size: int, path: Path) -> dict[str, TensorEntry]:
     first = file.read(_LENGTH_BYTES)
-    if first == _LFS_POINTER:
-        raise CheckpointError(f"{path}: a Git LFS pointer, not the weights themselves; run 'git lfs pull'")
     length = int.from_bytes(first, "little")
+    if length >> 32:  # no header is that long, so these are the first bytes of something else
+        kind = kind_of(first + file.read(HEAD_BYTES), size)
+        if kind is not None:
+            raise refusal(path, kind)
     if size < _LENGTH_BYTES:
         _damaged(path, f"only {size} bytes long, too short for a safetensors file")
     if length > MAX_HEADER_BYTES:
@@ -222,7 +224,12 @@ def _read_header(file: BinaryIO, size: int, path: Path) -> dict[str, TensorEntry
 
 
 def _check_metadata(metadata: object, path: Path) -> None:
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if metadata is None:
+        return
+    # Some exporters write null for what they do not know; other values would be a sign of damage.
+    if not isinstance(metadata, dict) or not all(
+        value is None or isinstance(value, str) for value in metadata.values()
+    ):
         _damaged(path, "the __metadata__ of its header does not map text to text")
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from godwit.config import ModelConfig
     from godwit.engine import CacheSize, SamplingParams, Session
     from godwit.models.causal_lm import CausalLM
+    from godwit.models.native import Rounding
     from godwit.tokenizer import Tokenizer
 
 BUILT_IN = "built-in"
@@ -173,10 +174,11 @@ def load_weights(
     quantize: QuantizeName | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CausalLM:
-    """The model, ready to run: on the native kernels where that changes no weight, else on PyTorch.
+    """The model, ready to run: on the native kernels, unless a dtype or this CPU ask for PyTorch.
 
     Args:
-        source: packed weights are mapped as they are; bfloat16 ones are packed while loading.
+        source: packed weights are mapped as they are; others are packed as bf16 while loading, with a line on
+            stderr about what that changes.
         dtype: anything but "auto" asks for PyTorch's kernels and this arithmetic.
         quantize: pack the matrices in this format while loading.
 
@@ -184,7 +186,7 @@ def load_weights(
     """
     from godwit.checkpoint.packed import PackedFile
     from godwit.models.loader import load_model
-    from godwit.models.native import load_packed, pack_model
+    from godwit.models.native import load_packed, pack_model, rounding_to_bf16
     from godwit.shrink.recipe import Recipe
 
     if (quantize or isinstance(source, PackedFile)) and dtype != "auto":
@@ -195,17 +197,34 @@ def load_weights(
         return load_packed(source)
     if quantize or (dtype == "auto" and suits_native(source)):
         recipe = Recipe.find(quantize or "bf16")
-        return pack_model(load_model(source, progress=progress), recipe.format_of, release=True)
+        model = load_model(source, as_stored=True, progress=progress)
+        if not quantize and (line := rounding_line(rounding_to_bf16(model))):
+            print(line, file=sys.stderr)
+        return pack_model(model, recipe.format_of, release=True)
     return load_model(source, dtype=resolve_dtype(dtype, source), progress=progress)
 
 
 def suits_native(checkpoint: Checkpoint) -> bool:
-    """Whether packing as bf16 loses nothing and this CPU has vector kernels."""
+    """Whether the weights can be packed as bf16 and this CPU has vector kernels."""
     import torch
 
     from godwit import _native
 
-    return stored_dtype(checkpoint) == torch.bfloat16 and _native.instruction_set() != "scalar"
+    known = (torch.bfloat16, torch.float16, torch.float32)
+    return stored_dtype(checkpoint) in known and _native.instruction_set() != "scalar"
+
+
+def rounding_line(rounding: Rounding) -> str:
+    """What packing as bf16 changed, in one line; empty where the weights were bf16."""
+    if not rounding.matrices:
+        return ""
+    dtypes = "/".join(sorted(rounding.dtypes))
+    if rounding.exact == rounding.matrices:
+        return f"{dtypes} weights are packed as bf16, which holds every one of them exactly"
+    return (
+        f"{dtypes} weights are packed as bf16: {rounding.exact:,} of {rounding.matrices:,} matrices exactly, "
+        f"the others rounded (by {rounding.error:.2%} rms); --dtype float32 keeps every bit, far slower"
+    )
 
 
 def described(model: CausalLM) -> str:

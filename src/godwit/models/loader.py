@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from godwit.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
+from godwit.checkpoint.spelling import EMBEDDING, HEAD, canonical_name
 from godwit.config import ModelConfig
 from godwit.errors import CheckpointError
 from godwit.models.causal_lm import CausalLM
-from godwit.models.names import Alternatives, Entry, Piece, canonical_name, name_map
+from godwit.models.names import Alternatives, Entry, Piece, name_map
 
 _MTP_LAYER = re.compile(r"mtp\.layers\.(\d+)\.")
 _LISTED = 20  # names shown of each kind of complaint
@@ -57,6 +58,7 @@ def load_model(
     source: str | Path | Checkpoint,
     *,
     dtype: torch.dtype | None = None,
+    as_stored: bool = False,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> CausalLM:
@@ -65,6 +67,8 @@ def load_model(
     Args:
         source: what :func:`godwit.checkpoint.open_checkpoint` accepts, or an open checkpoint.
         dtype: of the parameters; None keeps the dtype of the embedding on disk.
+        as_stored: every parameter in the dtype of its own tensors, which loses nothing; for packing, since
+            PyTorch's operations want one dtype.
         device: where the parameters go.
         progress: called with (tensors done, tensors in all).
 
@@ -77,9 +81,11 @@ def load_model(
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     pieces, actual, num_mtp = plan(checkpoint)
     if dtype is None:
-        dtype = checkpoint.info(actual["model.embed_tokens.weight"]).dtype
+        dtype = checkpoint.info(actual[EMBEDDING]).dtype
     with torch.device("meta"):
         model = CausalLM(checkpoint.config, num_mtp).to(dtype)
+    if as_stored:
+        _widen(model, pieces, {piece.source: checkpoint.info(actual[piece.source]).dtype for piece in pieces})
     _allocate(model, device)
     targets: dict[str, nn.Parameter] = dict(model.named_parameters())
     for done, piece in enumerate(pieces, 1):
@@ -99,6 +105,16 @@ def _allocate(model: nn.Module, device: torch.device | str) -> None:
             setattr(module, name, nn.Parameter(real, requires_grad=False))
 
 
+def _widen(model: CausalLM, pieces: Sequence[Piece], stored: Mapping[str, torch.dtype]) -> None:
+    """Give each parameter of a model without data the dtype that holds all its tensors exactly."""
+    dtypes: dict[str, torch.dtype] = {}
+    for piece in pieces:
+        own = stored[piece.source]
+        dtypes[piece.target] = torch.promote_types(dtypes.get(piece.target, own), own)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtypes[name])
+
+
 def plan(checkpoint: Checkpoint) -> tuple[list[Piece], dict[str, str], int]:
     """The pieces to read, canonical to actual names, and the number of MTP layers found.
 
@@ -114,11 +130,12 @@ def plan(checkpoint: Checkpoint) -> tuple[list[Piece], dict[str, str], int]:
         if canonical in actual:
             complaints.unexpected.append(f"{name} (a second spelling of {actual[canonical]})")
         actual[canonical] = name
+    if checkpoint.config.tie_embeddings and HEAD in actual:
+        actual.setdefault(EMBEDDING, actual.pop(HEAD))
     num_mtp = max((int(m.group(1)) + 1 for m in map(_MTP_LAYER.match, actual) if m), default=0)
     pieces = [piece for entry in name_map(checkpoint.config, num_mtp) for piece in _choose(entry, actual)]
     wanted = {piece.source for piece in pieces}
-    ignored = {"lm_head.weight"} if checkpoint.config.tie_embeddings else set()
-    complaints.unexpected += [actual[name] for name in actual if name not in wanted | ignored]
+    complaints.unexpected += [actual[name] for name in actual if name not in wanted]
     for piece in pieces:
         if piece.source not in actual:
             complaints.missing.append(piece.source)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from godwit.checkpoint.spelling import EMBEDDING, HEAD
+from godwit.checkpoint.spelling import canonical_name as canonical_name
 from godwit.config import AttentionSpec, DenseSpec, GatedDeltaNetSpec, LayerSpec, ModelConfig, MoeSpec
 
 Index = tuple[slice | int | Tensor, ...]
@@ -40,12 +42,12 @@ Entry = Piece | Alternatives
 def name_map(config: ModelConfig, num_mtp: int) -> Iterator[Entry]:
     """Every tensor a checkpoint of ``config`` holds, with canonical names (see :func:`canonical_name`)."""
     hidden, vocab = config.hidden_size, config.vocab_size
-    yield Piece("model.embed_tokens.weight", (vocab, hidden), "embedding.weight")
+    yield Piece(EMBEDDING, (vocab, hidden), "embedding.weight")
     for index, layer in enumerate(config.layers):
         yield from _layer(f"model.layers.{index}.", f"layers.{index}.", layer, config)
     yield Piece("model.norm.weight", (hidden,), "norm.weight")
     if not config.tie_embeddings:
-        yield Piece("lm_head.weight", (vocab, hidden), "head.weight")
+        yield Piece(HEAD, (vocab, hidden), "head.weight")
     if num_mtp:
         yield Piece("mtp.pre_fc_norm_embedding.weight", (hidden,), "mtp.embedding_norm.weight")
         yield Piece("mtp.pre_fc_norm_hidden.weight", (hidden,), "mtp.hidden_norm.weight")
@@ -53,22 +55,6 @@ def name_map(config: ModelConfig, num_mtp: int) -> Iterator[Entry]:
         yield Piece("mtp.norm.weight", (hidden,), "mtp.norm.weight")
         for index in range(num_mtp):
             yield from _layer(f"mtp.layers.{index}.", f"mtp.layers.{index}.", config.mtp_layer, config)
-
-
-def canonical_name(name: str) -> str | None:
-    """Fold the spellings in the wild into one; None for tensors that are not part of the text model.
-
-    Multimodal wrappers keep the text model under ``model.language_model.`` and the vision tower under
-    ``model.visual.``; some converters write ``model.mtp.``; Mixtral calls its block ``block_sparse_moe``.
-    """
-    if name.startswith(("model.visual.", "visual.")) or name.endswith(".rotary_emb.inv_freq"):
-        return None
-    for prefix in ("model.language_model.", "language_model.model."):
-        if name.startswith(prefix):
-            name = "model." + name[len(prefix) :]
-    if name.startswith("model.mtp."):
-        name = name[len("model.") :]
-    return name
 
 
 def _layer(source: str, target: str, layer: LayerSpec, config: ModelConfig) -> Iterator[Entry]:

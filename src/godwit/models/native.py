@@ -6,7 +6,9 @@ left as parameters is float32. One native call does a mixer or a feed-forward pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,6 +29,7 @@ Value = Tensor | QuantTensor | QuantExperts
 #: Matrices that no recipe rounds: routers choose among hundreds of experts by small differences, and the
 #: decay and write strength of a delta layer act on its state for thousands of tokens. Both are small.
 EXACT = ("router.weight", "in_proj_ba.weight")
+_PIECE = 1 << 20  # weights whose rounding is looked at in one go
 
 
 def load_packed(source: str | Path | PackedFile) -> CausalLM:
@@ -69,14 +72,60 @@ def pack_model(model: CausalLM, format: str | Callable[[str], str], *, release: 
             else:
                 for leaf, param in module.named_parameters(recurse=False):
                     name = f"{module_name}.{leaf}"
-                    matrix = leaf == "weight" and param.dim() == 2 and not name.endswith("shared_gate.weight")
-                    yield name, quantize(param, format_of(name)) if matrix else param.detach().float()
+                    packs = _is_matrix(name, param)
+                    yield name, quantize(param, format_of(name)) if packs else param.detach().float()
             if release:
                 for param in module.parameters(recurse=False):
                     param.data = param.data.new_empty(0)
 
     _assign_all(packed, values(), "the model")
     return _finish(packed)
+
+
+@dataclass
+class Rounding:
+    """What packing as bf16 does to matrices of other dtypes.
+
+    ``dtypes`` are their names; ``exact`` of the ``matrices`` lose nothing; ``error``
+    is the root mean square of all changes over that of the weights.
+    """
+
+    dtypes: set[str] = field(default_factory=set)
+    matrices: int = 0
+    exact: int = 0
+    change: float = 0.0
+    size: float = 0.0
+
+    @property
+    def error(self) -> float:
+        return math.sqrt(self.change / self.size) if self.size else 0.0
+
+    def add(self, matrix: Tensor) -> None:
+        """Count ``matrix [rows, cols]``; what lies beyond the range of bf16 changes without bound."""
+        self.dtypes.add(str(matrix.dtype).removeprefix("torch."))
+        self.matrices += 1
+        before = self.change
+        for rows in torch.split(matrix.detach(), max(1, _PIECE // max(1, matrix.shape[1]))):
+            whole = rows.float()
+            self.size += float(whole.square().sum(dtype=torch.float64))
+            self.change += float((whole - whole.bfloat16().float()).square().sum(dtype=torch.float64))
+        self.exact += self.change == before
+
+
+def rounding_to_bf16(model: CausalLM) -> Rounding:
+    """What :func:`pack_model` with "bf16" would change; matrices that are bf16 already do not count."""
+    found = Rounding()
+    for name, param in model.named_parameters():
+        stack = param.dim() == 3
+        if param.dtype != torch.bfloat16 and (stack or _is_matrix(name, param)):
+            for matrix in param if stack else (param,):
+                found.add(matrix)
+    return found
+
+
+def _is_matrix(name: str, param: Tensor) -> bool:
+    """Whether a parameter is packed; what is not stays float32."""
+    return param.dim() == 2 and name.endswith(".weight") and not name.endswith("shared_gate.weight")
 
 
 def count_parameters(model: CausalLM) -> int:

@@ -262,7 +262,7 @@ def _by_target(pieces: Iterable[Piece]) -> dict[str, list[Piece]]:
 
 def _plain_config(checkpoint: Checkpoint) -> dict[str, object]:
     """The config without what it says of the checkpoint's own quantisation."""
-    return {key: value for key, value in checkpoint.raw_config.items() if key != "quantization_config"}
+    return {key: value for key, value in checkpoint.config.raw.items() if key != "quantization_config"}
 
 
 def _check_importance(importance: Mapping[str, Tensor], blobs: Mapping[str, TensorBlob]) -> None:

@@ -1,0 +1,208 @@
+"""What directories and checkpoints hold that Godwit does not read: named, with the step that leads on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from godwit.errors import CheckpointError, UnsupportedModelError
+from godwit.file_kinds import CONVERT, Kind, kind_of_file, next_step, refusal, repository
+
+INDEX = "model.safetensors.index.json"
+#: Files that run code when loaded, and the indexes that point to them.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+
+_SIDE_BYTES = 1 << 20  # of a README or a small JSON file
+_BASE_MODEL = re.compile(r"^base_model:\s*(?:-\s*)?[\"']?([\w.-]+/[\w.-]+)", re.MULTILINE | re.ASCII)
+#: Of what a directory without *.safetensors may hold instead, in the order in which it is looked for.
+_INSTEAD = (
+    ((".onnx", ".onnx_data", ".ort"), "holds an ONNX model"),
+    (PICKLES, "its weights are pickles (.bin, .pt, .pth), which can run code and are never opened"),
+    ((".h5", ".keras", ".pb"), "holds Keras or TensorFlow weights"),
+    ((".msgpack",), "holds Flax weights"),
+    ((".npz",), "holds NumPy arrays (old MLX weights)"),
+)
+_UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2", ".download")
+
+_METHODS = {
+    "awq": "AWQ",
+    "gptq": "GPTQ",
+    "auto-round": "AutoRound",
+    "intel/auto-round": "AutoRound",
+    "modelopt": "NVIDIA ModelOpt",
+    "modelopt_fp4": "NVFP4 (ModelOpt)",
+    "bitsandbytes": "bitsandbytes",
+    "mxfp4": "MXFP4",
+    "nvfp4": "NVFP4",
+    "hqq": "HQQ",
+    "exl2": "EXL2",
+    "exl3": "EXL3",
+    "fbgemm_fp8": "FP8 with a scale for each channel (FBGEMM)",
+    "quark": "AMD Quark",
+    "torchao": "torchao",
+    "quanto": "Quanto",
+    "aqlm": "AQLM",
+    "vptq": "VPTQ",
+    "bitnet": "BitNet",
+    "eetq": "EETQ",
+}
+_COMPRESSED = {
+    "nvfp4": "NVFP4",
+    "mxfp4": "MXFP4",
+    "mxfp8": "MXFP8",
+    "float-quantized": "FP8 with a scale for each channel or tensor",
+    "naive-quantized": "FP8 or INT8 with a scale for each channel or tensor",
+    "int-quantized": "INT8",
+    "pack-quantized": "INT4 or INT8",
+}
+#: Last part of a tensor's name -> the quantisation it belongs to, where no config names one.
+_TENSORS = (
+    (r"g_idx", "GPTQ"),
+    (r"qweight|qzeros", "AWQ or GPTQ"),
+    (r"weight_packed|weight_shape|weight_zero_point|zero_point", "compressed-tensors"),
+    (r"weight_scale_2|weight_global_scale|input_global_scale", "NVFP4"),
+    (r"absmax|quant_map|nested_absmax|bitsandbytes__\w+", "bitsandbytes"),
+    (r"q_weight|q_scale|q_groups|q_invperm", "EXL2"),
+    (r"trellis|suh|svh", "EXL3"),
+    (r"W_q", "HQQ"),
+    (r"gate_up_proj_(?:blocks|scales)|down_proj_(?:blocks|scales)", "MXFP4"),
+    (r"scales|biases", "MLX"),
+)
+
+
+def check_directory(directory: Path) -> None:
+    """Refuse a directory that holds no checkpoint, naming what it holds instead.
+
+    Raises:
+        UnsupportedModelError: another format, or a part of a model.
+        CheckpointError: nothing of use, or an unfinished download.
+        OSError: the directory cannot be read.
+    """
+    names = sorted(os.listdir(directory))
+    _refuse_parts(directory, names)
+    if INDEX in names or any(name.endswith(".safetensors") and name[0] != "." for name in names):
+        return
+    kind = _gguf(directory, names)
+    if kind is not None:
+        raise refusal(directory, kind)
+    for suffixes, what in _INSTEAD:
+        if any(name.endswith(suffixes) for name in names) or (suffixes is PICKLES and PICKLE_INDEX in names):
+            step = CONVERT if suffixes is PICKLES else next_step(original_of(directory))
+            raise UnsupportedModelError(f"{directory}: {what}; {step}")
+    raise CheckpointError(f"{directory}: {_without_weights(directory, names)}")
+
+
+def _refuse_parts(directory: Path, names: list[str]) -> None:
+    """Refuse what has weights but is no language model of its own."""
+    if "config.json" in names:
+        return
+    if "adapter_config.json" in names:
+        base = repository(_side_json(directory / "adapter_config.json").get("base_model_name_or_path"))
+        raise UnsupportedModelError(
+            f"{directory}: a LoRA adapter without its base model; merge it into {base or 'that model'} "
+            "(merge_and_unload of peft) and give the merged directory"
+        )
+    if "model_index.json" in names:
+        raise UnsupportedModelError(
+            f"{directory}: a diffusers pipeline, which makes images or video; give a language model"
+        )
+    if "params.json" in names:
+        raise UnsupportedModelError(
+            f"{directory}: a checkpoint in Mistral's or Meta's own layout (params.json); fetch the one for "
+            "transformers, with config.json and *.safetensors files"
+        )
+
+
+def _gguf(directory: Path, names: list[str]) -> Kind | None:
+    """What a directory of GGUF files is, or one that was fetched from a repository of them."""
+    if {"blobs", "manifests"} <= set(names):
+        return Kind("Ollama's store, whose models are GGUF files (the format of llama.cpp)")
+    files = [name for name in names if name.lower().endswith(".gguf") or name.startswith("sha256-")]
+    for name in files:
+        kind = kind_of_file(directory / name)
+        if kind is not None and "GGUF" in kind.what:
+            what = "a GGUF file" if len(files) == 1 else f"{len(files)} GGUF files"
+            original = kind.original or original_of(directory)
+            return Kind(f"a directory of {what} (the format of llama.cpp)", original=original)
+    if "gguf" in str(directory).lower():
+        return Kind("a repository of GGUF files (the format of llama.cpp)", original=original_of(directory))
+    return None
+
+
+def _without_weights(directory: Path, names: list[str]) -> str:
+    if not names:
+        return "an empty directory; give one with config.json and *.safetensors files"
+    if any(name.endswith(_UNFINISHED) for name in names):
+        return "its download is not finished; finish or repeat it"
+    inside = _checkpoint_inside(directory)
+    if inside is not None:
+        return f"no checkpoint itself, but {inside} is one; give that directory"
+    if "config.json" in names:
+        return "has a config.json but no weights (*.safetensors); fetch the weights too"
+    return "holds no checkpoint; give a directory with config.json and *.safetensors files"
+
+
+def _checkpoint_inside(directory: Path) -> Path | None:
+    """A checkpoint one or two levels down, as in a folder of models or of the Hub's cache."""
+    for pattern in ("*/config.json", "snapshots/*/config.json"):
+        for config in sorted(directory.glob(pattern)):
+            if any(config.parent.glob("*.safetensors")):
+                return config.parent
+    return None
+
+
+def original_of(directory: Path, raw_config: Mapping[str, Any] | None = None) -> str | None:
+    """The repository that a quantised checkpoint was made from, as its README or config say."""
+    try:
+        with (directory / "README.md").open("rb") as file:
+            found = _BASE_MODEL.search(file.read(_SIDE_BYTES).decode("utf-8", "replace"))
+    except OSError:
+        found = None
+    named = raw_config or _side_json(directory / "config.json")
+    return found[1] if found else repository(named.get("_name_or_path"))
+
+
+def _side_json(path: Path) -> dict[str, Any]:
+    """A small JSON object; empty where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            value = json.loads(file.read(_SIDE_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def name_of_quantization(section: Mapping[str, Any]) -> str:
+    """The usual name of what a quantization section of ``config.json`` describes."""
+    method = section.get("quant_method")
+    if method is None and "bits" in section and "group_size" in section:
+        return f"MLX of {section['bits']!r:.10} bits"
+    if any(section.get(f"load_in_{bits}bit") for bits in (4, 8)):
+        return f"bitsandbytes of {4 if section.get('load_in_4bit') else 8} bits"
+    if method == "compressed-tensors":
+        text = json.dumps([section.get("format"), section.get("config_groups")], default=str)
+        named = next((name for key, name in _COMPRESSED.items() if key in text), None)
+        return f"{named} (compressed-tensors)" if named else "compressed-tensors"
+    if method == "modelopt" and isinstance(section.get("quant_algo"), str):
+        return f"{section['quant_algo']:.20} (ModelOpt)"
+    name = _METHODS.get(str(method).lower())
+    if name is None:
+        return f"quant_method {method!r:.60}"
+    bits = section.get("bits")
+    return f"{name} of {bits} bits" if isinstance(bits, int) else name
+
+
+def name_of_tensors(directory: Path, names: Iterable[str]) -> str | None:
+    """The quantisation that explains tensors which only a quantised weight brings along, if any does."""
+    last = {name.rpartition(".")[2] for name in names}
+    for pattern, name in _TENSORS:
+        if any(re.fullmatch(pattern, part) for part in last):
+            algorithm = _side_json(directory / "hf_quant_config.json").get("quantization")
+            section = algorithm if isinstance(algorithm, dict) else {}
+            return name_of_quantization({"quant_method": "modelopt", **section}) if section else name
+    return None

@@ -1,0 +1,40 @@
+"""One name for each tensor of the text model, whatever the exporter called it."""
+
+from __future__ import annotations
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+#: Parts of multimodal checkpoints that are not the text model.
+_TOWERS = (
+    "visual.",
+    "vision_tower.",
+    "vision_model.",
+    "vision_embed_tokens.",
+    "audio_tower.",
+    "multi_modal_projector.",
+    "mm_projector.",
+    "image_newline",
+)
+_WRAPPERS = ("model.language_model.", "language_model.model.", "language_model.")
+#: What stands at the top level, also where a wrapper put it under its own prefix.
+_TOP = ("lm_head.", "mtp.")
+#: What checkpoints of a bare decoder hold without its prefix.
+_BARE = ("embed_tokens.", "layers.", "norm.")
+
+
+def canonical_name(name: str) -> str | None:
+    """Fold the spellings in the wild into one; None for tensors that are not part of the text model.
+
+    Multimodal wrappers keep the text model under ``model.language_model.`` or ``language_model.model.``,
+    their towers and projectors beside it, and the head at the top or under ``language_model.``; some
+    converters write ``model.mtp.``; a checkpoint of the decoder alone has no prefix at all.
+    """
+    if name.removeprefix("model.").startswith(_TOWERS) or name.endswith(".rotary_emb.inv_freq"):
+        return None
+    prefix = next((prefix for prefix in _WRAPPERS if name.startswith(prefix)), None)
+    inner = name.removeprefix(prefix or "model.")
+    if inner.startswith(_TOP):
+        return inner
+    if prefix or inner.startswith(_BARE):
+        return "model." + inner
+    return name

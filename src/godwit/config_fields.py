@@ -1,0 +1,163 @@
+"""The fields of a ``config.json``, checked one by one; absent ones have the defaults of ``transformers``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from godwit.errors import CheckpointError
+
+_COMMON = {
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "router_aux_loss_coef": 0.001,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "decoder_sparse_step": 1,
+    "rope_theta": 10_000.0,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+_HYBRID = {
+    **_COMMON,
+    "num_attention_heads": 16,
+    "head_dim": 256,
+    "full_attention_interval": 4,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+}
+_QWEN35 = {
+    **_HYBRID,
+    "vocab_size": 248320,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 4,
+}
+_QWEN35_MOE = {
+    **_HYBRID,
+    "vocab_size": 248320,
+    "hidden_size": 2048,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 2,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+}
+
+#: ``model_type`` -> the values of absent fields: those of the ``transformers`` configuration classes.
+DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "qwen3_next": {
+            **_HYBRID,
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 48,
+            "num_key_value_heads": 2,
+            "num_experts": 512,
+            "num_experts_per_tok": 10,
+            "norm_topk_prob": True,
+        },
+        "qwen3": {
+            **_COMMON,
+            "vocab_size": 151936,
+            "hidden_size": 4096,
+            "intermediate_size": 22016,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+        },
+        "qwen3_moe": {
+            **_COMMON,
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+        },
+        "mixtral": {
+            **_COMMON,
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1_000_000.0,
+            "sliding_window": None,
+        },
+        "llama": {
+            **_COMMON,
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "max_position_embeddings": 2048,
+        },
+        "qwen3_5": _QWEN35,
+        "qwen3_5_text": _QWEN35,
+        "qwen3_5_moe": _QWEN35_MOE,
+        "qwen3_5_moe_text": _QWEN35_MOE,
+    }
+)
+
+
+def checked_number(name: str, value: object, low: float = 0.0) -> float:
+    """``value`` as a float from ``low`` to 1e12. Raises CheckpointError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= 1e12:
+        raise CheckpointError(
+            f"config field {name} must be a number from {low:g} to 1e12, found {value!r:.60}"
+        )
+    return float(value)
+
+
+class Fields:
+    """The text part of a config. Null means the same as an absent field only where ``null`` is given."""
+
+    def __init__(self, text: Mapping[str, Any], model_type: str) -> None:
+        self.text = text
+        self.defaults = DEFAULTS[model_type]
+
+    def get(self, name: str) -> Any:
+        """The value of a field as it is, else the default."""
+        return self.text[name] if name in self.text else self.defaults.get(name)
+
+    def integer(self, name: str, low: int = 1, high: int = 2**31 - 1, *, null: int | None = None) -> int:
+        """A whole number from ``low`` to ``high``. Raises CheckpointError."""
+        value = self.get(name)
+        value = null if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            wanted = f"a whole number from {low} to {high}"
+            raise CheckpointError(f"config field {name} must be {wanted}, found {value!r:.60}")
+        return value
+
+    def number(self, name: str, low: float = 0.0) -> float:
+        """A number from ``low`` to 1e12. Raises CheckpointError."""
+        return checked_number(name, self.get(name), low)
+
+    def flag(self, name: str) -> bool:
+        """True or false. Raises CheckpointError."""
+        value = self.get(name)
+        if not isinstance(value, bool):
+            raise CheckpointError(f"config field {name} must be true or false, found {value!r:.60}")
+        return value

@@ -1,0 +1,108 @@
+"""Rotary position embedding: what a model uses, read from the old and the new fields of a ``config.json``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from godwit.config_fields import Fields, checked_number
+from godwit.errors import CheckpointError, UnsupportedModelError
+
+Kind = Literal["linear", "yarn", "llama3"]
+
+
+@dataclass(frozen=True)
+class RotarySpec:
+    """Rotary position embedding: ``dim`` rotated dimensions of each head, half-split pairing."""
+
+    dim: int
+    theta: float
+    kind: Literal["default"] | Kind = "default"
+    factor: float = 1.0
+    original_max_position: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+
+def read_rotary(fields: Fields, head_dim: int, *, partial: bool) -> RotarySpec:
+    """The rotary embedding of heads of ``head_dim``; only a ``partial`` family can rotate a part of a head.
+
+    ``rope_scaling`` replaces ``rope_parameters`` as a whole; what the remaining one lacks comes from the top
+    level, then from the defaults, as in ``transformers``.
+
+    Raises:
+        UnsupportedModelError: a kind of scaling that is not supported.
+        CheckpointError: a field is missing or makes no sense.
+    """
+    params = _parameters(fields)
+    kind = params.get("rope_type", params.get("type", "default"))
+    if kind == "mrope":  # text positions are equal on all M-RoPE axes: ordinary rotary
+        kind = "default"
+    if kind not in ("default", "linear", "yarn", "llama3"):
+        raise UnsupportedModelError(f"rope type {kind!r:.60} is not default, linear, yarn or llama3")
+    theta = checked_number("rope_theta", params.get("rope_theta", fields.get("rope_theta")), low=1.001)
+    dim = _rotated(fields, params, head_dim, partial, kind)
+    return (
+        RotarySpec(dim, theta) if kind == "default" else _scaled(fields, params, dim, theta, cast(Kind, kind))
+    )
+
+
+def _parameters(fields: Fields) -> Mapping[str, Any]:
+    params, scaling = fields.text.get("rope_parameters") or {}, fields.text.get("rope_scaling") or {}
+    if not isinstance(params, Mapping) or not isinstance(scaling, Mapping):
+        raise CheckpointError("config fields rope_parameters and rope_scaling must be objects or null")
+    chosen = scaling or params
+    nested = [name for name, value in chosen.items() if isinstance(value, Mapping)]
+    if nested:
+        raise UnsupportedModelError(
+            f"rotary embeddings that differ by layer ({nested[0]:.40}) are not supported"
+        )
+    return chosen
+
+
+def _rotated(fields: Fields, params: Mapping[str, Any], head_dim: int, partial: bool, kind: str) -> int:
+    """Rotated dimensions of a head."""
+    name = "partial_rotary_factor"
+    top = fields.text.get(name, 0.25 if partial else None)  # an explicit null rotates whole heads
+    value = params.get(name, top)
+    factor = 1.0 if value is None else checked_number(name, value)
+    if not partial:
+        if factor != 1.0 and kind != "default":
+            raise UnsupportedModelError(f"{name} {factor:g} is not supported for this model type")
+        return head_dim
+    dim = int(head_dim * factor)
+    if not 0 < dim <= head_dim or dim % 2:
+        raise CheckpointError(f"{name} cannot rotate {dim} dimensions of {head_dim}")
+    return dim
+
+
+def _scaled(fields: Fields, params: Mapping[str, Any], dim: int, theta: float, kind: Kind) -> RotarySpec:
+    def number(name: str, default: float | None = None, low: float = 0.0) -> float:
+        value = params.get(name)
+        return checked_number(name, default if value is None else value, low)
+
+    factor = number("factor", low=1.0)
+    length = fields.integer("max_position_embeddings")
+    if kind == "yarn" and any(params.get(name) for name in ("mscale", "mscale_all_dim")):
+        raise UnsupportedModelError("YaRN with mscale is not used by any supported family")
+    low_frequency = number("low_freq_factor", 1.0)
+    default_attention = 0.1 * math.log(factor) + 1.0 if kind == "yarn" and factor > 1 else 1.0
+    return RotarySpec(
+        dim,
+        theta,
+        kind,
+        factor,
+        int(number("original_max_position_embeddings", length, low=1.0)),
+        beta_fast=number("beta_fast", 32.0, low=0.001),
+        beta_slow=number("beta_slow", 1.0, low=0.001),
+        attention_factor=number("attention_factor", default_attention),
+        truncate=bool(params.get("truncate", True)),
+        low_freq_factor=low_frequency,
+        high_freq_factor=number("high_freq_factor", 4.0, low=low_frequency + 0.001),
+    )

@@ -1,0 +1,140 @@
+"""What a file is by its first bytes and name, so that a user is told why it cannot be used and what can."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from godwit.errors import CheckpointError, GodwitError, UnsupportedModelError
+
+HEAD_BYTES = 1 << 16  # enough to name any kind, and for the first keys of a GGUF file
+
+_AGAIN = "fetch the file again"
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_OLLAMA_BLOB = re.compile(r"sha256-[0-9a-f]{64}")
+_GGUF_SOURCE = b"general.base_model.0.repo_url"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """``what`` a file is, with its article; without a ``remedy`` the ``original`` weights are needed.
+
+    ``foreign``: in order, but in a format that is not read.
+    """
+
+    what: str
+    remedy: str | None = None
+    original: str | None = None
+    foreign: bool = True
+
+
+CONVERT = "convert it to safetensors, as save_pretrained of transformers does"
+_PICKLE = Kind("a PyTorch pickle, which can run code and is never opened", CONVERT)
+_ARCHIVE = Kind("an archive", "unpack it and give the directory", foreign=False)
+_MAGIC = (
+    (b"lmgg", Kind("an old GGML file (llama.cpp before GGUF)")),
+    (b"fmgg", Kind("an old GGML file (llama.cpp before GGUF)")),
+    (b"tjgg", Kind("an old GGML file (llama.cpp before GGUF)")),
+    (b"algg", Kind("a LoRA adapter in llama.cpp's old format")),
+    (
+        b"version https://git-lfs",
+        Kind("a Git LFS pointer, not the file itself", "run 'git lfs pull'", foreign=False),
+    ),
+    (b"\x89HDF", Kind("an HDF5 file (Keras or TensorFlow weights)")),
+    (b"\x1f\x8b", _ARCHIVE),
+    (b"7z\xbc\xaf", _ARCHIVE),
+    (b"\x28\xb5\x2f\xfd", _ARCHIVE),
+)
+_SUFFIXES = {
+    **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"), _PICKLE),
+    **dict.fromkeys((".onnx", ".onnx_data", ".ort"), Kind("an ONNX model")),
+    **dict.fromkeys((".h5", ".keras"), Kind("a Keras model")),
+    **dict.fromkeys((".tar", ".zip", ".gz", ".tgz", ".zst", ".7z"), _ARCHIVE),
+    **dict.fromkeys(
+        (".incomplete", ".part", ".crdownload", ".aria2", ".download"),
+        Kind("an unfinished download", "finish or repeat it", foreign=False),
+    ),
+    ".partial": Kind(
+        "an unfinished packed model", "run the same 'godwit quantize' again to finish it", foreign=False
+    ),
+    ".gguf": Kind("named like a GGUF file but is none", _AGAIN, foreign=False),
+    ".msgpack": Kind("a Flax model"),
+    ".npz": Kind("an archive of NumPy arrays (old MLX weights)"),
+    ".tflite": Kind("a TensorFlow Lite model"),
+    ".mlmodel": Kind("a Core ML model"),
+    ".engine": Kind("a TensorRT engine"),
+}
+
+
+def kind_of(head: bytes, size: int, name: str = "") -> Kind | None:
+    """The kind of a file of ``size`` bytes that begins with ``head``; None where nothing gives it away."""
+    if head.startswith(b"GGUF"):
+        where = "Ollama's blob of a GGUF file" if _OLLAMA_BLOB.fullmatch(name) else "a GGUF file"
+        return Kind(f"{where} (the format of llama.cpp)", original=_gguf_original(head))
+    for magic, kind in _MAGIC:
+        if head.startswith(magic):
+            return kind
+    text = head.lstrip().lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<?xml", b"<error", b'{"error"')):
+        return Kind(
+            "a web page or a server's error message in place of the file",
+            f"{_AGAIN}, logged in where that is needed",
+            foreign=False,
+        )
+    suffix = Path(name).suffix.lower()
+    if head.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x02-\x05]", head):
+        return _SUFFIXES.get(suffix, _PICKLE)
+    return _SUFFIXES.get(suffix) or _short_text(head, size)
+
+
+def kind_of_file(path: Path) -> Kind | None:
+    """The kind of a file on disk; None where nothing gives it away or it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return kind_of(file.read(HEAD_BYTES), path.stat().st_size, path.name)
+    except OSError:
+        return None
+
+
+def refusal(path: object, kind: Kind) -> GodwitError:
+    """The error for a file or directory of a kind that cannot be used."""
+    error = UnsupportedModelError if kind.foreign else CheckpointError
+    return error(f"{path}: {kind.what}; {kind.remedy or next_step(kind.original)}")
+
+
+def next_step(original: str | None) -> str:
+    """What to do about weights in a format that is not read; ``original`` is where they came from."""
+    which = f" ({original})" if original else ""
+    return f"fetch the original checkpoint in bf16 or FP8{which} and pack it with 'godwit quantize'"
+
+
+def repository(value: object) -> str | None:
+    """``value`` where it can be the name of a Hub repository."""
+    return value if isinstance(value, str) and _REPOSITORY.fullmatch(value) and value[0] not in "./" else None
+
+
+def _gguf_original(head: bytes) -> str | None:
+    """The repository that a GGUF file says it was made from."""
+    at = head.find(_GGUF_SOURCE)
+    if at < 0:
+        return None
+    at += len(_GGUF_SOURCE) + 4  # the type, then the length
+    length = int.from_bytes(head[at : at + 8], "little")
+    if length > 200:
+        return None
+    url = head[at + 8 : at + 8 + length].decode("utf-8", "replace")
+    return repository(url.removeprefix("https://huggingface.co/"))
+
+
+def _short_text(head: bytes, size: int) -> Kind | None:
+    """What a server answers in place of a file it does not have."""
+    if not 0 < size <= 1000:
+        return None
+    try:
+        text = head.decode().strip()
+    except UnicodeDecodeError:
+        return None
+    if not text or not text.isprintable() or text[0] in "{[":  # cut or damaged JSON is told apart elsewhere
+        return None
+    return Kind(f"a short text ({text[:60]!r}) in place of the file", _AGAIN, foreign=False)
