@@ -49,5 +49,6 @@ def load(page: Page) -> None:
 
 def drawing(page: Page, source: str) -> str:
     """The elements that Markdown becomes, as HTML."""
-    load(page)
-    return str(page.evaluate("(s) => renderMarkdown(document.createElement('div'), s, true).innerHTML", source))
+    return str(
+        page.evaluate("(s) => renderMarkdown(document.createElement('div'), s, true).innerHTML", source)
+    )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.server.page.actor import Server, delta, text
-from tests.server.page.steps import load, say, settled, shown
+from tests.server.page.steps import say, settled, shown
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -48,18 +48,16 @@ PLAIN = [
 
 
 @pytest.mark.parametrize(("source", "formulas", "rest"), FORMULAS)
-def test_what_is_mathematics(page: Page, source: str, formulas: list[str], rest: str | None) -> None:
-    load(page)
-    found, words = page.evaluate(PARTS, source)
+def test_what_is_mathematics(canvas: Page, source: str, formulas: list[str], rest: str | None) -> None:
+    found, words = canvas.evaluate(PARTS, source)
     assert found == formulas
     if rest is not None:
         assert words == rest
 
 
 @pytest.mark.parametrize("source", PLAIN)
-def test_what_is_no_mathematics_stays_as_it_was_written(page: Page, source: str) -> None:
-    load(page)
-    found, words = page.evaluate(PARTS, source)
+def test_what_is_no_mathematics_stays_as_it_was_written(canvas: Page, source: str) -> None:
+    found, words = canvas.evaluate(PARTS, source)
     assert found == []
     assert words.removeprefix("Copy") == source.replace("`", "").replace(r"\$", "$").strip()
 
@@ -81,7 +79,9 @@ def test_a_formula_while_it_comes(page: Page, server: Server) -> None:
 
 
 def test_a_formula_cannot_lie_over_the_page(page: Page, server: Server) -> None:
-    server.replies.append(text(r"\[\rule{19em}{19em}\kern{-19em}\raisebox{-19em}{\rule{19em}{19em}}\] $\raisebox{19em}{x}$"))
+    server.replies.append(
+        text(r"\[\rule{19em}{19em}\kern{-19em}\raisebox{-19em}{\rule{19em}{19em}}\] $\raisebox{19em}{x}$")
+    )
     say(page, "Black?")
     settled(page)
     box = page.locator("#send").bounding_box()
