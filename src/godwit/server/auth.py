@@ -81,7 +81,7 @@ def _digest(key: bytes) -> bytes:
 class Guard:
     """Lets only those requests through that may use the server.
 
-    With keys, every path that is not open needs one, whether it exists or not and whatever the method. Without
+    With keys, all but the open paths need one, whether they exist or not and whatever the method. Without
     keys a server for this machine only answers to the machine's own names: else a web page whose name was
     made to point here (DNS rebinding) could use it through its visitor's browser.
     """

@@ -102,12 +102,11 @@ def test_search(page: Page, server: Server) -> None:
     assert page.locator(".user .bubble").all_inner_texts() == ["My dog is called Rex"]
 
 
-def put(page: Page, *contents: object) -> None:
-    """Choose files to import; texts are their content, other things become JSON."""
-    made = [each if isinstance(each, str) else json.dumps(each) for each in contents]
+def put(page: Page, contents: dict[str, object]) -> None:
+    """Choose files to import, by their names; texts are their content, other things become JSON."""
+    made = {name: each if isinstance(each, str) else json.dumps(each) for name, each in contents.items()}
     files: Any = [
-        {"name": f"file{i}.json", "mimeType": "application/json", "buffer": one.encode()}
-        for i, one in enumerate(made)
+        {"name": name, "mimeType": "application/json", "buffer": one.encode()} for name, one in made.items()
     ]
     page.locator("#import-file").set_input_files(files)
 
@@ -134,7 +133,7 @@ def test_what_is_exported_can_be_imported(page: Page, server: Server) -> None:
     page.evaluate("localStorage.clear()")
     page.reload()
     assert page.locator(TITLES).count() == 0
-    put(page, exported)
+    put(page, {"conversations.json": exported})
     page.locator(TITLES, has_text="Tea").wait_for()
     page.reload()
     assert page.locator(TITLES).all_inner_texts() == ["Tea or coffee?", "My dog?"]
@@ -149,29 +148,26 @@ def test_what_is_exported_can_be_imported(page: Page, server: Server) -> None:
     assert (after["tools"], after["min_p"]) == (before["tools"], 0.1)
 
 
+NO_CONVERSATIONS: dict[str, object] = {
+    **{"half": "{", "number": [1], "null": "null", "none": {"messages": []}, "empty": []},
+    "numbers": {"messages": [1]},
+    "role": {"messages": [{"role": "root"}]},
+    "call": {"messages": [{"role": "assistant", "tool_calls": [{}]}]},
+}
+
+
 def test_files_from_elsewhere(page: Page) -> None:
-    put(
-        page,
-        {
-            "messages": [
-                {"role": "system", "content": "S"},
-                {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
-            ]
-        },
-    )
+    hi = {"role": "user", "content": [{"type": "text", "text": "Hi"}]}
+    put(page, {"openai": {"messages": [{"role": "system", "content": "S"}, hi]}})
     page.locator(".bubble", has_text="Hi").wait_for()
-    put(
-        page,
-        [{"role": "user", "content": "<b>Ho"}, {"role": "assistant", "content": "No", "tool_calls": [{}]}],
-        [],
-    )
-    problem = page.locator("#import-problem")
-    problem.get_by_text("file1.json holds something that is no conversation.").wait_for()
-    for wrong in ("{", [1], {"messages": [1]}, {"messages": []}, "null", {"messages": [{"role": "root"}]}):
-        put(page, wrong)
-        page.wait_for_function("document.querySelector('#import-file').value === ''")
-        problem.get_by_text("file0.json").wait_for()
+    good = [{"role": "user", "content": "<b>Ho"}, {"role": "assistant", "content": "No"}]
+    for name, wrong in NO_CONVERSATIONS.items():
+        put(page, {"good": good, name: wrong})
+        page.locator("#import-problem", has_text=f"{name} ").wait_for()
     assert page.locator(TITLES).all_inner_texts() == ["Hi"]
+    put(page, {"good": good})
+    page.locator(".bubble", has_text="<b>Ho").wait_for()
+    assert page.locator("#import-problem").inner_text() == ""
 
 
 def test_the_last_line_stays_above_the_composer(page: Page, server: Server) -> None:
@@ -189,7 +185,7 @@ def test_the_last_line_stays_above_the_composer(page: Page, server: Server) -> N
 
     assert gap() >= 16
     message_box(page).fill("one\ntwo\nthree\nfour\nfive\nsix")
-    page.wait_for_function("document.querySelector('#input').clientHeight > 100")
+    assert message_box(page).evaluate("(e) => e.clientHeight") > 100
     page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
     assert gap() >= 16
 

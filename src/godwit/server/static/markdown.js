@@ -5,29 +5,31 @@ import MarkdownIt from "./vendor/markdown-it.js";
 import { addFormulas } from "./formulas.js";
 import { drawBlocks } from "./drawing.js";
 
+const MAX_READ_AGAIN = 50_000; // characters of an answer that are read once more when it is complete
 const ESCAPABLE = /[`*_~#>|+\-.!$<]/; // brackets keep theirs: they are formulas
 
 /**
- * Shows `text` in `parent`. While an answer streams, only its last blocks are read and drawn again; `whole`
- * reads all of it, and still leaves alone what does not change.
+ * Shows `text` in `parent`. While an answer streams, only its last blocks are read and drawn again; when it is
+ * `complete`, a short one is read as a whole once more, and still left alone where nothing changes.
  */
-export function renderMarkdown(parent, text, whole = false) {
+export function renderMarkdown(parent, text, complete = false) {
   const source = text.replace(/\r\n?/g, "\n");
   const before = drawn.get(parent);
-  if (before?.source === source && (before.whole || !whole)) return parent;
-  const goesOn = !whole && before && source.startsWith(before.source);
+  if (before?.source === source && (before.complete || !complete)) return parent;
+  const again = complete && source.length < MAX_READ_AGAIN;
+  const goesOn = !again && before && source.startsWith(before.source);
   const { from, kept } = goesOn ? before : { from: 0, kept: 0 };
   const tail = source.slice(from);
-  const blocks = drawBlocks(parser.parse(tail, {}), !whole);
+  const blocks = drawBlocks(parser.parse(tail, {}), !complete);
   patchChildren(parent, blocks.map(({ node }) => node), kept);
   // Lines to come can still change the last block, and where it begins also the one before.
   const settled = Math.max(0, blocks.length - 2);
   const offset = settled ? startOfLine(tail, blocks[settled].line) : 0;
-  drawn.set(parent, { source, whole, from: from + offset, kept: kept + settled });
+  drawn.set(parent, { source, complete, from: from + offset, kept: kept + settled });
   return parent;
 }
 
-const drawn = new WeakMap(); // element -> { source, whole, from: what is read again begins here, kept: children before }
+const drawn = new WeakMap(); // element -> { source, complete, from: what is read again begins here, kept: children before }
 
 function startOfLine(text, line) {
   let at = 0;

@@ -18,11 +18,6 @@ function place(storage) {
 /** Kept for good, and kept until the tab is closed. */
 export const local = place("localStorage"), tab = place("sessionStorage");
 
-/** By their ids. */
-export const conversations = loadConversations();
-/** What the page shows. */
-export const shown = { conversation: null };
-
 export const byTime = () => [...conversations.values()].sort((a, b) => b.updated - a.updated);
 export const lastOf = ({ messages }) => messages.at(-1);
 export const awaitsResults = (conversation) => lastOf(conversation)?.tool_calls?.length > 0;
@@ -61,7 +56,9 @@ export function restored(text) {
   }
 }
 
-const textOf = (value) => (typeof value === "string" ? value : "");
+function textOf(value) {
+  return typeof value === "string" ? value : "";
+}
 
 function mend(message) {
   const { content, reasoning_content: thought, tool_calls: calls, stats } = message;
@@ -82,6 +79,11 @@ function loadConversations() {
   const kept = local.keys().filter((key) => key.startsWith(PREFIX)).map((key) => restored(local.get(key)));
   return new Map(kept.filter((entry) => entry?.id).map((entry) => [entry.id, entry]));
 }
+
+/** By their ids. */
+export const conversations = loadConversations();
+/** What the page shows. */
+export const shown = { conversation: null };
 
 /** Calls `changed(id, conversation)` when another tab has changed a conversation, with null when it has deleted it. */
 export function watchOtherTabs(changed) {
