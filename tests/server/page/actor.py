@@ -14,7 +14,10 @@ from godwit.server.chat_page import POLICY, read_chat_page
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 PAGE = read_chat_page()
-DEFAULTS = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "presence_penalty": 0.0, "max_tokens": None}
+DEFAULTS = {
+    **{"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.0, "max_tokens": None},
+    **{"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
+}
 
 
 def delta(**fields: Any) -> dict[str, Any]:

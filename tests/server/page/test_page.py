@@ -357,13 +357,14 @@ WEATHER: dict[str, Any] = {
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
 }
 THOUGHT = [delta(reasoning_content="The weather in "), delta(reasoning_content="Lisbon is missing.")]
-TABLE = "Yes, **Lisbon is warmer** today:\n\n| City | °C |\n|:--|--:|\n| Lisbon | 19 |\n| Oslo | 4 |\n\n"
+TABLE = "| City | °C |\n|:--|--:|\n| Lisbon | 19 |\n| Oslo | 4 |\n\n"
+WARMER = "Yes, **Lisbon is warmer** today, by \\(\\Delta T = 19 - 4 = 15\\) kelvins:\n\n"
 CODE = "To compare cities:\n\n```python\ndef warmer(*cities):\n    return max(cities, key=celsius)\n```"
 COSTS = [end("tool_calls", prompt=164, cached=128, generated=9), end(prompt=241, cached=196, generated=74)]
 SCENE = (
     text("You are welcome."),
     [THOUGHT[0], 0.2, THOUGHT[1], *call("get_weather", '{"city": "Lisbon"}'), *COSTS[0]],
-    [delta(content=TABLE), 0.8, delta(content=CODE), *COSTS[1]],
+    [delta(content=WARMER + TABLE), 0.8, delta(content=CODE), *COSTS[1]],
 )
 
 
@@ -383,6 +384,7 @@ def test_the_picture_in_the_docs(page: Page, server: Server) -> None:
     page.keyboard.press("Enter")
     shown(page, "To compare")
     settled(page)
+    page.locator("#settings").evaluate("(e) => { e.scrollTop = 0; }")
     picture = REPOSITORY / "docs" / "chat-page.png" if os.environ.get("GODWIT_PICTURE") else None
     assert page.screenshot(path=picture).startswith(b"\x89PNG")
     assert page.locator("article").count() == 4

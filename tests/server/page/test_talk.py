@@ -191,7 +191,7 @@ def test_defaults_are_shown(page: Page) -> None:
     open_settings(page)
     page.get_by_role("option", name="tiny").wait_for(state="attached")
     hints = {"Temperature": "0.6", "Top k": "20", "Top p": "0.95", "Presence penalty": "0"}
-    more = {"Min p": "default", "Max tokens": "no limit", "Seed": "random"}
+    more = {"Min p": "0", "Max tokens": "no limit", "Seed": "random"}
     for label, hint in {**hints, **more}.items():
         page.get_by_label(label).and_(page.get_by_placeholder(hint, exact=True)).wait_for()
     page.get_by_label("Model", exact=True).select_option("other")
