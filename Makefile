@@ -15,7 +15,7 @@ CXX_CODE := $(wildcard csrc/*.h csrc/*.cpp)
 ROOMS := $(sort $(wildcard src/godwit/*.py) $(wildcard src/godwit/*/)) csrc/ tests/ $(wildcard recipes/ benchmarks/)
 
 .DEFAULT_GOAL := help
-.PHONY: help chat test lint format loc clean
+.PHONY: help chat test browser lint format loc clean
 
 help: ## Show these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | while IFS='|' read -r name text; do \
@@ -26,6 +26,8 @@ chat: $(VENV)/.installed ## Talk with the built-in model; ARGS="..." goes to `go
 
 test: lint ## Check style, types and tests
 	$(BIN)/python -m pytest $(ARGS)
+
+browser: $(VENV)/.installed-browser ## Install what drives a browser in the tests of the chat page
 
 lint: $(VENV)/.installed-dev ## Check style and types
 	$(BIN)/ruff check $(PYTHON_CODE)
@@ -67,4 +69,8 @@ $(VENV)/.installed: $(VENV)/.created $(BUILD_INPUTS)
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(INSTALL_SELF) '.[test,dev]'
+	@touch $@
+
+$(VENV)/.installed-browser: $(VENV)/.installed-dev
+	$(INSTALL_SELF) '.[page]'
 	@touch $@

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -37,3 +38,15 @@ def _seeds() -> None:
 def pytest_configure() -> None:
     """Hear Ctrl-C also where the runner was started in the background, with SIGINT ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """At the end, how many tests were skipped for which reason."""
+    reasons: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("skipped", ()):
+        where = report.longrepr  # file, line and reason, but for tests that are expected to fail
+        reasons[str(where[2] if isinstance(where, tuple) else where).removeprefix("Skipped: ")] += 1
+    if reasons:
+        terminalreporter.section(f"{sum(reasons.values())} skipped")
+        for reason, count in reasons.most_common():
+            terminalreporter.line(f"{count:5} {reason}")

@@ -5,20 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from godwit.server import anthropic, openai, responses
 from godwit.server.auth import Guard
+from godwit.server.chat_page import read_chat_page
 from godwit.server.errors import INTERNAL, ApiError, bad_request, respond
 from godwit.server.host import EngineHost
 from godwit.server.journal import Journal, Record
@@ -28,23 +27,14 @@ from godwit.server.protocol import DetokenizeRequest, TokenizeRequest
 from godwit.server.service import Service
 from godwit.server.settings import Settings
 
-PAGE = Path(__file__).with_name("page.html")
-NONCE = "__NONCE__"
 _METHODS = re.compile(r"[A-Z, ]+")
 
 
 def make_app(service: Service) -> Starlette:
     """The application; it closes the engine when it ends."""
     settings = service.settings
-    page = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else None
-
-    async def root(request: Request) -> Response:
-        if page is None:
-            raise ApiError(404, "this installation has no chat page")
-        return chat_page(page)
-
     routes = [
-        Route("/", root, methods=["GET"]),
+        *read_chat_page().routes(),
         *(Route(path, method_end, methods=[method]) for method, path, method_end in ROUTES),
     ]
     app = Starlette(
@@ -85,25 +75,6 @@ async def _lifespan(host: EngineHost, service: Service) -> AsyncIterator[None]:
         with contextlib.suppress(asyncio.CancelledError):
             await watcher
         await asyncio.to_thread(host.close)
-
-
-def chat_page(page: str) -> Response:
-    """The chat page, which may run its own script and talk to this server, and nothing else."""
-    nonce = secrets.token_urlsafe(16)
-    policy = (
-        f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-        "require-trusted-types-for 'script'; trusted-types 'none'"
-    )
-    headers = {
-        "Content-Security-Policy": policy,
-        "Referrer-Policy": "no-referrer",
-        "Cross-Origin-Opener-Policy": "same-origin",
-        "Cross-Origin-Resource-Policy": "same-origin",
-        "X-Frame-Options": "DENY",
-        "Cache-Control": "no-store",
-    }
-    return HTMLResponse(page.replace(NONCE, nonce), headers=headers)
 
 
 async def tokenize(request: Request) -> Response:

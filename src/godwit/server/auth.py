@@ -17,6 +17,8 @@ from godwit.server.settings import Settings
 
 #: Everyone may call these: the chat page holds nothing of anyone's, and asks its user for a key.
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
+#: The files that the chat page loads lie below it, and browsers cannot send a key for them.
+OPEN_PREFIX = "/static/"
 MIN_KEY_CHARS = 8
 MAX_KEY_FILE_BYTES = 1 << 20
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
@@ -79,7 +81,7 @@ def _digest(key: bytes) -> bytes:
 class Guard:
     """Lets only those requests through that may use the server.
 
-    With keys, every path but OPEN_PATHS needs one, whether it exists or not and whatever the method. Without
+    With keys, all but the open paths need one, whether they exist or not and whatever the method. Without
     keys a server for this machine only answers to the machine's own names: else a web page whose name was
     made to point here (DNS rebinding) could use it through its visitor's browser.
     """
@@ -99,7 +101,7 @@ class Guard:
         salt = self._ring.find(headers) or ""
         if self._local_only and not _is_local(headers.get("host", "")):
             error = ApiError(403, "without API keys this server answers only to localhost; check the address")
-        elif self._ring and not salt and scope["path"] not in OPEN_PATHS:
+        elif self._ring and not salt and not _is_open(scope["path"]):
             error = ApiError(
                 401,
                 "this server needs an API key: send one as `Authorization: Bearer KEY` or `x-api-key: KEY`",
@@ -110,6 +112,10 @@ class Guard:
             return await respond(error, scope["path"])(scope, receive, send)
         scope.setdefault("state", {})["salt"] = salt
         await self._app(scope, receive, send)
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(OPEN_PREFIX)
 
 
 def _is_local(host: str) -> bool:

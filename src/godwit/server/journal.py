@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from godwit.engine import EngineStats
 from godwit.engine.stream import Finish
+from godwit.server.auth import OPEN_PREFIX
 
 _log = logging.getLogger("godwit.server")
 _QUIET = frozenset({"/", "/health", "/ready", "/metrics"})
@@ -113,7 +114,7 @@ class Journal:
             record.seconds = perf_counter() - record.began
             route = scope.get("route")
             self._metrics.observe(record, getattr(route, "path", "other"))
-            if record.path not in _QUIET:
+            if record.path not in _QUIET and not record.path.startswith(OPEN_PREFIX):
                 _log.info(record.line())
 
 

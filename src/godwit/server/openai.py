@@ -27,6 +27,12 @@ from godwit.server.protocol import ChatRequest, CompletionRequest, SharedFields
 from godwit.server.service import Chat, Service, allowed_tools
 from godwit.server.sse import DONE, KEEP_ALIVE, EventStream, event
 
+#: What the list of models tells of the choices that are made where a request leaves them open.
+_SHOWN_DEFAULTS = (
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+    *("presence_penalty", "frequency_penalty", "max_tokens"),
+)
+
 
 def chat_of(asked: ChatRequest, service: Service) -> Chat:
     """The request in the words of the service.
@@ -134,9 +140,10 @@ async def model(request: Request) -> Response:
 
 
 def _model(service: Service) -> dict[str, Any]:
-    name = service.settings.name
+    name, params = service.settings.name, service.sampling()
     own = {"id": name, "object": "model", "created": service.started, "owned_by": "godwit"}
-    return own | {"type": "model", "display_name": name, "max_model_len": service.context}
+    own |= {"type": "model", "display_name": name, "max_model_len": service.context}
+    return own | {"default_sampling": {field: getattr(params, field) for field in _SHOWN_DEFAULTS}}
 
 
 def _head(request: Request, service: Service, prefix: str, kind: str) -> dict[str, Any]:

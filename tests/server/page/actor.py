@@ -10,14 +10,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from godwit.server.chat_page import POLICY, read_chat_page
+
 REPOSITORY = Path(__file__).resolve().parents[3]
-PAGE = REPOSITORY / "src" / "godwit" / "server" / "page.html"
-NONCE = "0f1e2d3c"
-POLICY = (
-    f"default-src 'none'; script-src 'nonce-{NONCE}'; style-src 'nonce-{NONCE}'; connect-src 'self'; "
-    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-    "require-trusted-types-for 'script'; trusted-types 'none'"
-)
+PAGE = read_chat_page()
+DEFAULTS = {
+    **{"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.0, "max_tokens": None},
+    **{"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
+}
 
 
 def delta(**fields: Any) -> dict[str, Any]:
@@ -71,10 +71,16 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        prefix = f"/static/{PAGE.digest}/"
         if self.path == "/":
-            self._send(200, "text/html; charset=utf-8", PAGE.read_text("utf-8").replace("__NONCE__", NONCE))
+            self._send(200, "text/html; charset=utf-8", PAGE.html)
+        elif self.path.startswith(prefix):
+            name = self.path.removeprefix(prefix)
+            kind = {".js": "text/javascript", ".css": "text/css"}.get(Path(name).suffix, "font/woff2")
+            self._send(200, kind, PAGE.files[name], **{"Cache-Control": "max-age=3600"})
         elif self.path == "/v1/models" and not self._refused():
-            self._send(200, "application/json", json.dumps({"data": [{"id": "tiny"}, {"id": "other"}]}))
+            models = [{"id": "tiny", "default_sampling": DEFAULTS}, {"id": "other"}]
+            self._send(200, "application/json", json.dumps({"data": models}).encode())
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -84,7 +90,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append(body)
         reply = self.server.replies.popleft()
         if isinstance(reply, tuple):
-            self._send(reply[0], "application/json", json.dumps(reply[1]))
+            self._send(reply[0], "application/json", json.dumps(reply[1]).encode())
             return
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
@@ -97,23 +103,25 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:
             self.server.left.set()
 
-    def _send(self, status: int, kind: str, body: str) -> None:
+    def _send(self, status: int, kind: str, body: bytes, **headers: str) -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Security-Policy", POLICY)
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body.encode())
+        self.wfile.write(body)
 
     def _refused(self) -> bool:
         if self.server.key in (None, self.headers.get("Authorization", "").removeprefix("Bearer ")):
             return False
         error = {"error": {"message": "The API key is missing or wrong."}}
-        self._send(401, "application/json", json.dumps(error))
+        self._send(401, "application/json", json.dumps(error).encode())
         return True
 
     def _play(self, item: Any) -> None:
         if isinstance(item, threading.Event):
-            item.wait(30)
+            item.wait(60)
         elif isinstance(item, float):
             time.sleep(item)
         elif item == "hang":

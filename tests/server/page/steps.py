@@ -34,3 +34,21 @@ def shown(page: Page, words: str) -> Locator:
 
 def open_settings(page: Page) -> None:
     page.get_by_role("button", name="Settings", exact=True).click()
+
+
+LOAD = """async () => {
+  const app = document.querySelector("script[type=module]").src;
+  globalThis.renderMarkdown = (await import(new URL("markdown.js", app))).renderMarkdown;
+}"""
+
+
+def load(page: Page) -> None:
+    """Makes `renderMarkdown` a global of the page."""
+    page.evaluate(LOAD)
+
+
+def drawing(page: Page, source: str) -> str:
+    """The elements that Markdown becomes, as HTML."""
+    return str(
+        page.evaluate("(s) => renderMarkdown(document.createElement('div'), s, true).innerHTML", source)
+    )

@@ -31,6 +31,15 @@ def test_a_conversation_with_the_packaged_model(visit: Visit, real: Running) -> 
     assert page.locator("#failure").is_hidden()
 
 
+def test_defaults_of_the_model_are_shown(visit: Visit, engines: Engines) -> None:
+    with running(engines("hello"), names=("m",), sampling={"temperature": 0.25, "top_k": 7}) as server:
+        page = visit(server.url)
+        open_settings(page)
+        page.get_by_role("option", name="m").wait_for(state="attached")
+        for label, value in (("Temperature", "0.25"), ("Top k", "7"), ("Top p", "1"), ("Min p", "0")):
+            assert page.get_by_label(label).get_attribute("placeholder") == value
+
+
 def test_a_tool_is_called_and_its_result_used(visit: Visit, servers: Servers) -> None:
     page = visit(servers("tool").url)
     open_settings(page)
@@ -58,7 +67,7 @@ def test_stopping_frees_the_engine(visit: Visit, engines: Engines) -> None:
         shown(page, "la la")
         page.keyboard.press("Escape")
         assert "stopped" in settled(page).inner_text()
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while server.engine.stats().num_running and time.monotonic() < end:
             time.sleep(0.01)
         assert not server.engine.stats().num_running
@@ -68,6 +77,9 @@ def test_stopping_frees_the_engine(visit: Visit, engines: Engines) -> None:
 def test_a_key_is_asked_for(visit: Visit, engines: Engines) -> None:
     with running(engines("hello"), names=("m",), keys=("secret",)) as server:
         page = visit(server.url)
+        page.get_by_label("This server wants an API key").fill("wrong")
+        page.keyboard.press("Enter")
+        page.get_by_text("Wrong key").wait_for()
         page.get_by_label("This server wants an API key").fill("secret")
         page.keyboard.press("Enter")
         page.get_by_role("option", name="m").wait_for(state="attached")

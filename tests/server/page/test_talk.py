@@ -89,7 +89,7 @@ def test_stop_keeps_what_came_and_frees_the_server(page: Page, server: Server, b
     answer = settled(page)
     assert answer.locator(".markdown").inner_text() == "Once upon"
     assert "stopped" in answer.inner_text()
-    assert server.left.wait(10)
+    assert server.left.wait(60)
     assert message_box(page).evaluate(FOCUSED)
     assert page.locator("#failure").is_hidden()
 
@@ -169,7 +169,10 @@ def test_a_call_cut_off_is_not_kept(page: Page, server: Server) -> None:
 
 def test_settings_go_with_the_request(page: Page, server: Server) -> None:
     server.replies.append(text("Aye"))
-    given = {"temperature": 0.25, "top_p": 0.9, "top_k": 40, "max_tokens": 64, "seed": 7}
+    given = {
+        **{"temperature": 0.25, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "max_tokens": 64, "seed": 7},
+        **{"repetition_penalty": 1.1, "presence_penalty": -0.5, "frequency_penalty": 0.5},
+    }
     open_settings(page)
     page.get_by_label("System prompt").fill("Be brief.")
     for name, value in given.items():
@@ -184,11 +187,23 @@ def test_settings_go_with_the_request(page: Page, server: Server) -> None:
     assert "tools" not in request
 
 
+def test_defaults_are_shown(page: Page) -> None:
+    open_settings(page)
+    page.get_by_role("option", name="tiny").wait_for(state="attached")
+    hints = {"Temperature": "0.6", "Top k": "20", "Top p": "0.95", "Presence penalty": "0"}
+    more = {"Min p": "0", "Max tokens": "no limit", "Seed": "random"}
+    for label, hint in {**hints, **more}.items():
+        page.get_by_label(label).and_(page.get_by_placeholder(hint, exact=True)).wait_for()
+    page.get_by_label("Model", exact=True).select_option("other")
+    assert page.get_by_label("Temperature").get_attribute("placeholder") == "default"
+
+
 WRONG = [
     ("Tools", "[{", "not valid JSON"),
     ("Tools", "{}", "have to be a list"),
     ("Tools", "[1]", "Tool 1 has no name"),
     *(("Top p", "1.5", ""), ("Top k", "0.5", ""), ("Max tokens", "0", ""), ("Temperature", "-1", "")),
+    *(("Min p", "2", ""), ("Presence penalty", "3", "")),
 ]
 
 
@@ -263,17 +278,96 @@ def test_an_api_key_is_asked_for_and_stays_in_the_tab(page: Page, server: Server
     say(page, "Hello")
     field = page.get_by_label("This server wants an API key")
     field.wait_for()
+    problem = page.locator("#key-problem")
     assert field.evaluate(FOCUSED)
+    assert problem.inner_text() == ""
     field.fill("wrong")
     page.keyboard.press("Enter")
-    page.locator("#key:focus").wait_for()
+    problem.get_by_text("Wrong key: the server does not accept it.").wait_for()
+    assert field.evaluate(FOCUSED)
     assert field.input_value() == ""
+    assert page.locator("#failure").is_hidden()
     field.fill("secret")
     page.keyboard.press("Enter")
     shown(page, "Welcome")
     assert field.is_hidden()
     assert page.evaluate("sessionStorage['godwit.key']") == "secret"
     assert "secret" not in page.evaluate("JSON.stringify(localStorage)")
+
+
+def test_a_key_that_no_longer_counts(page: Page, server: Server) -> None:
+    """Said at the start as well as in a conversation; the answer comes once the key is right."""
+    page.evaluate("sessionStorage['godwit.key'] = 'old'")
+    server.key = "new"
+    page.reload()
+    wrong = page.get_by_text("Wrong key: the server does not accept it.")
+    wrong.wait_for()
+    page.get_by_label("This server wants an API key").fill("new")
+    page.keyboard.press("Enter")
+    page.get_by_role("option", name="tiny").wait_for(state="attached")
+    server.key = "newer"
+    server.replies.append(text("Welcome"))
+    say(page, "Hello")
+    wrong.wait_for()
+    assert page.locator("article").count() == 1
+    server.key = "newest"
+    page.get_by_label("This server wants an API key").fill("newest")
+    page.keyboard.press("Enter")
+    shown(page, "Welcome")
+
+
+def test_an_answer_that_was_cut_off_goes_on(page: Page, server: Server) -> None:
+    server.replies.extend([[delta(content="Once upon"), *end("length")], text(" a time"), text("Yes")])
+    say(page, "Tell me")
+    answer = settled(page)
+    answer.get_by_role("button", name="Continue").click()
+    shown(page, "Once upon a time")
+    answer = settled(page)
+    assert page.locator("article").count() == 2
+    assert "10 tokens" in answer.inner_text()
+    assert "cut off" not in answer.inner_text()
+    assert answer.get_by_role("button", name="Continue").is_hidden()
+    request = server.requests[1]
+    assert request["messages"][-1] == {"role": "assistant", "content": "Once upon"}
+    assert request["continue_final_message"] is True
+    assert request["add_generation_prompt"] is False
+    say(page, "And then?")
+    shown(page, "Yes")
+    assert server.requests[2]["messages"][1]["content"] == "Once upon a time"
+    assert "continue_final_message" not in server.requests[2]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_answer_that_cannot_go_on_is_kept(page: Page, server: Server, late: bool) -> None:
+    refused = (400, {"error": {"message": "This answer cannot be continued."}})
+    failed = [delta(content=" a"), {"error": {"message": "This answer cannot be continued."}}]
+    server.replies.extend([[delta(content="Once upon"), "hang"], failed if late else refused, text(" time")])
+    say(page, "Tell me")
+    shown(page, "Once upon")
+    page.keyboard.press("Escape")
+    settled(page).get_by_role("button", name="Continue").click()
+    page.get_by_text("This answer cannot be continued.").wait_for()
+    answer = settled(page)
+    assert answer.locator(".markdown").inner_text() == ("Once upon a" if late else "Once upon")
+    assert ("stopped" in answer.inner_text()) is not late
+    answer.get_by_role("button", name="Continue").click()
+    shown(page, "time")
+    assert page.locator("#failure").is_hidden()
+
+
+def test_a_long_answer_does_not_hold_up_the_page(page: Page, server: Server) -> None:
+    """Keys are heard while it comes, and all of it is there in the end."""
+    parts = [f"Paragraph {i} of **many** with $x_{i}$.\n\n- one\n- two\n\n" for i in range(400)]
+    more = threading.Event()
+    server.replies.append([*(delta(content=part) for part in parts[:200]), more, *text(*parts[200:])])
+    say(page, "Go on")
+    shown(page, "Paragraph 190 of many")
+    message_box(page).press_sequentially("typed")
+    more.set()
+    answer = settled(page)
+    assert message_box(page).input_value() == "typed"
+    assert answer.locator(".markdown > p").count() == answer.locator(".markdown > ul").count() == 400
+    assert answer.locator(".formula").count() == 400
 
 
 def test_two_answers_at_once_do_not_mix(page: Page, server: Server) -> None:
