@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from godwit.engine.constraint_grammar import Rule, Thinking, json_rule, quoted, whole
-from godwit.engine.constraint_schema import MAX_DEPTH, NO_PARAMETERS, kinds, prepared, resolved
+from godwit.engine.constraint_schema import NO_PARAMETERS, kinds, members, prepared
 from godwit.engine.constraint_text import ANY, text_expression
 from godwit.errors import UsageError
 
@@ -70,8 +70,12 @@ def call_grammar(
     if not functions:
         raise UsageError("there is no such tool to call")
     rules: list[str] = []
+    beside_json = otherwise is not None and otherwise.text.startswith("%json")
     for index, (name, parameters) in enumerate(functions):
-        rules += _call(f"call{index}", name, parameters, form, mark)
+        if form == "llama" and beside_json:  # of two rules that begin alike, both have to be JSON
+            rules.append(f"call{index}: {json_rule(_as_json(name, parameters), lenient=True)}")
+        else:
+            rules += _call(f"call{index}", name, parameters, form, mark)
     rules.append("body: " + " | ".join(f"call{index}" for index in range(len(functions))))
     more = (MAX_CALLS if parallel else 1) - 1
     what = "a tool's schema"
@@ -142,12 +146,11 @@ def _call(
 ) -> list[str]:
     if form == "xml":
         return _xml_call(rule, name, parameters)
-    if form == "llama":  # as a whole, since no rule of a grammar may begin like the JSON beside it
-        return [f"{rule}: {json_rule(_as_json(name, parameters), lenient=True)}"]
     arguments = f"{rule}_arguments: {json_rule(parameters, lenient=True)}"
     if form == "mistral_args":
         return [f"{rule}: {quoted(name)} {mark(ARGS)} {rule}_arguments", arguments]
-    head = quoted(f'{{"name": {json.dumps(name)}, "arguments": ')
+    key = "parameters" if form == "llama" else "arguments"
+    head = quoted(f'{{"name": {json.dumps(name)}, "{key}": ')
     return [f'{rule}: {head} {rule}_arguments "}}"', arguments]
 
 
@@ -159,11 +162,11 @@ def _as_json(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 def _xml_call(rule: str, name: str, parameters: Mapping[str, Any]) -> list[str]:
     """Parameters come in their order, the required ones always; others than the schema names, never."""
-    members = list(_members(parameters, parameters))
-    properties = {k: v for member in members for k, v in dict(member.get("properties") or {}).items()}
-    required = {key for member in members for key in member.get("required") or ()}
+    parts_of_it = members(parameters, parameters, ("allOf",))
+    properties = {k: v for member in parts_of_it for k, v in dict(member.get("properties") or {}).items()}
+    required = {key for member in parts_of_it for key in member.get("required") or ()}
     for keyword in _OF_THE_WHOLE:
-        if any(keyword in member for member in members):
+        if any(keyword in member for member in parts_of_it):
             raise UsageError(
                 f"`{keyword}` of all parameters cannot be held to in calls that are tags; leave it out"
             )
@@ -174,17 +177,6 @@ def _xml_call(rule: str, name: str, parameters: Mapping[str, Any]) -> list[str]:
         rules += _xml_parameter(part, key, schema, parameters)
     head = quoted(f"{FUNCTION}{name}>\n")
     return [f"{rule}: {head}{parts} {quoted(END_FUNCTION)}", *rules]
-
-
-def _members(schema: Any, root: Mapping[str, Any], depth: int = 0) -> Iterator[Mapping[str, Any]]:
-    """The schemas of one object that hold together, each of which may name some of its properties."""
-    if depth > MAX_DEPTH:
-        raise UsageError("the parameters of a tool are described by references that go round in circles")
-    schema = resolved(schema, root)
-    if isinstance(schema, Mapping):
-        yield schema
-        for member in schema.get("allOf") or ():
-            yield from _members(member, root, depth + 1)
 
 
 def _xml_parameter(rule: str, key: str, schema: Any, root: Mapping[str, Any]) -> list[str]:

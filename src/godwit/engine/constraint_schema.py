@@ -20,6 +20,8 @@ FORMATS = frozenset(
 )
 MAX_DEPTH = 48
 MAX_STEPS = 20_000
+#: Of finding out which definitions describe only a part of an object, each for those that the last one found.
+MAX_ROUNDS = 8
 
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
@@ -75,11 +77,13 @@ def prepared(schema: Mapping[str, Any]) -> dict[str, Any]:
     """
     check_depth(schema)
     shared: set[str] = set()  # definitions that describe only a part of an object
-    while True:
+    for _ in range(MAX_ROUNDS):
         known = len(shared)
         result = _prepare(schema, False, shared)
         if len(shared) == known:
             return dict(result)
+    shared |= {f"#/{key}/{name}" for key in ("$defs", "definitions") for name in schema.get(key) or ()}
+    return dict(_prepare(schema, False, shared))
 
 
 def _prepare(schema: Any, part: bool, shared: set[str]) -> Any:
@@ -126,6 +130,23 @@ def _target(reference: str, root: Mapping[str, Any]) -> Any:
     for step in reference.split("/")[1:] if reference.startswith("#") else ["\0"]:
         found = found.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
     return found if isinstance(found, Mapping) else {}
+
+
+def members(schema: Any, root: Mapping[str, Any], keys: Collection[str]) -> list[Mapping[str, Any]]:
+    """A schema and those within it, below ``keys``, that look at the same value; each once."""
+    found: list[Mapping[str, Any]] = []
+    seen: set[int] = set()
+    waiting = [schema]
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        one = resolved(one, root)
+        if isinstance(one, Mapping):
+            found.append(one)
+            waiting += [below for key in keys for below in reversed(_list(one, key))]
+    return found
 
 
 def kinds(schema: Any, root: Mapping[str, Any]) -> list[str]:

@@ -6,16 +6,17 @@ regular expressions.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from godwit.engine.constraint_schema import MAX_DEPTH, resolved
+from godwit.engine.constraint_schema import resolved
 from godwit.errors import UsageError
 
 ANY = "/(?s:.*)/"
-_SAID_ELSEWHERE = ("$ref", "type", "enum", "const", "minLength", "maxLength", "pattern", "format")
+MAX_STEPS = 200
 #: Keywords that could narrow a text down and are not known here.
 _UNKNOWN = ("if", "then", "else", "$dynamicRef")
 
@@ -56,16 +57,20 @@ _FORMATS = {
 }
 
 
-def text_expression(schema: Any, root: Mapping[str, Any], depth: int = 0) -> str | None:
+def text_expression(schema: Any, root: Mapping[str, Any]) -> str | None:
     """The texts that fit a schema; None where none does.
 
     Raises:
         UsageError: it asks for something that cannot be checked while the text is written.
     """
+    return _expression(schema, root, itertools.count())
+
+
+def _expression(schema: Any, root: Mapping[str, Any], steps: Iterator[int]) -> str | None:
     if isinstance(schema, bool):
         return ANY if schema else None
-    if depth > MAX_DEPTH:
-        raise UsageError("a text of the schema is described by references that go round in circles")
+    if next(steps) > MAX_STEPS:
+        raise UsageError("a text of the schema is described in too many steps, or by circles of references")
     schema = resolved(schema, root)
     if not isinstance(schema, Mapping):
         return ANY
@@ -73,14 +78,15 @@ def text_expression(schema: Any, root: Mapping[str, Any], depth: int = 0) -> str
         raise UsageError(
             f"`{unknown}` cannot be checked in a text that is written between tags; leave it out"
         )
-    parts = [_own(schema), *(text_expression(one, root, depth + 1) for one in schema.get("allOf") or ())]
+    parts = [_own(schema), *(_expression(one, root, steps) for one in schema.get("allOf") or ())]
     for key in ("anyOf", "oneOf"):
         if options := schema.get(key):
-            found = [text_expression(option, root, depth + 1) for option in options]
+            found = [_expression(option, root, steps) for option in options]
             parts.append(_one_of([one for one in found if one is not None], exactly=key == "oneOf"))
-    if "not" in schema and (refused := text_expression(schema["not"], root, depth + 1)) is not None:
+    if "not" in schema and (refused := _expression(schema["not"], root, steps)) is not None:
         parts.append(f"~({refused})")
-    return None if None in parts else _all(parts)  # type: ignore[arg-type]
+    said = [part for part in parts if part is not None]
+    return _all(said) if len(said) == len(parts) else None
 
 
 def _all(parts: Sequence[str]) -> str:
