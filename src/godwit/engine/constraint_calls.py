@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from godwit.engine.constraint_grammar import Rule, Thinking, json_rule, quoted, whole
 from godwit.engine.constraint_schema import NO_PARAMETERS, kinds, members, prepared
-from godwit.engine.constraint_text import ANY, text_expression
+from godwit.engine.constraint_text import ANY, WITH_END, text_expression
 from godwit.errors import UsageError
 
 #: "hermes", "xml": JSON, or Qwen3-Coder's tags, in ``<tool_call>``. "llama": Llama 3's bare JSON.
@@ -40,11 +40,6 @@ _DEFINITIONS = ("$defs", "definitions")
 _OF_THE_WHOLE = (
     "anyOf", "oneOf", "not", "if", "dependentRequired", "dependentSchemas", "minProperties", "maxProperties",
 )  # fmt: skip
-#: Values in which the reader would find an end.
-_ENDS = (
-    r"/(?s:.*)(<\/parameter>|<\/tool_call>|\n<\/function>|\n<parameter=)(?s:.*)"
-    r"|(<\/function>|<parameter=)(?s:.*)/"
-)
 
 
 def call_grammar(
@@ -192,7 +187,7 @@ def _xml_parameter(rule: str, key: str, schema: Any, root: Mapping[str, Any]) ->
         options.append(terminal)
         rules += [
             f"{terminal}: {terminal}_TEXT CLOSER",
-            f"{terminal}_TEXT: {ANY} & ({text}) & ~{_ENDS}",
+            f"{terminal}_TEXT: {ANY} & ({text}) & ~/{WITH_END}/",
         ]
     if others or text is None:
         narrowed = {"allOf": [schema, {"type": others}]} if text is not None else schema

@@ -222,9 +222,13 @@ def _fits(value: Any, schema: Any, root: Mapping[str, Any], budget: _Budget) -> 
         if not isinstance(schema, Mapping):
             return False
         return all(
-            _CHECKS[key](value, schema, root, budget) if key in _CHECKS else key in _ANNOTATIONS
+            _CHECKS[key](value, schema, root, budget) if key in _CHECKS else _says_nothing(key, schema)
             for key in schema
         )
+
+
+def _says_nothing(key: str, schema: Mapping[str, Any]) -> bool:
+    return key in _ANNOTATIONS or (key == "format" and schema[key] not in FORMATS)
 
 
 def _fits_kind(value: Any, schema: Mapping[str, Any], root: Mapping[str, Any], budget: _Budget) -> bool:

@@ -16,6 +16,11 @@ from godwit.engine.constraint_schema import resolved
 from godwit.errors import UsageError
 
 ANY = "/(?s:.*)/"
+#: Texts in which a reader of values between tags would find an end, for Python and for a grammar.
+WITH_END = "|".join((
+    r"(?s:.*)(<\/parameter>|<\/tool_call>|\n<\/function>|\n<parameter=)(?s:.*)",
+    r"(<\/function>|<parameter=)(?s:.*)",
+))  # fmt: skip
 MAX_STEPS = 200
 #: Keywords that could narrow a text down and are not known here.
 _UNKNOWN = ("if", "then", "else", "$dynamicRef")
@@ -114,10 +119,12 @@ def _own(schema: Mapping[str, Any]) -> str | None:
     parts = [ANY]
     for options in ([schema["const"]] if "const" in schema else None, schema.get("enum")):
         if isinstance(options, list):
-            texts = [json.dumps(option) for option in options if isinstance(option, str)]
+            texts = [option for option in options if isinstance(option, str)]
             if not texts:
                 return None
-            parts.append(" | ".join(texts))
+            if all(re.fullmatch(WITH_END, text) for text in texts):
+                raise UsageError(f"the text {texts[0][:80]!r} cannot be written between the tags of a call")
+            parts.append(" | ".join(map(json.dumps, texts)))
     low, high = schema.get("minLength", 0), schema.get("maxLength", "")
     if low or high != "":
         parts.append(f"/(?s:.{{{low},{high}}})/")

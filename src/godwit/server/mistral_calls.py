@@ -8,11 +8,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from godwit.server.json_calls import JsonCall
 
+#: The ids of calls that the templates of these models take.
+_ID = re.compile(r"[A-Za-z0-9]{9}")
 _LIST = re.compile(r"\s*\[?\s*")
 _NAME = re.compile(r"\s*([\w.:/-]+)\s*(?:\[CALL_ID\]\s*\w+)?\s*(?:\[ARGS\])?\s*")
 #: What may become one of these.
@@ -70,3 +75,20 @@ class MistralCall:
     def _follow(self, call: JsonCall) -> None:
         self.name, self.failed, self.complete = call.name, call.failed, call.complete
         self.ended = call.ended or (self._named and call.complete)
+
+
+def with_short_ids(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages in which the ids of calls are as short as the templates of these models want them."""
+    result = []
+    for message in messages:
+        message = dict(message)
+        if isinstance(id := message.get("tool_call_id"), str):
+            message["tool_call_id"] = _short(id)
+        if isinstance(calls := message.get("tool_calls"), list):
+            message["tool_calls"] = [{**call, "id": _short(str(call.get("id")))} for call in calls]
+        result.append(message)
+    return result
+
+
+def _short(id: str) -> str:
+    return id if _ID.fullmatch(id) else hashlib.sha256(id.encode(errors="replace")).hexdigest()[:9]

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from godwit.engine.constraint_calls import END_CALL
+from godwit.engine.constraint_calls import END_CALL, MARKS
 from godwit.server.calls import CallReader
 from godwit.server.dialects import PLAIN, Dialect, Format, Schemas, dialect_of, format_of
 from godwit.server.fences import Fences
 from godwit.server.json_calls import JsonCall
 
 __all__ = [
+    "MARKS",
     "AnswerParser",
     "CallArguments",
     "CallEnd",

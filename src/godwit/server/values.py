@@ -35,15 +35,15 @@ def read_value(text: str, schema: Any, root: Mapping[str, Any]) -> Any:
     """
     asked = kinds(schema, root)
     found = sorted(_meanings(text), key=lambda value: _rank(kind_of(value), asked))
-    for value in found:
+    right = [value for value in found if not asked or _rank(kind_of(value), asked) <= len(asked)]
+    for value in right:
         if fits(value, schema, root):
             return value
     if not asked or "string" in asked:
         return text
     if text.strip().lower() in ("null", "none"):
         return None
-    right = (value for value in found if _rank(kind_of(value), asked) <= len(asked))
-    return next(right, text)
+    return right[0] if right else text
 
 
 def _rank(kind: str, asked: list[str]) -> int:
