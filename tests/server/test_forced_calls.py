@@ -84,7 +84,7 @@ SCHEMAS: list[tuple[Any, Any]] = [
 ]  # fmt: skip
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data(), st.sampled_from(FORMATS), st.sampled_from(range(len(SCHEMAS))))
 def test_what_a_grammar_lets_through_is_read_back(data: st.DataObject, form: Format, which: int) -> None:
     schema, values = SCHEMAS[which]
@@ -212,15 +212,16 @@ ANYTHING = {
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_whatever_is_written_within_a_grammar_fits(form: Format) -> None:
-    for seed in range(6):
+    stops = sorted(TOKENIZER.stop_ids)
+    for seed in range(3):
         chance = random.Random(seed)
         constraint, ids = held(ANYTHING, form), list[int]()
         while not (constraint.complete and chance.random() < 0.9):
-            allowed = constraint.allowed().nonzero().flatten().tolist()
-            allowed = [id for id in allowed if id not in TOKENIZER.stop_ids]
-            if not allowed:
+            allowed = constraint.allowed()
+            allowed[stops] = False
+            if not (choices := allowed.nonzero().flatten()).numel():
                 break
-            ids.append(chance.choice(allowed))
+            ids.append(int(choices[chance.randrange(choices.numel())]))
             constraint.accept(ids[-1])
         text = TOKENIZER.decode(ids)
         deltas = parse(list(text), form, schemas={"f": ANYTHING})
