@@ -10,7 +10,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+import unicodedata
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -151,9 +154,9 @@ class Tokenizer:
         stream = self.stream(skip_special=skip_special)
         return "".join([*map(stream.push, ids), stream.flush()])
 
-    def stream(self, *, skip_special: bool = True) -> StreamDecoder:
-        """A decoder for ids that arrive one by one."""
-        skipped = self.special_ids if skip_special else frozenset[int]()
+    def stream(self, *, skip_special: bool = True, shown: Collection[int] = ()) -> StreamDecoder:
+        """A decoder for ids that arrive one by one; ``shown``: special tokens that are not skipped."""
+        skipped = self.special_ids.difference(shown) if skip_special else frozenset[int]()
 
         def lookup(id: int, first: bool) -> bytes | None:
             return None if id in skipped else self.token_bytes(id, first=first)

@@ -11,7 +11,8 @@ import torch
 
 from godwit.engine import constraint as module
 from godwit.engine.constraint import Constraints, GrammarConstraint, explained
-from godwit.engine.constraint_grammar import MAX_DEPTH, MAX_REGEX_CHARS, MAX_SCHEMA_CHARS
+from godwit.engine.constraint_grammar import MAX_REGEX_CHARS, MAX_SCHEMA_CHARS
+from godwit.engine.constraint_schema import MAX_DEPTH
 from godwit.errors import BusyError, GodwitError, UsageError
 from godwit.tokenizer import Tokenizer
 from tests.engine.forms import FLAG, TOOLS, held, walk

@@ -109,7 +109,7 @@ def tokenizer_json(words: Sequence[str] = ()) -> dict[str, Any]:
     others = [byte for byte in range(256) if byte not in printable]
     letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
     added = [
-        {"id": 256 + i, "content": text, "special": text in SPECIAL}
+        {"id": 256 + i, "content": text, "special": text in (*SPECIAL, "[TOOL_CALLS]")}
         | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         for i, text in enumerate([*SPECIAL, *TAGS, *words])
     ]

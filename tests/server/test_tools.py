@@ -3,77 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from godwit.server.tools import (
-    AnswerParser,
-    CallArguments,
-    CallEnd,
-    CallStart,
-    Delta,
-    Format,
-    Text,
-    Thinking,
-    format_of,
-)
-
-SCHEMAS: dict[str, dict[str, Any]] = {
-    "write": {
-        "type": "object",
-        "properties": {
-            "path": {"type": "string"},
-            "lines": {"type": "integer"},
-            "share": {"type": ["null", "number"]},
-            "force": {"anyOf": [{"type": "null"}, {"type": "boolean"}]},
-            "tags": {"$ref": "#/$defs/Tags"},
-            "loop": {"$ref": "#/$defs/Loop"},
-        },
-        "$defs": {"Tags": {"type": "array"}, "Loop": {"$ref": "#/$defs/Loop"}},
-    }
-}
-
-
-def merged(deltas: Iterable[Delta]) -> list[Delta]:
-    """Neighbours of one kind joined."""
-    result: list[Delta] = []
-    for delta in deltas:
-        last = result[-1] if result else None
-        if isinstance(delta, Text) and isinstance(last, Text):
-            result[-1] = Text(last.text + delta.text)
-        elif isinstance(delta, Thinking) and isinstance(last, Thinking):
-            result[-1] = Thinking(last.text + delta.text)
-        elif isinstance(delta, CallArguments) and isinstance(last, CallArguments):
-            result[-1] = CallArguments(last.index, last.text + delta.text)
-        else:
-            result.append(delta)
-    return result
-
-
-def parse(
-    pieces: Sequence[str],
-    format: Format | None = "hermes",
-    *,
-    thinking: bool = False,
-    cut: bool = False,
-    only_calls: bool = False,
-) -> list[Delta]:
-    parser = AnswerParser(format, SCHEMAS, thinking=thinking, only_calls=only_calls)
-    deltas = [delta for piece in pieces for delta in parser.push(piece)]
-    return merged([*deltas, *parser.flush(cut=cut)])
-
-
-def call_of(deltas: list[Delta], index: int = 0) -> tuple[str, str, bool]:
-    """(name, arguments, complete) of one call."""
-    (name,) = (d.name for d in deltas if isinstance(d, CallStart) and d.index == index)
-    arguments = "".join(d.text for d in deltas if isinstance(d, CallArguments) and d.index == index)
-    (end,) = (d for d in deltas if isinstance(d, CallEnd) and d.index == index)
-    return name, arguments, end.complete
-
+from godwit.server.tools import AnswerParser, CallArguments, CallEnd, CallStart, Format, Text, Thinking
+from tests.server.parsing import call_of, calls_of, parse, text_of
 
 HERMES = (
     '<tool_call>\n{"name": "write", "arguments": {"path": "</tool_call>", "n": [1, {"a": "}\\""}]}}\n'
@@ -129,7 +65,50 @@ def test_a_hermes_call_with_text_around() -> None:
     deltas = parse([f"Let me see.\n\n{HERMES}\nDone.\n"])
     assert deltas[0] == Text("Let me see.")
     assert call_of(deltas) == ("write", '{"path": "</tool_call>", "n": [1, {"a": "}\\""}]}', True)
-    assert deltas[-1] == Text("Done.")
+    assert deltas[-1] == Text("\n\nDone.")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("Sure!\n", "\nDone", "Sure!\nDone"),
+        ("Sure!", "Done", "Sure!\nDone"),
+        ("Sure!\n", "\n\nDone", "Sure!\n\nDone"),
+        ("Sure!\n\n", f"\n{HERMES}\nDone\n", "Sure!\n\nDone"),
+        ("\n", "\nDone", "\nDone"),
+        ("Sure!\n", "\n\n", "Sure!"),
+        ("<think>\nhm\n</think>\n\n", "\nDone", "Done"),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 5, 10_000])
+def test_text_around_a_call_keeps_its_lines(before: str, after: str, said: str, size: int) -> None:
+    text = before + HERMES + after
+    assert text_of(parse([text[i : i + size] for i in range(0, len(text), size)])) == said.lstrip("\n")
+
+
+FENCED = [
+    "Example:\n```\n{}\n```\nThat is all.",
+    "~~~text\n```\n{}\n~~~\n",
+    "  ````\n```\n{}\n````",
+    "```\n{}",
+    "``` {}",
+]
+
+
+@pytest.mark.parametrize("fenced", FENCED)
+@pytest.mark.parametrize(
+    "call", [HERMES, XML, "<function=write>\n</function>"], ids=["hermes", "xml", "bare"]
+)
+def test_a_call_in_fenced_code_is_an_example(fenced: str, call: str) -> None:
+    text = fenced.replace("{}", call)
+    for pieces in ([text], list(text)):
+        assert parse(pieces, "hermes" if call == HERMES else "xml") == [Text(text)]
+
+
+def test_a_call_behind_fenced_code_is_a_call() -> None:
+    for said in ("```\ncode\n```", "```a``` is code", "a ``` b", "~~~\ncode\n~~~~  "):
+        deltas = parse([f"{said}\n{HERMES}"])
+        assert text_of(deltas) == said and calls_of(deltas)[0][0] == "write"
 
 
 def test_parallel_calls() -> None:
@@ -168,7 +147,8 @@ def test_hermes_calls_that_deviate_and_are_clear(body: str) -> None:
         '{"name": "", "arguments": {}}',
         '{"name": "f", "arguments": [1]}',
         '{"name": "f", "arguments": "no"}',
-        '{"name": "f", "arguments": null}',
+        '{"name": "f", "arguments": 0}',
+        '{"name": "f", "args": [1]}',
         '{"name": "f" "arguments": {}}',
         '{"name": NaN}',
     ],
@@ -178,8 +158,42 @@ def test_what_is_no_hermes_call_is_text(body: str) -> None:
     assert parse([text]) == [Text(text)]
 
 
-def test_a_call_without_arguments() -> None:
-    assert call_of(parse(['<tool_call>{"name": "f"}</tool_call>'])) == ("f", "{}", True)
+@pytest.mark.parametrize(
+    "arguments", ["", ', "arguments": null', ', "arguments": ""', ', "parameters": " \\n"', ', "args": {}']
+)
+def test_a_call_without_arguments(arguments: str) -> None:
+    deltas = parse([f'<tool_call>{{"name": "f"{arguments}}}</tool_call>'])
+    assert call_of(deltas) == ("f", "{}", True) and not text_of(deltas)
+
+
+@pytest.mark.parametrize("key", ["arguments", "parameters", "args"])
+def test_arguments_under_the_names_that_models_give_them(key: str) -> None:
+    text = f'<tool_call>{{"name": "f", "{key}": {{"a": [1, "{{"]}}}}</tool_call>'
+    for pieces in ([text], list(text)):
+        assert calls_of(parse(pieces)) == [("f", {"a": [1, "{"]})]
+    before = f'<tool_call>{{"{key}": {{"a": 1}}, "name": "f"}}</tool_call>'
+    assert calls_of(parse([before])) == [("f", {"a": 1})]
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("line 1\nline 2\tend\r\x01", "line 1\nline 2\tend\r\x01"),
+        ("a\\\nb", "a\nb"),
+        (r"\d+\.txt", r"\d+\.txt"),
+        (r"it\'s", "it's"),
+        (r"\"\\\u00e9\n", '"\\é\n'),
+    ],
+)
+def test_strings_are_mended_where_it_is_clear_what_was_meant(written: str, value: str) -> None:
+    text = f'<tool_call>{{"name": "f", "arguments": {{"a\tb": "{written}"}}}}</tool_call>'
+    for pieces in ([text], list(text)):
+        assert calls_of(parse(pieces)) == [("f", {"a\tb": value})]
+
+
+def test_arguments_within_a_string_may_have_line_breaks() -> None:
+    text = '<tool_call>{"name": "f", "arguments": "{\\"a\\": \\"x\ny\\"}"}</tool_call>'
+    assert calls_of(parse([text])) == [("f", {"a": "x\ny"})]
 
 
 @pytest.mark.parametrize("bad", ['{"a": 1</tool_call>', '{"a": [1}}</tool_call>', "{'a': 1}}</tool_call>"])
@@ -189,86 +203,17 @@ def test_broken_arguments_are_never_an_object(bad: str) -> None:
     assert name == "f" and not complete
     with pytest.raises(ValueError):
         json.loads(arguments)
-    assert deltas[-1] == Text("And text.")
+    assert deltas[-1] == Text("And text.")  # nothing was said before
     (end,) = (delta for delta in deltas if isinstance(delta, CallEnd))
     assert bad in end.raw
 
 
 def test_a_call_that_was_cut_off_is_not_complete() -> None:
     for end in range(HERMES.index('"path"'), HERMES.rindex("}}") + 1):
-        _, arguments, complete = call_of(parse([HERMES[:end]], cut=True))
+        _, arguments, complete = call_of(parse([HERMES[:end]]))
         assert not complete
         with pytest.raises(ValueError):
             json.loads(arguments)
-
-
-def test_an_xml_call() -> None:
-    deltas = parse([f"I write.\n{XML}"], "xml")
-    name, arguments, complete = call_of(deltas)
-    expected = {"path": "a <b>\n", "lines": 12, "share": 0.5, "force": True, "tags": ["x", 1]}
-    assert (name, json.loads(arguments), complete) == ("write", expected, True)
-    assert deltas[0] == Text("I write.")
-
-
-@pytest.mark.parametrize(
-    ("key", "text", "value"),
-    [
-        ("lines", "1.5", "1.5"),
-        ("lines", "9" * 5000, "9" * 5000),
-        ("share", "2", 2),
-        ("share", "nan", "nan"),
-        ("share", "1e999", "1e999"),
-        ("share", "None", None),
-        ("force", "FALSE", False),
-        ("force", "maybe", "maybe"),
-        ("tags", "__import__('os')", "__import__('os')"),
-        ("tags", "[NaN]", "[NaN]"),
-        ("loop", "7", "7"),
-        ("unknown", "7", "7"),
-        ("path", "null", "null"),
-        ("path", "", ""),
-        ("path", '"\\\n\x00', '"\\\n\x00'),
-    ],
-)
-def test_values_get_the_types_of_the_schema(key: str, text: str, value: Any) -> None:
-    call = f"<function=write>\n<parameter={key}>\n{text}\n</parameter>\n</function>"
-    name, arguments, complete = call_of(parse([f"<tool_call>\n{call}\n</tool_call>"], "xml"))
-    assert (name, json.loads(arguments), complete) == ("write", {key: value}, True)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "<function=write>\n<parameter=path>\nx\n</parameter>\n</function>",
-        "<tool_call>\n<function=write>\n<parameter=path>\nx\n</function>\n</tool_call>",
-        "<tool_call><function=write><parameter=path>x</parameter></tool_call>",
-        "<tool_call><function=write>\nhm < b<parameter=path>x",
-        "<tool_call><function=write><parameter=path>x</parameter><parameter=path>y</parameter></function>",
-    ],
-)
-def test_xml_calls_that_deviate_and_are_clear(text: str) -> None:
-    deltas = parse([text], "xml")
-    name, arguments, complete = call_of(deltas)
-    assert (name, json.loads(arguments), complete) == ("write", {"path": "x"}, True)
-    assert not [delta for delta in deltas if isinstance(delta, Text)]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "<tool_call>\nno\n</tool_call>",
-        "<tool_call>\n<function=>\n",
-        "<function=" + "x" * 300 + ">",
-        "<function=a",
-    ],
-)
-def test_what_is_no_xml_call_is_text(text: str) -> None:
-    assert parse([text], "xml") == [Text(text)]
-
-
-def test_an_xml_call_that_was_cut_off_is_not_complete() -> None:
-    for end in range(XML.index("<parameter=path>") + 16, XML.index("</function>")):
-        assert not call_of(parse([XML[:end]], "xml", cut=True))[2]
 
 
 def test_thinking() -> None:
@@ -279,16 +224,45 @@ def test_thinking() -> None:
     assert parse(["Say <think>hm</think>"], None) == [Text("Say <think>hm</think>")]
 
 
-def test_a_call_in_unclosed_thinking() -> None:
-    deltas = parse([f"hm\n{XML}"], "xml", thinking=True)
-    assert deltas[0] == Thinking("hm")
-    assert call_of(deltas)[2]
+@pytest.mark.parametrize("format", ["hermes", "xml"])
+def test_a_call_in_unclosed_thinking(format: Format) -> None:
+    call = XML if format == "xml" else HERMES
+    for text in (f"hm\n{call}", f"hm\n{call}\n{call}\n"):
+        for pieces in ([text], list(text)):
+            deltas = parse(pieces, format, thinking=True)
+            assert deltas[0] == Thinking("hm") and not text_of(deltas)
+            assert len(calls_of(deltas)) == text.count("<tool_call>")
 
 
-def test_the_format_follows_from_the_template() -> None:
-    assert format_of("{% for m in messages %}{{ m.content }}{% endfor %}") is None
-    assert format_of("{% if tools %}<tool_call>{% endif %}") == "hermes"
-    assert format_of("{% if tools %}<tool_call><function=name>{% endif %}") == "xml"
+@pytest.mark.parametrize(
+    "thought",
+    [
+        "I would write\n{}\nfor that.",
+        "I would write {}",
+        "```\n{}\n```",
+        "The form is\n<tool_call>\n<function=write>... as in the docs",
+        "The form is\n<tool_call>\n<function=write>\n<parameter=path>\nx",
+        '<tool_call>\n{"name": "write"',
+        "<tool_call>\n<function=other>\n</function>\n</tool_call>",
+        '<tool_call>\n{"name": "other", "arguments": {}}\n</tool_call>',
+        "{}",
+    ],
+)
+@pytest.mark.parametrize("format", ["hermes", "xml"])
+def test_a_call_that_is_only_thought_of(thought: str, format: Format) -> None:
+    thought = thought.replace("{}", XML if format == "xml" else HERMES)
+    for end, said in (("\n</think>\nHello", [Text("Hello")]), ("\nNo.", [])):
+        for pieces in ([thought + end], list(thought + end)):
+            expected = thought if said else thought + end
+            assert parse(pieces, format, thinking=True) == [Thinking(expected), *said]
+
+
+def test_thoughts_on_calls_are_not_held_back_longer_than_needed() -> None:
+    parser = AnswerParser("xml", {"f": {}}, thinking=True)
+    assert parser.push("The tag is\n<tool_call>") == [Thinking("The tag is")]
+    assert parser.push(" and") == [Thinking("\n<tool_call> and")]
+    parser.push("\n</think>\n<tool_call>")
+    assert not parser.thinks
 
 
 FRAGMENTS = st.sampled_from(
@@ -328,33 +302,41 @@ FRAGMENTS = st.sampled_from(
             '"name"',
             '"arguments"',
         ),
-        *("<", ">", "/", "é", "💡", "text", HERMES, XML),
+        *("<", ">", "/", "é", "💡", "text", HERMES, XML, "```", "\n```\n", "\n<function=write>\n", ";"),
+        *("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>", '\n{"name": "write", "parameters": {'),
+        *(
+            '"parameters"',
+            '{"name": "write", "arguments": {}}',
+            "\x01",
+            "'",
+            "</parameter>\n<parameter=lines>",
+        ),
     ]
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.one_of(FRAGMENTS, st.text(max_size=3)), max_size=14).map("".join),
     st.data(),
-    st.sampled_from(["hermes", "xml", None]),
+    st.sampled_from(["hermes", "xml", "llama", "mistral", None]),
     st.booleans(),
     st.booleans(),
 )
 def test_every_cut_gives_the_same(
-    text: str, data: st.DataObject, format: Format | None, thinking: bool, cut: bool
+    text: str, data: st.DataObject, format: Format | None, thinking: bool, only_calls: bool
 ) -> None:
-    whole = parse([text], format, thinking=thinking, cut=cut)
-    assert parse(list(text), format, thinking=thinking, cut=cut) == whole
+    whole = parse([text], format, thinking=thinking, only_calls=only_calls)
+    assert parse(list(text), format, thinking=thinking, only_calls=only_calls) == whole
     places = data.draw(st.lists(st.integers(0, len(text)), max_size=6).map(sorted))
     pieces = [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
-    assert parse(pieces, format, thinking=thinking, cut=cut) == whole
+    assert parse(pieces, format, thinking=thinking, only_calls=only_calls) == whole
 
 
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.one_of(FRAGMENTS, st.text(max_size=3)), max_size=14).map("".join),
-    st.sampled_from(["hermes", "xml"]),
+    st.sampled_from(["hermes", "xml", "llama", "mistral"]),
 )
 def test_complete_calls_are_objects_and_calls_are_in_order(text: str, format: Format) -> None:
     deltas = parse([text], format)

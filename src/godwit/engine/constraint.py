@@ -16,19 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from godwit.engine.constraint_calls import CALL, END_CALL, CallForm, call_grammar
 from godwit.engine.constraint_grammar import (
-    CALL,
-    END_CALL,
     END_THINK,
     MAX_GRAMMAR_CHARS,
     MAX_REGEX_CHARS,
     THINK,
-    CallForm,
     Rule,
     Thinking,
-    call_grammar,
     choice_rule,
     json_rule,
+    quoted,
     whole,
 )
 from godwit.engine.constraint_trial import Trials
@@ -122,6 +120,7 @@ class Constraints:
         if not stops:
             raise UsageError("this model has no stop token, so its answers cannot be held to a form")
         vocabulary = _Vocabulary(tokenizer, self.vocab_size, stops[0])
+        self._special = {tokenizer.id_to_token(id): id for id in vocabulary.special_token_ids}
         try:
             import llguidance
         except ModuleNotFoundError:
@@ -153,7 +152,8 @@ class Constraints:
                 what a grammar cannot check; properties come in its order. "regex": a text that matches an
                 expression as a whole, in the syntax of Rust's ``regex``. "grammar": a text of a context-free
                 grammar, in llguidance's dialect of Lark or llama.cpp's GBNF. "choice": one of some texts.
-            value: the schema, the expression, the grammar or the texts.
+            value: the schema, the expression, the grammar or the texts. Objects of a schema that list
+                ``properties`` take no others unless it says so; formats that are not checked are dropped.
 
         Raises:
             UsageError: it cannot be used, or costs too much.
@@ -199,7 +199,7 @@ class Constraints:
             choice: "auto" allows text, with or without calls; "required" nothing but calls; else the name of
                 the one tool to be called.
             parallel: an answer may have several calls.
-            form: how the model writes calls: Hermes' JSON, or Qwen3-Coder's tags.
+            form: how the model writes calls.
             thinking: as for :meth:`held_to`.
             otherwise: with "auto", what an answer that calls no tool has to be; one that does is nothing but
                 calls then.
@@ -207,10 +207,20 @@ class Constraints:
         Raises: as :meth:`rule`.
         """
         grammar = call_grammar(
-            tools, choice, parallel=parallel, form=form, thinking=thinking, otherwise=otherwise
+            tools,
+            choice,
+            parallel=parallel,
+            form=form,
+            thinking=thinking,
+            otherwise=otherwise,
+            mark=self._mark,
         )
         what = "a tool's schema" if otherwise is None else f"{otherwise.what} or a tool's"
         return self._make(grammar, what)
+
+    def _mark(self, text: str) -> str:
+        """A mark of calls in a grammar: as a token where it is one that no text can be, else as a text."""
+        return f"<[{self._special[text]}]>" if text in self._special else quoted(text)
 
     def _converted(self, grammar: str) -> str:
         if len(grammar) > MAX_GRAMMAR_CHARS:

@@ -37,7 +37,7 @@ class Generation:
         self.drafted = self.accepted = 0
         self._sampler = sampler
         self._stop_ids = tokenizer.stop_ids
-        self._decoder = tokenizer.stream()
+        self._decoder = tokenizer.stream(shown=request.shown_ids)
         self._matcher = StopMatcher(request.params.stop)
         self._unshown: deque[tuple[int, int, TokenLogprobs | None]] = deque()  # (end in the text, token, ...)
         self._num_decoded = self._num_shown = 0

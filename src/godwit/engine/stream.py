@@ -44,6 +44,7 @@ class GenerationRequest:
         priority: requests of a higher one come first.
         score_prompt: report how likely the prompt's tokens are, too, as ``params.logprobs`` asks of the
             answer's; the whole prompt is read for that, whatever is cached.
+        shown_ids: special tokens that are a part of the answer's text, as others are not.
     """
 
     prompt_ids: tuple[int, ...]
@@ -53,6 +54,7 @@ class GenerationRequest:
     constraint: Constraint | None = None
     priority: int = 0
     score_prompt: bool = False
+    shown_ids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

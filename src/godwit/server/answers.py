@@ -224,7 +224,7 @@ class Answers:
             raise overloaded("the server is shutting down, so this answer was ended; send the request again")
         deltas: list[Delta] = []
         if parser is not None and not satisfied:
-            deltas = self._keep_one_call(index, parser.flush(cut=finish.reason == "length"))
+            deltas = self._keep_one_call(index, parser.flush())
         calls = bool(self.answers[index].calls) or any(isinstance(delta, CallStart) for delta in deltas)
         reason = "tool_calls" if calls and finish.reason != "length" else finish.reason
         self.record.reasons.append(reason)

@@ -26,29 +26,32 @@ class CallReader(Protocol):
         """Read on in ``text``: how many characters are used up, and what of the arguments is certain."""
         ...
 
-    def flush(self, rest: str, cut: bool) -> str:
-        """The text ends with ``rest``, which no push used up; ``cut``: before its time."""
+    def flush(self, rest: str) -> str:
+        """The text ends with ``rest``, which no push used up."""
         ...
 
 
-def parse_json(text: str) -> Any:
-    """The value of a JSON text.
+def parse_json(text: str, *, strict: bool = True) -> Any:
+    """The value of a JSON text; ``strict``: without control characters in its strings.
 
     Raises:
         ValueError: it is none, also where only Python would take it.
     """
     try:
-        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+        return json.loads(text, strict=strict, parse_constant=_refuse, parse_float=_finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
-def is_object(text: str) -> bool:
-    """Whether a text is a JSON object."""
-    try:
-        return isinstance(parse_json(text), dict)
-    except ValueError:
-        return False
+def object_text(text: str) -> str | None:
+    """A text as a JSON object, None where it is none; line breaks and the like within strings are escaped."""
+    for strict in (True, False):
+        try:
+            value = parse_json(text, strict=strict)
+        except ValueError:
+            continue
+        return None if not isinstance(value, dict) else text if strict else json.dumps(value)
+    return None
 
 
 def _refuse(constant: str) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
+from godwit.engine.constraint_schema import NO_PARAMETERS
+
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 MAX_NAME = 128
 _NAME = rf"^[A-Za-z0-9_.:/-]{{1,{MAX_NAME}}}$"
@@ -102,8 +104,9 @@ class FunctionSpec(Part):
     strict: bool | None = Field(default=None, description="Hold the arguments of calls to the schema.")
 
     def tool(self) -> dict[str, Any]:
-        """In OpenAI's shape, without what was not said."""
-        said = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        """In OpenAI's shape, without what was not said; without parameters it takes none."""
+        parameters = self.parameters or NO_PARAMETERS
+        said = {"name": self.name, "description": self.description, "parameters": parameters}
         return {
             "type": "function",
             "function": {key: value for key, value in said.items() if value is not None},

@@ -13,6 +13,10 @@ from godwit.server.errors import bad_request
 from godwit.server.tools import Format
 from godwit.tokenizer import Tokenizer
 
+NO_TOOLS = (
+    "this model's chat template has no place for tools, or writes calls in a form that this server does not "
+    "know; leave `tools` out"
+)
 Thinking = Literal["none", "optional", "opened"]
 
 
@@ -83,7 +87,7 @@ class FormMaker:
         if isinstance(form, Form):
             return constraints.held_to(constraints.rule(form.kind, form.value), thinking)
         if self._format is None:
-            raise bad_request("this model's chat template has no place for tools", "tools")
+            raise bad_request(NO_TOOLS, "tools")
         other = form.otherwise
         return constraints.tool_calls(
             form.tools,

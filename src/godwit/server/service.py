@@ -21,16 +21,19 @@ from godwit.server.answers import Answers, check_choices
 from godwit.server.body import read_json
 from godwit.server.errors import ApiError, bad_request, from_engine, overloaded, too_long
 from godwit.server.fields import Choice, FunctionSpec, Mode
-from godwit.server.forms import Calls, Form, FormMaker, Thinking
+from godwit.server.forms import NO_TOOLS, Calls, Form, FormMaker, Thinking
 from godwit.server.host import EngineHost
 from godwit.server.journal import Metrics, Record
+from godwit.server.mistral_calls import with_short_ids
 from godwit.server.prompts import Conversation, Prompt, PromptMaker, check_variables
 from godwit.server.settings import Settings
-from godwit.server.tools import THINK, AnswerParser, format_of
+from godwit.server.tools import MARKS, THINK, AnswerParser, format_of
 
 #: Prompts and forms that are made at a time.
 MAX_PROMPT_THREADS = 2
 MAX_FORM_THREADS = 2
+#: What templates say that refuse a message with several calls, as those of Llama 3 do.
+SINGLE_CALL = "only supports single tool-calls"
 _WATCH_SECONDS = 1.0
 _log = logging.getLogger("godwit.server")
 #: What pydantic puts into the place of an error besides names and numbers.
@@ -113,7 +116,11 @@ class Service:
         self.metrics = Metrics(host.stats)
         self.started = int(time())
         template = engine.tokenizer.chat_template
-        self.format = None if template is None else format_of(template.tool_source or template.source)
+        source = "" if template is None else template.tool_source or template.source
+        self.format = format_of(source)
+        self._one_call = SINGLE_CALL in source
+        marks = map(engine.tokenizer.token_to_id, MARKS)
+        self._marks = frozenset(id for id in marks if id is not None)
         self.draining = False
         self._knows_thinking = template is not None and THINK in template.source
         self._forms = FormMaker(engine.tokenizer, engine.vocab_size, self.format)
@@ -179,6 +186,8 @@ class Service:
         if self.tokenizer.chat_template is None:
             raise bad_request("this model has no chat template; send plain prompts to /v1/completions")
         check_variables(conversation.variables)
+        if self.format in ("mistral", "mistral_args"):
+            conversation = replace(conversation, messages=with_short_ids(conversation.messages))
         self.prompts.check_size(*(str(message.get("content") or "") for message in conversation.messages))
         prompt: Prompt = await self.prompt_threads.run(lambda: self.prompts.chat(conversation))
         return prompt
@@ -192,7 +201,8 @@ class Service:
         self._check_start(chat.n)
         tools = [] if chat.mode == "none" else list(chat.conversation.tools)
         if tools and self.format is None:
-            raise bad_request("this model's chat template has no place for tools", "tools")
+            raise bad_request(NO_TOOLS, "tools")
+        chat = replace(chat, parallel=chat.parallel and not self._one_call)
         form = form_of(chat, tools)
         prompt = await self.make_prompt(replace(chat.conversation, tools=tools))
         constraints = await self.hold(form, self._thinking(chat, prompt), chat.n)
@@ -208,6 +218,7 @@ class Service:
                 format, schemas, thinking=prompt.thinking, only_calls=chat.form is not None
             ),
             parallel=chat.parallel,
+            shown_ids=self._marks if tools else frozenset(),
         )
 
     async def hold(
@@ -243,6 +254,7 @@ class Service:
         parser: Callable[[], AnswerParser] | None = None,
         parallel: bool = True,
         score_prompts: bool = False,
+        shown_ids: frozenset[int] = frozenset(),
     ) -> Answers:
         """Start one answer to each prompt.
 
@@ -262,7 +274,13 @@ class Service:
             for index, (prompt, constraint) in enumerate(zip(prompts, constraints, strict=True)):
                 own = params if params.seed is None else replace(params, seed=params.seed + index)
                 asked = GenerationRequest(
-                    prompt.ids, own, prompt.boundaries, salt, constraint, score_prompt=score_prompts
+                    prompt.ids,
+                    own,
+                    prompt.boundaries,
+                    salt,
+                    constraint,
+                    score_prompt=score_prompts,
+                    shown_ids=shown_ids,
                 )
                 streams.append(self._submit(asked))
         except (GodwitError, ApiError) as error:

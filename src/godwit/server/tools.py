@@ -1,25 +1,33 @@
 """Takes an answer apart while it arrives: thinking, text and tool calls, in the form that its template has.
 
-Two forms of calls are known, both between ``<tool_call>`` and ``</tool_call>``: the JSON of Hermes 2 Pro, and
-the tags of Qwen3-Coder. What is given out depends on the text alone, never on how it was cut into pieces.
-What the model wrote is data: it is parsed as JSON or taken as text, and never evaluated.
+What is given out depends on the text alone, never on how it was cut into pieces. What the model wrote is
+data: it is parsed as JSON or taken as text, and never evaluated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
+from godwit.engine.constraint_calls import END_CALL, MARKS
 from godwit.server.calls import CallReader
-from godwit.server.hermes import HermesCall
-from godwit.server.xml_calls import FUNCTION, XmlCall
+from godwit.server.dialects import PLAIN, Dialect, Format, Schemas, dialect_of, format_of
+from godwit.server.fences import Fences
+from godwit.server.json_calls import JsonCall
 
-Format = Literal["hermes", "xml"]
-CALL, END_CALL, THINK, END_THINK = "<tool_call>", "</tool_call>", "<think>", "</think>"
-_OPENERS: dict[Format | None, tuple[str, ...]] = {None: (), "hermes": (CALL,), "xml": (CALL, FUNCTION)}
-# Models that write XML calls sometimes forget to close their thinking before one.
-_ENDS_OF_THINKING = {None: (), "hermes": (), "xml": (f"{CALL}\n{FUNCTION}", CALL + FUNCTION)}
+__all__ = [
+    "MARKS",
+    "AnswerParser",
+    "CallArguments",
+    "CallEnd",
+    "CallStart",
+    "Delta",
+    "Format",
+    "Text",
+    "Thinking",
+    "format_of",
+]
+THINK, END_THINK = "<think>", "</think>"
 
 
 @dataclass(frozen=True)
@@ -69,17 +77,11 @@ class CallEnd:
 Delta = Text | Thinking | CallStart | CallArguments | CallEnd
 
 
-def format_of(template: str) -> Format | None:
-    """How a model with this chat template calls tools; None where the template knows no tools."""
-    if "tools" not in template:
-        return None
-    return "xml" if FUNCTION in template else "hermes"
-
-
 class AnswerParser:
     """Takes one answer apart.
 
-    Line breaks beside the tags are left out: templates write them again.
+    Line breaks beside the tags are left out, since templates write them again. Text before and after a call
+    stays apart by the more of the line breaks that stood on either side of it, one at least.
 
     Args:
         format: of tool calls; None: nothing is taken for a call.
@@ -92,25 +94,26 @@ class AnswerParser:
     def __init__(
         self,
         format: Format | None = None,
-        schemas: Mapping[str, Mapping[str, Any]] | None = None,
+        schemas: Schemas | None = None,
         *,
         thinking: bool = False,
         only_calls: bool = False,
     ) -> None:
-        self._format: Format | None = format
+        self._dialect: Dialect = PLAIN if format is None else dialect_of(format)
         self._only_calls = only_calls
         self._schemas = schemas or {}
         self._opened = thinking
-        self._openers = _OPENERS[format]
         self._state: Callable[[bool], bool] = self._begin
         self._held = ""
         self._out: list[Delta] = []
+        self._fences = Fences()
         self._trim = False  # leave line breaks out until something else comes
-        self._tagged = False
+        self._breaks = 0  # of those that were left out since some text
+        self._tagged = self._said = False
         self._gap = ""  # line breaks before the call that is read
         self._raw = ""
-        self._call: CallReader = HermesCall()
-        self._started = self._cut = False
+        self._call: CallReader = JsonCall()
+        self._started = False
         self.num_calls = 0
 
     @property
@@ -128,9 +131,8 @@ class AnswerParser:
         self._held += text
         return self._run(final=False)
 
-    def flush(self, *, cut: bool = False) -> list[Delta]:
-        """What is left at the end of the answer; ``cut``: it ended before its time."""
-        self._cut = cut
+    def flush(self) -> list[Delta]:
+        """What is left at the end of the answer."""
         return self._run(final=True)
 
     def _run(self, *, final: bool) -> list[Delta]:
@@ -153,32 +155,58 @@ class AnswerParser:
         return True
 
     def _think(self, final: bool) -> bool:
-        closers = (END_THINK, *_ENDS_OF_THINKING[self._format])
-        place, tag = _first(self._held, closers)
-        if not tag:
-            self._give_certain(Thinking, closers, final)
-            return False
+        """Up to the closing tag, or to a whole call with which the answer ends."""
+        fences, place = self._fences.copy(), 0
+        for start, tag in _places(self._held, (END_THINK, *self._dialect.ends_thinking)):
+            fences.push(self._held[place:start])
+            place = start
+            if tag == END_THINK:
+                return self._end_thinking(start)
+            if not fences.at_line_start:
+                continue
+            closed = END_THINK in self._held[start:]  # then it was only thought of
+            whole = not closed and self._dialect.whole_calls(self._held[start:], self._schemas, final)
+            if whole:
+                return self._end_thinking(start)
+            if whole is None:
+                self._give_up_to(Thinking, start)
+                return False
+        self._give_certain(Thinking, (END_THINK, *self._dialect.ends_thinking), final)
+        return False
+
+    def _end_thinking(self, place: int) -> bool:
         self._give(Thinking, self._held[:place].rstrip("\n"))
         self._held = self._held[place:].removeprefix(END_THINK)
         self._trim = True
+        self._fences = Fences()
         self._state = self._say
         return True
 
     def _say(self, final: bool) -> bool:
-        begun = self._held.lstrip() if self._only_calls else ""
-        if begun and not any(tag.startswith(begun[: len(tag)]) for tag in self._openers):
-            self._openers = ()
-        place, tag = _first(self._held, self._openers)
-        if not tag:
-            self._give_certain(Text, self._openers, final)
-            return False
+        if self._only_calls and (begun := self._held.lstrip()):
+            tags = (*self._dialect.openers, *self._dialect.line_openers)
+            if not any(tag.startswith(begun[: len(tag)]) for tag in tags):
+                self._dialect = PLAIN
+        tags = (*self._dialect.openers, *self._dialect.line_openers)
+        fences, done = self._fences.copy(), 0
+        for place, tag in _places(self._held, tags):
+            fences.push(self._held[done:place])
+            done = place
+            bare = tag in self._dialect.line_openers
+            if fences.at_line_start if bare else not fences.inside:
+                return self._begin_call(place, tag)
+        self._give_certain(Text, tags, final)
+        return False
+
+    def _begin_call(self, place: int, tag: str) -> bool:
         said = self._held[:place].rstrip("\n")
+        self._follow(self._held[:place])
         self._give(Text, said)
         self._gap = self._held[len(said) : place]
-        self._held = self._held[place + len(tag) :]
-        self._raw, self._started = tag, False
-        as_tags = self._format == "xml"
-        self._call = XmlCall(self._schemas, opened=tag == FUNCTION) if as_tags else HermesCall()
+        self._raw = tag if tag != "{" else ""  # JSON is read from its brace on
+        self._held = self._held[place + len(self._raw) :]
+        self._started = False
+        self._call = self._dialect.reader(tag, self._schemas)
         self._state = self._read_call
         return True
 
@@ -188,17 +216,15 @@ class AnswerParser:
         self._raw += self._held[:used]
         self._held = self._held[used:]
         if final and not (call.ended or call.failed):
-            arguments += call.flush(self._held, self._cut)
-            if not call.failed:
-                self._raw, self._held = self._raw + self._held, ""
+            arguments += call.flush(self._held)
         if call.name is not None and not self._started:
-            self._started = self._tagged = True
+            self._started = self._tagged = self._trim = True
+            self._breaks = max(self._breaks, len(self._gap))
             self._out.append(CallStart(self.num_calls, call.name))
         if arguments:
             self._out.append(CallArguments(self.num_calls, arguments))
         if not self._started and call.failed:
-            self._give(Text, self._gap + self._raw)
-            self._state = self._say
+            self._give_back()
         elif call.complete and (call.ended or call.failed):
             self._end_call()
             self._state = self._leave_call
@@ -206,26 +232,43 @@ class AnswerParser:
             self._state = self._drop_call
         return call.ended or call.failed
 
-    def _leave_call(self, final: bool) -> bool:
-        """Behind a whole call: the closing tag, and closing braces that are too many."""
-        rest = self._held.lstrip(" \t\r\n}")
-        if not final and len(rest) < len(END_CALL) and END_CALL.startswith(rest):
-            return False
-        self._held = rest.removeprefix(END_CALL)
+    def _give_back(self) -> None:
+        """What was read is no call, and so a text."""
+        self._follow(self._raw)
+        self._give(Text, self._gap + self._raw)
         self._state = self._say
+        if self._only_calls and not self.num_calls:
+            self._dialect = PLAIN
+
+    def _leave_call(self, final: bool) -> bool:
+        """Behind a whole call: the closing tag, braces that are too many, and what separates calls."""
+        rest = self._held.lstrip(self._dialect.between)
+        closer = self._dialect.closer
+        if not final and ((closer and len(rest) < len(closer) and closer.startswith(rest)) or not rest):
+            return False
+        if not closer:
+            skipped = self._held[: len(self._held) - len(rest)]
+            self._breaks = max(self._breaks, len(skipped) - len(skipped.rstrip("\n")))
+        self._held = rest.removeprefix(closer)
+        self._fences.begin_line()
+        self._state = self._say
+        if self._dialect.chains and rest.startswith("{"):
+            return self._begin_call(0, "{")
         return True
 
     def _drop_call(self, final: bool) -> bool:
         """In a call that is broken: on to its end, or to the next one."""
-        place, tag = _first(self._held, (END_CALL, *self._openers))
+        tags = [tag for tag in (END_CALL, *self._dialect.openers) if tag]
+        place, tag = next(iter(_places(self._held, tags)), (-1, ""))
         if tag:
             end = place + len(tag) if tag == END_CALL else place
         else:
-            end = len(self._held) - (0 if final else _open_end(self._held, (END_CALL, *self._openers)))
+            end = len(self._held) - (0 if final else _open_end(self._held, tags))
         self._raw += self._held[:end]
         self._held = self._held[end:]
         if tag or final:
             self._end_call()
+            self._fences.begin_line()
             self._state = self._say
         return bool(tag)
 
@@ -239,21 +282,41 @@ class AnswerParser:
         ready = self._held if final else self._held[: len(self._held) - _open_end(self._held, tags)]
         if self._tagged or (tags and not final):
             ready = ready.rstrip("\n")
+        self._give_up_to(kind, len(ready))
+        self._held = "" if final else self._held
+
+    def _give_up_to(self, kind: type[Text] | type[Thinking], size: int) -> None:
+        ready = self._held[:size]
+        if kind is Thinking and len(self._held) > size:
+            ready = ready.rstrip("\n")
+        self._follow(ready)
         self._give(kind, ready)
-        self._held = "" if final else self._held[len(ready) :]
+        self._held = self._held[len(ready) :]
+
+    def _follow(self, text: str) -> None:
+        if self._dialect is not PLAIN:
+            self._fences.push(text)
 
     def _give(self, kind: type[Text] | type[Thinking], text: str) -> None:
         if self._trim:
-            text = text.lstrip("\n")
+            bare = text.lstrip("\n")
+            self._breaks = max(self._breaks, len(text) - len(bare))
+            text = bare
+            if text and kind is Text and self._said:
+                text = "\n" * max(1, self._breaks) + text
         if text:
-            self._trim = False
+            self._trim, self._breaks = False, 0
+            self._said |= kind is Text
             self._out.append(kind(text))
 
 
-def _first(text: str, tags: Sequence[str]) -> tuple[int, str]:
-    """Where the first of the tags stands and which it is, of several the longest; "" for none."""
-    found = [(place, -len(tag), tag) for tag in tags if (place := text.find(tag)) >= 0]
-    return (min(found)[0], min(found)[2]) if found else (-1, "")
+def _places(text: str, tags: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """Where tags stand in a text, from its start on, and which ones; of several at one place the longest."""
+    place = 0
+    while found := [(at, -len(tag), tag) for tag in tags if (at := text.find(tag, place)) >= 0]:
+        place, _, tag = min(found)
+        yield place, tag
+        place += 1
 
 
 def _open_end(text: str, tags: Sequence[str]) -> int:

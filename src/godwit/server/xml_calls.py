@@ -9,238 +9,277 @@
     </parameter>
     </function>
     </tool_call>
+
+The grammar of forced calls writes exactly this, with values in which :meth:`XmlCall._ends_value` finds no
+end.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
-from godwit.server.calls import parse_json
+from godwit.engine.constraint_calls import (
+    CALL,
+    END_CALL,
+    END_FUNCTION,
+    END_PARAMETER,
+    FUNCTION,
+    PARAMETER,
+    TAG_NAME,
+)
+from godwit.engine.constraint_schema import members
+from godwit.server.values import is_text, read_value
 
-FUNCTION, END_FUNCTION = "<function=", "</function>"
-PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"
-_END_CALL = "</tool_call>"
-_ENDS_OF_VALUE = (END_PARAMETER, PARAMETER, END_FUNCTION)
-MAX_NAME = 256
-MAX_REFERENCES = 8
-_INTEGER = re.compile(r"[+-]?\d{1,300}")
+MAX_NAME = 258
+_SPACE = " \t\r\n"
+_OPEN_PARAMETER = PARAMETER.removesuffix("=")
+_TAGS = (END_PARAMETER, PARAMETER, END_FUNCTION, END_CALL)
+_TAG = re.compile("|".join(map(re.escape, _TAGS)))
+_ESCAPED = re.compile(r"\\.", re.DOTALL)
+_SAME_OBJECT = ("allOf", "anyOf", "oneOf")
+#: Whether a tag ends a value: it does, it is a part of it, or more text has to tell.
+Verdict = Literal["end", "text", "wait"]
 
 
 class XmlCall:
     """Reads one call; see :class:`~godwit.server.calls.CallReader`.
 
-    Values of type string are given out as they come, others when they are whole. Closing tags may be missing
-    where it is clear what was meant.
+    Values that are texts are given out as they come, others when they are whole. Only parameters that the
+    tool knows count. A closing tag may be missing where the next line goes on with another parameter.
 
     Args:
         schemas: the parameters of each tool, by its name.
-        opened: ``<function=`` is read already.
+        opened: ``<function=`` is read already, without ``<tool_call>``: only a known name makes that a call.
     """
 
     def __init__(self, schemas: Mapping[str, Mapping[str, Any]], *, opened: bool = False) -> None:
         self.name: str | None = None
         self.failed = self.ended = self.complete = False
         self._schemas = schemas
+        self._bare = opened
         self._schema: Mapping[str, Any] = {}
-        self._state: Callable[[bool], bool] = self._read_name if opened else self._open
+        self._known: dict[str, Any] = {}
+        self._open = True  # parameters that the schema does not name are taken as texts
+        self._state: Callable[[bool], bool] = self._read_name if opened else self._read_opening
         self._held = ""
         self._out = ""
         self._keys: set[str] = set()
-        self._type = "string"
-        self._value = ""
-        self._begins = False
-        self._skips = False
-        self._cut = False
+        self._key = ""
+        self._value: str | None = None  # of the parameter that is read; None: it is given out as it comes
+        self._skips = self._fresh = False
+        self._depth = 0  # parameters that the value itself seems to open
 
     def push(self, text: str) -> tuple[int, str]:
+        return self._run(text, final=False)
+
+    def flush(self, rest: str) -> str:
+        return self._run(rest, final=True)[1]
+
+    def _run(self, text: str, *, final: bool) -> tuple[int, str]:
         self._held = text
-        while not (self.failed or self.ended) and self._state(False):
+        while not (self.failed or self.ended) and self._state(final):
             pass
+        self.failed |= final and not self.ended
         out, self._out = self._out, ""
         return len(text) - len(self._held), out
 
-    def flush(self, rest: str, cut: bool) -> str:
-        self._held, self._cut = rest, cut
-        while not (self.failed or self.ended) and self._state(True):
-            pass
-        out, self._out = self._out, ""
-        return out
-
     # The states, as in AnswerParser.
 
-    def _open(self, final: bool) -> bool:
-        rest = self._held.lstrip()
+    def _read_opening(self, final: bool) -> bool:
+        rest = self._held.lstrip(_SPACE)
         if rest.startswith(FUNCTION):
             self._held = rest[len(FUNCTION) :]
-            self._state = self._read_name
-            return True
+            return self._go(self._read_name)
         self.failed = final or not FUNCTION.startswith(rest)
         return False
 
     def _read_name(self, final: bool) -> bool:
-        name = self._read_to_bracket(final)
-        if not name:
+        """A name, and behind it what a call goes on with."""
+        name, rest = _named(self._held, final)
+        if name is None:
             return False
-        self.name = name
-        self._schema = self._schemas.get(name, {})
-        self._state = self._read_body
-        return True
+        follower = _tag_at(rest, (_OPEN_PARAMETER, END_FUNCTION, *(() if self._bare else (END_CALL,))), final)
+        self.failed = not name or follower is None or (self._bare and name not in self._schemas)
+        if not follower or self.failed:
+            return False
+        self.name, self._held = name, rest
+        if name in self._schemas:
+            self._learn(self._schemas[name])
+        return self._go(self._read_body)
 
-    def _read_to_bracket(self, final: bool) -> str:
-        """The name up to ``>``; "" where it is not there yet, or there is none."""
-        end = self._held.find(">", 0, MAX_NAME)
-        name = self._held[:end].strip() if end >= 0 else ""
-        if end >= 0 and name and "\n" not in self._held[:end].strip() and "<" not in name:
-            self._held = self._held[end + 1 :]
-            return name
-        self.failed = end >= 0 or final or len(self._held) >= MAX_NAME
-        return ""
+    def _learn(self, schema: Mapping[str, Any]) -> None:
+        parts = members(schema, schema, _SAME_OBJECT)
+        said = [part["properties"] for part in parts if isinstance(part.get("properties"), Mapping)]
+        self._schema = schema
+        self._known = {key: value for properties in said for key, value in properties.items()}
+        more = any(part.get("additionalProperties") not in (None, False) for part in parts)
+        closed = any(part.get("additionalProperties") is False for part in parts)
+        self._open = more or any("patternProperties" in part for part in parts) or not (said or closed)
+
+    def _knows(self, key: str) -> bool:
+        return self._open or key in self._known
 
     def _read_body(self, final: bool) -> bool:
         """Between parameters; what is no tag there is left out."""
         place = self._held.find("<")
-        rest = self._held[place:] if place >= 0 else ""
-        for tag, state in ((PARAMETER, self._read_key), (END_FUNCTION, None), (_END_CALL, None)):
-            if rest.startswith(tag):
-                self._held = rest[len(tag) :] if tag != _END_CALL else rest
-                return self._end() if state is None else self._go(state)
-            if rest and not final and tag.startswith(rest):
-                return False
-        if rest:
-            self._held = rest[1:]
+        self._held = self._held[place:] if place >= 0 else ""
+        tag = _tag_at(self._held, (_OPEN_PARAMETER, END_FUNCTION, END_CALL), final) if self._held else ""
+        if tag == "":
+            return False
+        if tag is None:
+            self._held = self._held[1:]
             return True
-        self._held = ""
-        return self._end() if final else False
+        if tag == _OPEN_PARAMETER:
+            return self._go(self._read_key)
+        self._held = self._held.removeprefix(END_FUNCTION)
+        self._out += "}" if self._keys else "{}"
+        self.ended = self.complete = True
+        return False
 
     def _go(self, state: Callable[[bool], bool]) -> bool:
         self._state = state
         return True
 
-    def _end(self) -> bool:
-        """The call is over; where the answer was cut off, parameters may be missing."""
-        self.complete = not self._cut
-        self.ended = True
-        self._out += "}" if self._keys else "{}"
-        return False
-
     def _read_key(self, final: bool) -> bool:
-        key = self._read_to_bracket(final)
-        if not key:
+        """A parameter that is malformed, unknown or there already is read like others, and left out."""
+        key, rest = _key_at(self._held, final)
+        if key is None:
             return False
-        self._skips = key in self._keys  # of two values for one parameter the first holds
-        self._type = self._type_of(key)
+        self._held = rest if key else self._held[len(_OPEN_PARAMETER) :]
+        self._key, self._depth = key, 0
+        self._skips = not key or key in self._keys or not self._knows(key)
+        self._value = None if is_text(self._known.get(key), self._schema) else ""
         if not self._skips:
-            self._out += f"{', ' if self._keys else '{'}{_dumps(key)}: "
-            self._out += '"' if self._type == "string" else ""
+            quote = '"' if self._value is None else ""
+            self._out += f"{', ' if self._keys else '{'}{_dumps(key)}: {quote}"
             self._keys.add(key)
-        self._value, self._begins = "", True
+        return self._go(self._begin_value)
+
+    def _begin_value(self, final: bool) -> bool:
+        """One line break at either end of a value belongs to the form."""
+        if not self._held:
+            return False
+        self._held = self._held.removeprefix("\n")
+        self._fresh = True
         return self._go(self._read_value)
 
     def _read_value(self, final: bool) -> bool:
-        """One line break at either end belongs to the form."""
-        if self._begins and self._held:
-            self._held = self._held.removeprefix("\n")
-            self._begins = False
-        found = [place for tag in _ENDS_OF_VALUE if (place := self._held.find(tag)) >= 0]
-        if found:
-            place = min(found)
-            self._take(self._held[:place].removesuffix("\n"))
-            self._held = self._held[place:].removeprefix(END_PARAMETER)
-            self._end_value()
-            return self._go(self._read_body)
-        if final:
-            self._take(self._held.removesuffix("\n"))
-            self._held = ""
-            if self._cut:
-                self.failed = True  # half a value: what was given out stays, and is not an object
-                return False
-            self._end_value()
-            return self._go(self._read_body)
-        keep = _open_end(self._held)
-        self._take(self._held[: len(self._held) - keep])
-        self._held = self._held[len(self._held) - keep :]
+        ready = len(self._held) - _open_end(self._held)
+        for found in _TAG.finditer(self._held):
+            place, tag = found.start(), found[0]
+            verdict = self._ends_value(tag, place, final)
+            if verdict == "end":
+                self._take(place - self._held[:place].endswith("\n"))
+                self._held = self._held.removeprefix("\n").removeprefix(END_PARAMETER)
+                self._end_value()
+                return self._go(self._read_body)
+            if verdict == "wait":
+                ready = place
+                break
+            self._depth += {PARAMETER: 1, END_PARAMETER: -1}.get(tag, 0)
+            ready = max(ready, found.end())
+        self._take(ready - self._held[:ready].endswith("\n"))
         return False
 
-    def _take(self, text: str) -> None:
+    def _ends_value(self, tag: str, place: int, final: bool) -> Verdict:
+        line = self._held[place - 1] == "\n" if place else self._fresh
+        rest = self._held[place + len(tag) :]
+        if self._value is not None and not line and _in_string(self._value + self._held[:place]):
+            return "text"
+        if tag == END_PARAMETER:
+            return self._ends_at_closer(rest, line, final)
+        if tag == END_CALL:
+            return "end" if line else "text"
+        if tag == END_FUNCTION:
+            follower = _tag_at(rest, (END_CALL, CALL, FUNCTION), final)
+            if follower is None:
+                return "end" if line and final and not rest.strip(_SPACE) else "text"
+            return "wait" if not follower else "end" if line or follower == END_CALL else "text"
+        key, _ = _named(rest, final) if line else ("", "")
+        return "wait" if key is None else "end" if key and self._goes_on_with(key) else "text"
+
+    def _goes_on_with(self, key: str) -> bool:
+        return self._knows(key) and key not in self._keys and key != self._key
+
+    def _ends_at_closer(self, rest: str, line: bool, final: bool) -> Verdict:
+        follower = _tag_at(rest, (_OPEN_PARAMETER, END_FUNCTION, END_CALL), final)
+        if not follower:
+            at_end = final and not rest.strip(_SPACE)
+            return "wait" if follower == "" else "end" if at_end else "text"
+        if follower != _OPEN_PARAMETER:
+            return "end"
+        bare = rest.lstrip(_SPACE)
+        key, _ = _key_at(bare, final)
+        if key is None:
+            return "wait"
+        if key and self._knows(key):
+            return "end"
+        # An unknown parameter counts as one only where the layout is that of a call; else it is prose.
+        own_line = line and "\n" in rest[: len(rest) - len(bare)]
+        return "end" if own_line and self._depth <= 0 else "text"
+
+    def _take(self, size: int) -> None:
+        text, self._held = self._held[:size], self._held[size:]
+        if not text:
+            return
+        self._fresh = False
         if self._skips:
             return
-        if self._type == "string":
+        if self._value is None:
             self._out += _dumps(text)[1:-1]
         else:
             self._value += text
 
     def _end_value(self) -> None:
-        if not self._skips:
-            self._out += '"' if self._type == "string" else _dumps(convert(self._value, self._type))
+        if self._skips:
+            return
+        if self._value is None:
+            self._out += '"'
+        else:
+            self._out += _dumps(read_value(self._value, self._known.get(self._key), self._schema))
 
-    def _type_of(self, key: str) -> str:
-        properties = self._schema.get("properties")
-        return type_of(properties.get(key) if isinstance(properties, Mapping) else None, self._schema)
+
+def _tag_at(text: str, tags: Sequence[str], final: bool) -> str | None:
+    """Which of the tags comes next, blanks aside; "" where it is not certain yet, None for none of them."""
+    rest = text.lstrip(_SPACE)
+    for tag in tags:
+        if rest.startswith(tag):
+            return tag
+    return "" if not final and any(tag.startswith(rest) for tag in tags) else None
+
+
+def _named(text: str, final: bool) -> tuple[str | None, str]:
+    """The name up to ``>`` and what follows; None where it is not complete yet, "" where there is none."""
+    end = text.find(">", 0, MAX_NAME)
+    raw = text[:end] if end >= 0 else text
+    name = raw.strip()
+    if end >= 0:
+        return (name, text[end + 1 :]) if TAG_NAME.fullmatch(name) else ("", text)
+    over = final or len(text) >= MAX_NAME or "<" in raw or "\n" in raw.lstrip()
+    return "" if over else None, text
+
+
+def _key_at(text: str, final: bool) -> tuple[str | None, str]:
+    """The same of a parameter, from its ``<parameter`` on."""
+    if text.startswith(PARAMETER):
+        return _named(text[len(PARAMETER) :], final)
+    return "" if final or len(text) > len(_OPEN_PARAMETER) else None, text
+
+
+def _in_string(text: str) -> bool:
+    """Whether JSON that begins like this is within a string."""
+    if not text.lstrip(_SPACE).startswith(("{", "[", '"')):
+        return False
+    return _ESCAPED.sub("", text).count('"') % 2 == 1
 
 
 def _open_end(text: str) -> int:
-    """Length of the end of ``text`` that may belong to the end of a value: a line break, a part of a tag."""
-    sizes = [size for tag in _ENDS_OF_VALUE for size in range(1, len(tag)) if text.endswith(tag[:size])]
-    size = max(sizes, default=0)
-    return size + text[: len(text) - size].endswith("\n")
-
-
-def type_of(schema: Any, root: Mapping[str, Any]) -> str:
-    """The type that a JSON schema asks for, the first that is not null; "string" where it does not say."""
-    for _ in range(MAX_REFERENCES):
-        if not isinstance(schema, Mapping):
-            return "string"
-        if isinstance(reference := schema.get("$ref"), str):
-            schema = _resolve(reference, root)
-            continue
-        kinds = schema.get("type")
-        named = [kind for kind in (kinds if isinstance(kinds, list) else [kinds]) if isinstance(kind, str)]
-        if named:
-            return next((kind for kind in named if kind != "null"), "null")
-        options = schema.get("anyOf") or schema.get("oneOf")
-        if not isinstance(options, list):
-            return "string"
-        schema = next((o for o in options if isinstance(o, Mapping) and o.get("type") != "null"), None)
-    return "string"
-
-
-def _resolve(reference: str, root: Mapping[str, Any]) -> Any:
-    """What a reference within the same schema stands for; others are not followed."""
-    value: Any = root
-    for step in reference.removeprefix("#/").split("/") if reference.startswith("#/") else [""]:
-        value = value.get(step) if isinstance(value, Mapping) else None
-    return value
-
-
-def convert(text: str, kind: str) -> Any:
-    """A value of the type ``kind`` from its text, or the text itself where it is none."""
-    plain = text.strip()
-    if plain.lower() in ("null", "none"):
-        return None
-    if kind == "boolean":
-        return {"true": True, "false": False}.get(plain.lower(), text)
-    if kind == "integer":
-        return int(plain) if _INTEGER.fullmatch(plain) else text
-    if kind == "number":
-        return _number(plain, text)
-    try:
-        return parse_json(text)
-    except ValueError:
-        return text
-
-
-def _number(plain: str, text: str) -> int | float | str:
-    if _INTEGER.fullmatch(plain):
-        return int(plain)
-    try:
-        value = float(plain)
-    except ValueError:
-        return text
-    return value if math.isfinite(value) and "_" not in plain else text
+    """Length of the end of ``text`` with which a tag may begin."""
+    sizes = [size for tag in _TAGS for size in range(1, len(tag)) if text.endswith(tag[:size])]
+    return max(sizes, default=0)
 
 
 def _dumps(value: Any) -> str:

@@ -1,10 +1,16 @@
-"""Tool calls as JSON, ``{"name": ..., "arguments": {...}}``, read character by character."""
+"""Tool calls as JSON, ``{"name": ..., "arguments": {...}}``, read character by character.
+
+Hermes and Qwen put them between tags. Llama 3 writes them bare, with ``parameters`` for ``arguments``, maybe
+behind ``<|python_tag|>``, and ``;`` between several.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Literal
 
-from godwit.server.calls import is_object, parse_json
+from godwit.engine.constraint_calls import ARGUMENTS, FIRST_KEYS
+from godwit.server.calls import object_text, parse_json
 
 _SPACE = " \t\r\n"
 _CLOSERS = {"{": "}", "[": "]"}
@@ -12,18 +18,27 @@ _CLOSERS = {"{": "}", "[": "]"}
 _PLAIN = frozenset(_SPACE + "{}[],:+-.0123456789eEtrufalsn")
 #: How a value begins.
 _STARTS = frozenset('{["-0123456789tfn')
+#: What may stand behind a backslash, and how control characters are written there.
+_ESCAPES = frozenset('"\\/bfnrtu')
+_CONTROLS = {"\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 Place = Literal["start", "key or end", "key", "colon", "value", "comma or end"]
 
 
-class HermesCall:
+class JsonCall:
     """Reads one call; see :class:`~godwit.server.calls.CallReader`.
 
     The arguments are given out as they come once the name is known. Arguments before the name are kept until
-    then, and so are arguments as a JSON text within a JSON string, which some models write.
+    then, and so are arguments as a JSON text within a JSON string, which some models write. Control
+    characters and backslashes that JSON does not allow within strings are given out escaped.
+
+    Args:
+        names: of the tools, where nothing but a known name and arguments tells a call from other JSON.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: Container[str] | None = None) -> None:
+        self._names = names
+        self._num_keys = 0
         self.name: str | None = None
         self.failed = self.ended = self.complete = False
         self._place: Place = "start"
@@ -45,7 +60,7 @@ class HermesCall:
                 return used + 1, out
         return len(text), out
 
-    def flush(self, rest: str, cut: bool) -> str:
+    def flush(self, rest: str) -> str:
         """Behind the arguments nothing more is needed."""
         self.ended = self.complete
         self.failed = not self.complete
@@ -78,7 +93,7 @@ class HermesCall:
         self._part = character
         self._quoted = character == '"'
         self._stack = [_CLOSERS[character]] if character in _CLOSERS else []
-        expected = self._place == "value" and self._key == "arguments" and self.name is None
+        expected = self._place == "value" and self._key in ARGUMENTS and self.name is None
         self._streams = expected and self._name is not None and character == "{"
         if not self._streams:
             return ""
@@ -91,14 +106,25 @@ class HermesCall:
         if not self._quoted and character not in _PLAIN and character != '"':
             self.failed = True  # what was given out stays, and is not an object
             return ""
-        self._part += character
-        out = character if self._streams else ""
+        written = self._repaired(character) if self._quoted else character
+        self._part += written
+        out = written if self._streams else ""
         if self._quoted:
             whole = self._ends_string(character) and not self._stack
         else:
             self._quoted = character == '"'
             whole = self._ends_brackets(character)
         return out + (self._end_part() if whole else "")
+
+    def _repaired(self, character: str) -> str:
+        """How a character of a string is to be written; a backslash waits for what it escapes."""
+        if self._escaped and character in _ESCAPES:
+            return "\\" + character
+        if character < " ":
+            return _CONTROLS.get(character) or f"\\u{ord(character):04x}"
+        if self._escaped:
+            return character if character == "'" else f"\\\\{character}"
+        return "" if character == "\\" else character
 
     def _ends_string(self, character: str) -> bool:
         if self._escaped:
@@ -129,16 +155,19 @@ class HermesCall:
             return ""
         if self._place != "value":
             self._key, self._place = value, "colon"
+            self._num_keys += 1
+            self.failed = self._names is not None and self._num_keys == 1 and value not in FIRST_KEYS
             return ""
         self._place = "comma or end"
         if self._key == "name":
             return self._take_name(value)
-        if self._key == "arguments":
+        if self._key in ARGUMENTS:
             return self._take_arguments(value, part)
         return ""
 
     def _take_name(self, value: object) -> str:
-        if not isinstance(value, str) or not value or self._name is not None:
+        known = self._names is None or value in self._names
+        if not isinstance(value, str) or not value or not known or self._name is not None:
             self.failed = True
             return ""
         self._name = value
@@ -149,8 +178,9 @@ class HermesCall:
             self._streams = False
             self.complete = True
             return ""
-        text = value if isinstance(value, str) else part
-        if self.complete or self._arguments is not None or not is_object(text):
+        nothing = value is None or (isinstance(value, str) and not value.strip())
+        text = "{}" if nothing else object_text(value if isinstance(value, str) else part)
+        if self.complete or self._arguments is not None or text is None:
             self.failed = True
             return ""
         if self._name is not None:
@@ -164,7 +194,7 @@ class HermesCall:
         return arguments
 
     def _close(self) -> str:
-        if self._name is None:
+        if self._name is None or (self._names is not None and not self.complete):
             self.failed = True
             return ""
         self.ended = True
