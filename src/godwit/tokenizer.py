@@ -10,10 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import re
-import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
