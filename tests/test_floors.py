@@ -20,7 +20,7 @@ FLOORS = (
     ("cli",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms} | {"": 0}
-PARTS = {"tokenizer": ("chat_template", "detokenizer", "template_worker", "tokenizer_files")}
+PARTS = {"tokenizer": ("chat_template", "detokenizer", "messages", "template_worker", "tokenizer_files")}
 ROOM = {part: room for room, parts in PARTS.items() for part in parts}
 
 
