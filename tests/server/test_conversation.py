@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from typing import Any, TypeVar
 
+import httpx
 import pytest
 from pydantic import BaseModel, ValidationError
 
@@ -19,6 +21,7 @@ from godwit.server.protocol_messages import MessagesRequest
 from godwit.server.protocol_responses import ResponsesRequest
 from godwit.tokenizer import Tokenizer
 from tests.engine.tiny import tokenizer_json
+from tests.server.conftest import Engines, Servers, running
 from tests.server.templates import QWEN3, QWEN3_NEXT, QWEN35, TEMPLATES
 
 IMAGE = "[image left out: this model reads only text]"
@@ -374,3 +377,50 @@ class TestContinuing:
         )
         off = begun("Yes", chat_template_kwargs={"enable_thinking": False})
         assert text_of(template, off).endswith("<think>\n\n</think>\n\nYes")
+
+
+class TestServed:
+    """The same through a server."""
+
+    PATH = "/v1/chat/completions"
+    IMAGES = {"messages": [{"role": "user", "content": [TestMedia.TEXT, TestMedia.CHAT]}]}  # noqa: RUF012
+
+    def test_the_log_names_what_was_left_out(
+        self, servers: Servers, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO, "godwit.server")
+        with servers("hello").client() as client:
+            response = client.post(self.PATH, json=self.IMAGES)
+        assert response.status_code == 200
+        line = next(message for message in caplog.messages if "left out of the prompt" in message)
+        assert line.startswith(response.headers["x-request-id"]) and line.endswith(": image")
+
+    def test_a_server_that_refuses_them(self, engines: Engines) -> None:
+        with running(engines("hello"), refuse_media=True) as server, server.client() as client:
+            response = client.post(self.PATH, json=self.IMAGES)
+            assert client.post(self.PATH, json={"messages": [{"role": "user", "content": "a"}]}).is_success
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert error["param"] == "messages.0.content" and "reads only text" in error["message"]
+
+    def test_an_answer_goes_on(self, servers: Servers) -> None:
+        question = {"role": "user", "content": "a"}
+        half = {
+            "messages": [question, {"role": "assistant", "content": "Hello"}],
+            "continue_final_message": True,
+        }
+        with servers("hello").client() as client:
+            assert self.said(client, half) == " there."
+            assert (
+                self.said(client, {"messages": [question], "add_generation_prompt": True}) == "Hello there."
+            )
+            ids = client.post("/tokenize", json=half).json()["tokens"]
+            form = client.post(self.PATH, json=half | {"response_format": {"type": "json_object"}})
+            both = client.post(self.PATH, json=half | {"add_generation_prompt": True})
+        assert servers("hello").service.tokenizer.decode(ids).endswith("assistant\nHello")
+        assert form.status_code == both.status_code == 400
+        assert "held to a form" in form.json()["error"]["message"]
+
+    def said(self, client: httpx.Client, body: dict[str, Any]) -> str:
+        text: str = client.post(self.PATH, json=body).json()["choices"][0]["message"]["content"]
+        return text
