@@ -406,18 +406,18 @@ class TestServed:
     def test_an_answer_goes_on(self, servers: Servers) -> None:
         question = {"role": "user", "content": "a"}
         half = {
-            "messages": [question, {"role": "assistant", "content": "Hello"}],
+            "messages": [question, {"role": "assistant", "content": "Well,\n"}],
             "continue_final_message": True,
         }
         with servers("hello").client() as client:
-            assert self.said(client, half) == " there."
+            assert self.said(client, half) == "Hello there."
             assert (
                 self.said(client, {"messages": [question], "add_generation_prompt": True}) == "Hello there."
             )
             ids = client.post("/tokenize", json=half).json()["tokens"]
             form = client.post(self.PATH, json=half | {"response_format": {"type": "json_object"}})
             both = client.post(self.PATH, json=half | {"add_generation_prompt": True})
-        assert servers("hello").service.tokenizer.decode(ids).endswith("assistant\nHello")
+        assert servers("hello").service.tokenizer.decode(ids).endswith("assistant\nWell,\n")
         assert form.status_code == both.status_code == 400
         assert "held to a form" in form.json()["error"]["message"]
 
