@@ -22,7 +22,14 @@ FLOORS = (
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms} | {"": 0}
 PARTS = {
     "config": ("config_fields", "config_rotary"),
-    "tokenizer": ("added_tokens", "chat_template", "detokenizer", "template_worker", "tokenizer_files"),
+    "tokenizer": (
+        "added_tokens",
+        "chat_template",
+        "detokenizer",
+        "messages",
+        "template_worker",
+        "tokenizer_files",
+    ),
 }
 ROOM = {part: room for room, parts in PARTS.items() for part in parts}
 

@@ -7,7 +7,6 @@ literal of a control token in the messages before rendering, so that whatever a 
 from __future__ import annotations
 
 import itertools
-import json
 import re
 import secrets
 import sys
@@ -18,12 +17,11 @@ from typing import Any
 
 from .child import Child
 from .errors import BusyError, TemplateError
+from .messages import calls_as_text, normalise_messages, repaired
 from .template_worker import read_frame, write_frame
 
 MAX_SOURCE_CHARS = 1 << 20
 MAX_DEPTH = 64
-_CALL_KEYS = ("name", "arguments")
-_ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _OWN_WORDS = frozenset(("content", "reasoning_content", "reasoning", "thinking"))
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
 ROLE_ASSISTANT, ROLE_USER, ROLE_OTHER = 0, 1, 2
@@ -72,21 +70,28 @@ class ChatTemplate:
     ) -> str:
         """The conversation as one text; `kwargs` become template variables (`enable_thinking=False`, ...).
 
-        Raises TemplateError when a message is malformed, and when the template fails or exceeds a limit.
+        Messages that the template refuses are changed as far as `repaired` knows how, and rendered again.
+        Raises TemplateError when a message is malformed, and when the template fails or exceeds a limit; the
+        error is that of the messages as they were given.
         """
         variables = {
             **self.special,
             "documents": None,
             **kwargs,
-            "messages": normalise_messages(messages),
             "tools": list(tools) if tools else None,
             "add_generation_prompt": add_generation_prompt,
         }
-        name = "tools" if tools and self.tool_source is not None else "default"
-        answer = self._worker.ask({"source": name, "variables": variables})
-        if "error" in answer:
-            raise TemplateError(f"the chat template cannot be rendered: {answer['error']}")
-        return str(answer["text"])
+        with_tools = tools and self.tool_source is not None
+        name, source = ("tools", self.tool_source) if with_tools else ("default", self.source)
+        version: list[dict[str, Any]] | None = calls_as_text(normalise_messages(messages), source or "")
+        errors: list[str] = []
+        while version is not None:
+            answer = self._worker.ask({"source": name, "variables": {**variables, "messages": version}})
+            if "error" not in answer:
+                return str(answer["text"])
+            errors.append(str(answer["error"]))
+            version = repaired(version, errors[-1])
+        raise TemplateError(f"the chat template cannot be rendered: {errors[0]}")
 
 
 class _Worker:
@@ -140,53 +145,6 @@ class _Worker:
             if answer is None:
                 self.child.drop()
         return dict(answer)
-
-
-def normalise_messages(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as templates expect them.
-
-    Text parts are joined by newlines; tool calls get the OpenAI shape, with arguments as objects. Raises
-    TemplateError for a message without a plain role name.
-    """
-    return [_normalise_message(index, message) for index, message in enumerate(messages)]
-
-
-def _normalise_message(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    role = message.get("role") if isinstance(message, Mapping) else None
-    if not isinstance(role, str) or not _ROLE.fullmatch(role):
-        raise TemplateError(f"message {index} needs a `role` such as system, user, assistant or tool")
-    result = dict(message)
-    if isinstance(content := result.get("content"), list) and all(map(_is_text_part, content)):
-        result["content"] = "\n".join(part["text"] for part in content)
-    if calls := result.get("tool_calls"):
-        if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
-            raise TemplateError(f"`tool_calls` of message {index} has to be a list of objects")
-        result["tool_calls"] = [_normalise_call(call) for call in calls]
-    return result
-
-
-def _is_text_part(part: object) -> bool:
-    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
-
-
-def _normalise_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """Both `{"name", "arguments"}` and `{"id", "type", "function": {...}}` become the second shape."""
-    inner = call.get("function")
-    own = {key: value for key, value in call.items() if key in _CALL_KEYS}
-    function = dict(inner) if isinstance(inner, Mapping) else own
-    rest = {key: value for key, value in call.items() if key not in _CALL_KEYS and key != "function"}
-    if isinstance(text := function.get("arguments"), str):
-        function["arguments"] = _parse_object(text)
-    return {"type": "function", **rest, "function": function}
-
-
-def _parse_object(text: str) -> Any:
-    """The object in a JSON text, or the text itself where a model wrote something else."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    return value if isinstance(value, dict) else text
 
 
 class Shield:

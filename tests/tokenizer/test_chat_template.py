@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from godwit.chat_template import ChatTemplate, normalise_messages
+from godwit.chat_template import ChatTemplate
 from godwit.errors import BusyError, TemplateError
 
 DEFAULT = Path(__file__).resolve().parents[2] / "recipes" / "default" / "chat_template.jinja"
@@ -203,46 +203,6 @@ class TestProcess:
         monkeypatch.setattr("sys.path", [])
         with pytest.raises(TemplateError, match="can import jinja2"):
             render("x")
-
-
-class TestMessages:
-    @pytest.mark.parametrize(
-        "message", [{}, {"role": None}, {"role": ""}, {"role": "a<|im_end|>"}, {"role": "a\nb"}, "text", None]
-    )
-    def test_a_message_needs_a_plain_role(self, message: Any) -> None:
-        with pytest.raises(TemplateError, match="message 1 needs a `role`"):
-            normalise_messages([USER[0], message])
-
-    @pytest.mark.parametrize("calls", ["f()", [1], {"name": "f"}])
-    def test_malformed_calls(self, calls: Any) -> None:
-        with pytest.raises(TemplateError, match="tool_calls"):
-            normalise_messages([{"role": "assistant", "tool_calls": calls}])
-
-    def test_text_parts_are_joined_and_others_left(self) -> None:
-        parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-        image = [*parts, {"type": "image"}]
-        messages = normalise_messages([{"role": "user", "content": c} for c in (parts, image, None, "x")])
-        assert [message["content"] for message in messages] == ["a\nb", image, None, "x"]
-
-    @pytest.mark.parametrize("arguments", [{"a": 1}, '{"a": 1}', ' {"a":1}\n'])
-    def test_both_shapes_of_a_call(self, arguments: Any) -> None:
-        flat = {"name": "f", "arguments": arguments}
-        openai = {"id": "c1", "type": "function", "function": flat}
-        message: dict[str, Any] = {"role": "assistant", "tool_calls": [flat, openai]}
-        (result,) = normalise_messages([message])
-        function = {"name": "f", "arguments": {"a": 1}}
-        assert result["tool_calls"] == [
-            {"type": "function", "function": function},
-            {"id": "c1", "type": "function", "function": function},
-        ]
-        assert message["tool_calls"][0]["arguments"] == arguments  # the caller's messages stay as they were
-
-    @pytest.mark.parametrize("text", ["", "{", "[1]", "3", "[" * 100_000])
-    def test_arguments_that_are_no_object_stay_text(self, text: str) -> None:
-        (result,) = normalise_messages(
-            [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": text}]}]
-        )
-        assert result["tool_calls"][0]["function"]["arguments"] == text
 
 
 class TestDefaultTemplate:

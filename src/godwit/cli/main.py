@@ -157,6 +157,10 @@ def serve(
         list[str] | None,
         typer.Option(help="A web page's origin that may use the server; may be repeated.", metavar="URL"),
     ] = None,
+    refuse_media: Annotated[
+        bool,
+        typer.Option("--refuse-media", help="Refuse images and files, rather than say they were left out."),
+    ] = False,
     context: Annotated[
         int | None, typer.Option(min=2, help="Tokens of prompt and answer together.", metavar="N")
     ] = None,
@@ -193,6 +197,7 @@ def serve(
             names=name or [],
             api_key_file=api_key_file,
             cors_origins=cors_origin or [],
+            refuse_media=refuse_media,
             engine=EngineOptions(
                 context=context,
                 memory_gib=memory,

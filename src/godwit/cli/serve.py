@@ -43,6 +43,7 @@ def run(
     names: Sequence[str],
     api_key_file: Path | None,
     cors_origins: Sequence[str],
+    refuse_media: bool,
     engine: EngineOptions,
     threads: int | None,
     dtype: DtypeName,
@@ -78,6 +79,7 @@ def run(
             sampling=sampling,
             keys=keys,
             origins=origins,
+            refuse_media=refuse_media,
             loopback=is_loopback(listener),
             limits=Limits.of(engines.context),
         )

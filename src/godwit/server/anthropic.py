@@ -29,11 +29,10 @@ def conversation_of(asked: CountRequest) -> Conversation:
     Raises:
         ApiError: it cannot be continued.
     """
-    messages, prefill = asked.all_messages(), asked.prefill()
     variables = {} if asked.thinking is None else {"enable_thinking": asked.thinking.type != "disabled"}
     choice = asked.tool_choice.type if asked.tool_choice else "auto"
     tools = [] if choice == "none" else [tool.tool() for tool in asked.tools]
-    return Conversation(messages[:-1] if prefill else messages, tools, variables, prefill)
+    return asked.conversation(tools, variables)
 
 
 def chat_of(asked: MessagesRequest, service: Service) -> Chat:

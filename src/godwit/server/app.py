@@ -22,7 +22,6 @@ from godwit.server.errors import INTERNAL, ApiError, bad_request, respond
 from godwit.server.host import EngineHost
 from godwit.server.journal import Journal, Record
 from godwit.server.openapi import describe
-from godwit.server.prompts import Conversation
 from godwit.server.protocol import DetokenizeRequest, TokenizeRequest
 from godwit.server.service import Service
 from godwit.server.settings import Settings
@@ -88,9 +87,9 @@ async def tokenize(request: Request) -> Response:
         add = asked.add_special_tokens
         prompt = await service.prompt_threads.run(lambda: service.prompts.text(text, add_special_tokens=add))
     else:
-        messages = [message.message() for message in asked.messages]
         tools = [tool.function.tool() for tool in asked.tools]
-        prompt = await service.make_prompt(Conversation(messages, tools, asked.chat_template_kwargs))
+        conversation = asked.conversation_of(asked.messages, tools, asked.chat_template_kwargs)
+        prompt = await service.make_prompt(conversation)
     ids = list(prompt.ids)
     return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.context})
 

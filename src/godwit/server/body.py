@@ -14,6 +14,8 @@ from godwit.server.errors import ApiError, bad_request
 from godwit.server.settings import Limits
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+#: Objects in which null is a value: schemas, arguments of calls, and what is only handed back.
+_OPAQUE = frozenset({"parameters", "input_schema", "schema", "json", "arguments", "input", "metadata"})
 #: Parsing a longer body would keep the event loop from others for too long.
 _LONG = 1 << 16
 
@@ -56,7 +58,7 @@ async def _read(request: Request, limit: int) -> bytes:
 
 
 def parse_object(data: bytes, depth: int) -> dict[str, Any]:
-    """The JSON object in ``data``, with U+FFFD for halves of characters.
+    """The JSON object in ``data``, without fields that are null, and with U+FFFD for halves of characters.
 
     Raises:
         ApiError: it is none, has numbers that are not finite, or is nested too deeply.
@@ -74,7 +76,25 @@ def parse_object(data: bytes, depth: int) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise bad_request("the body has to be a JSON object")
     _check_depth(value, depth)
-    return whole_characters(value) if _SURROGATE.search(data) else value
+    whole: dict[str, Any] = whole_characters(value) if _SURROGATE.search(data) else value
+    drop_nulls(whole)
+    return whole
+
+
+def drop_nulls(value: dict[str, Any] | list[Any]) -> None:
+    """Remove the fields that are null, at any depth: they are as good as absent.
+
+    Schemas, arguments and metadata keep theirs, and so do lists, in which places count.
+    """
+    if isinstance(value, dict):
+        for key in [key for key, item in value.items() if item is None]:
+            del value[key]
+        inner = [item for key, item in value.items() if not (key in _OPAQUE and isinstance(item, dict))]
+    else:
+        inner = value
+    for item in inner:
+        if isinstance(item, dict | list):
+            drop_nulls(item)
 
 
 def _refuse(constant: str) -> float:

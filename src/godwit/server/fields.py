@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema
+
+from godwit.server.errors import bad_request
 
 from godwit.engine.constraint_schema import NO_PARAMETERS
 
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+#: Parts that this server cannot read, and what they are.
+MEDIA_PARTS = {
+    **dict.fromkeys(("image", "image_url", "input_image"), "image"),
+    **dict.fromkeys(("audio", "audio_url", "input_audio"), "audio"),
+    **dict.fromkeys(("video", "video_url", "input_video"), "video"),
+    **dict.fromkeys(("file", "input_file", "document", "container_upload", "search_result"), "file"),
+}
+_LEFT_OUT = re.compile(r"(\[(image|audio|video|file) left out: this model reads only text\]\n?)+")
+ONLY_TEXT = (
+    "this model reads only text: it takes neither images, sounds nor files, and nothing is fetched from "
+    "addresses"
+)
 MAX_NAME = 128
 _NAME = rf"^[A-Za-z0-9_.:/-]{{1,{MAX_NAME}}}$"
 
@@ -26,34 +43,113 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
 
-def joined_text(content: Any) -> Any:
-    """The text of a message's content, which may be a list of parts; ValueError for other parts than text."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if not isinstance(kind, str) or kind not in TEXT_PARTS:
-            raise ValueError(
-                "only parts of type text are taken: this model reads neither images, sounds nor files, and "
-                "nothing is fetched from addresses"
-            )
+@dataclass
+class Reading:
+    """The context in which a body is checked.
+
+    Attributes:
+        refuse_media: images, sounds and files are refused even where the rest of a message is text.
+        left_out: kinds of what was left out, filled while the body is checked.
+    """
+
+    refuse_media: bool = False
+    left_out: set[str] = field(default_factory=set)
+
+
+def joined_text(content: Any, info: ValidationInfo) -> Any:
+    """The text of a message's content, which may be a list of parts.
+
+    Raises:
+        ValueError: a part is of no known type, or has no text.
+    """
+    return "\n".join(text_of(part, info) for part in content) if isinstance(content, list) else content
+
+
+def text_of(part: Any, info: ValidationInfo) -> str:
+    """The text of one part; for what is no text, a line that says so.
+
+    Raises:
+        ValueError: the part is of no known type, has no text, or is refused by the server's settings.
+    """
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if isinstance(kind, str) and kind in TEXT_PARTS:
         if not isinstance(text := part.get(TEXT_PARTS[kind]), str):
             raise ValueError(f"a part of type {kind} needs its text")
-        texts.append(text)
-    return "\n".join(texts)
+        return text
+    if not isinstance(kind, str) or kind not in MEDIA_PARTS:
+        raise ValueError(f"only parts of type text are taken; {ONLY_TEXT}")
+    inner = _inner_text(part)
+    return joined_text(inner, info) if inner else _leave_out(MEDIA_PARTS[kind], info)
+
+
+def _inner_text(part: Mapping[str, Any]) -> list[Any]:
+    """The text of a document or search result that holds it itself, as parts."""
+    source = part.get("source")
+    if isinstance(source, Mapping) and source.get("type") == "text":
+        return [{"type": "text", "text": source.get("data")}]
+    found = source.get("content") if isinstance(source, Mapping) else part.get("content")
+    if isinstance(found, str):
+        return [{"type": "text", "text": found}]
+    return found if isinstance(found, list) else []
+
+
+def _leave_out(kind: str, info: ValidationInfo) -> str:
+    reading = info.context if isinstance(info.context, Reading) else Reading()
+    if reading.refuse_media:
+        raise ValueError(ONLY_TEXT)
+    reading.left_out.add(kind)
+    return f"[{kind} left out: this model reads only text]"
+
+
+def check_question(text: str, place: str) -> None:
+    """Refuse a question of which nothing could be read, which an answer could only make up.
+
+    Raises:
+        ApiError: all parts of the last message were left out.
+    """
+    if _LEFT_OUT.fullmatch(text):
+        raise bad_request(ONLY_TEXT, place)
+
+
+_HEADER = re.compile(r"\Ax-anthropic-billing-header:[^\n]*")
+_CHANGING = re.compile(r"(\bcch=)[^;\s]*|(\bcc_version=\d+\.\d+\.\d+\.)[^;\s]*")
+
+
+def steady(system: str) -> str:
+    """System text with constants for the values that Claude Code changes in its first line.
+
+    They differ between requests or conversations, and with them no prompt would begin like another.
+    """
+    return _HEADER.sub(lambda line: _CHANGING.sub(lambda m: f"{m[1] or m[2]}0", line[0]), system)
+
+
+def as_json(value: Any) -> str:
+    """A JSON text, or a value as one: some clients send arguments as an object."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 _PART_SCHEMA = {
-    "type": "object",
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-    "required": ["type", "text"],
+    "anyOf": [
+        {
+            "type": "object",
+            "properties": {"type": {"const": kind}, name: {"type": "string"}},
+            "required": ["type", name],
+        }
+        for kind, name in TEXT_PARTS.items()
+    ]
+    + [{"type": "object", "properties": {"type": {"enum": [*MEDIA_PARTS]}}, "required": ["type"]}]
 }
-#: A text, or a list of parts that are texts.
+#: A text, or a list of parts; of parts that are no text, a line that says so is left.
 Content = Annotated[
     str,
     BeforeValidator(joined_text),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _PART_SCHEMA}]}),
+]
+#: Of a call in an earlier answer, as a JSON text. What is no JSON object is taken too: the model wrote it.
+Arguments = Annotated[
+    str,
+    BeforeValidator(as_json),
+    WithJsonSchema({"description": "A JSON text, or an object.", "default": "{}"}),
 ]
 Name = Annotated[str, Field(pattern=_NAME)]
 #: Taken, and of no consequence here.

@@ -22,7 +22,7 @@ from godwit.server.openai_bodies import (
     timings,
     usage_of,
 )
-from godwit.server.prompts import Conversation, Prompt
+from godwit.server.prompts import Prompt
 from godwit.server.protocol import ChatRequest, CompletionRequest, SharedFields
 from godwit.server.service import Chat, Service, allowed_tools
 from godwit.server.sse import DONE, KEEP_ALIVE, EventStream, event
@@ -46,11 +46,10 @@ def chat_of(asked: ChatRequest, service: Service) -> Chat:
     variables = dict(asked.chat_template_kwargs)
     if asked.reasoning_effort is not None:
         variables.setdefault("enable_thinking", asked.reasoning_effort not in ("none", "minimal"))
-    messages = [message.message() for message in asked.messages]
     choice = asked.choice()
     tools = allowed_tools([tool.function for tool in asked.tools], choice)
     return Chat(
-        conversation=Conversation(messages, [tool.tool() for tool in tools], variables),
+        conversation=asked.conversation_of(asked.messages, [tool.tool() for tool in tools], variables),
         params=service.sampling(**choosing),
         n=asked.n,
         mode=choice.mode,

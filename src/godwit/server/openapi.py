@@ -57,8 +57,8 @@ def describe() -> dict[str, Any]:
         [(model, "validation") for _, model, _, _ in _BODIES], ref_template=_TEMPLATE
     )
     schemas = definitions.get("$defs", {}) | {"Error": _error_schema()}
-    for _, model, _, _ in _BODIES:
-        _allow_null(schemas[model.__name__])
+    for schema in schemas.values():
+        _allow_null(schema)
     paths = {path: {"post": _post(model, text, fields)} for path, model, text, fields in _BODIES}
     paths |= {path: {"get": _operation(text, _json(_object(fields)))} for path, text, fields in _PLAIN}
     paths["/metrics"] = {
@@ -79,7 +79,7 @@ def describe() -> dict[str, Any]:
 
 def _allow_null(schema: dict[str, Any]) -> None:
     """For a field that is not needed, null is as good as leaving it out."""
-    for name, field in schema["properties"].items():
+    for name, field in schema.get("properties", {}).items():
         if name not in schema.get("required", ()):
             schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
 

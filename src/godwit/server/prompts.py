@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -13,11 +13,15 @@ from godwit.server.errors import bad_request, too_long
 from godwit.tokenizer import Tokenizer
 
 Message = dict[str, Any]
-THINK = "<think>"
+THINK, END_THINK = "<think>", "</think>"
 #: How many beginnings of a conversation are rendered where its tokens do not tell its messages apart.
 MAX_RENDERED = 8
 #: Between the end of the last message and that of the prompt are only the words that open the answer.
 NEAR_END = 16
+_THINKS = (
+    "this model thinks before it answers, so its answer cannot be begun for it; turn its thinking off where "
+    "that can be done, or send what was thought along"
+)
 _RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "documents", "chat_template"})
 
 
@@ -45,12 +49,34 @@ class Conversation:
         tools: likewise.
         variables: what else the template is told.
         prefill: how the answer begins.
+        thoughts: what was thought before it.
     """
 
     messages: Sequence[Message]
     tools: Sequence[Mapping[str, Any]] = ()
     variables: Mapping[str, Any] = field(default_factory=dict)
     prefill: str = ""
+    thoughts: str = ""
+
+    @property
+    def begun(self) -> bool:
+        """Whether the beginning of the answer is given."""
+        return bool(self.prefill or self.thoughts)
+
+    def continuing(self) -> Conversation:
+        """The same conversation, with its last message as the beginning of the answer.
+
+        Raises:
+            ApiError: that is not a message of the assistant that can be continued.
+        """
+        last = self.messages[-1]
+        if last["role"] != "assistant" or last.get("tool_calls"):
+            raise bad_request(
+                "only a last message of the assistant can be continued, and only one without tool calls",
+                "messages",
+            )
+        begun = {"prefill": last["content"], "thoughts": last.get("reasoning_content", "")}
+        return replace(self, messages=self.messages[:-1], **begun)
 
 
 def check_variables(variables: Mapping[str, Any]) -> None:
@@ -105,14 +131,35 @@ class PromptMaker:
             TemplateError: the template does not take it.
             ApiError: its prefill cannot be put behind the prompt.
         """
-        ids = self._encode(conversation, conversation.messages, add_generation_prompt=True)
-        thinking = opens_thinking(self.tokenizer.decode(ids[-16:], skip_special=False))
+        ids, end = self._before_answer(conversation)
+        if conversation.prefill and not conversation.thoughts and opens_thinking(end):
+            conversation = _without_thinking(conversation)
+            ids, end = self._before_answer(conversation)
+            if opens_thinking(end):
+                raise bad_request(_THINKS)
+        if not self._rewrites or end.rstrip().endswith(END_THINK):  # there is no place for thoughts
+            conversation = replace(conversation, thoughts="")
+        opened = opens_thinking(end)
+        thinking = (opened or bool(conversation.thoughts)) and not conversation.prefill
         boundaries = self._boundaries(conversation, ids)
-        if conversation.prefill:
-            if thinking:
-                raise bad_request("this model thinks before it answers, so its answer cannot be begun for it")
-            ids = [*ids, *self.tokenizer.encode(conversation.prefill, add_special_tokens=False)]
-        return Prompt(tuple(ids), boundaries, thinking)
+        return Prompt((*ids, *self._beginning(conversation, opened)), boundaries, thinking)
+
+    def _before_answer(self, conversation: Conversation) -> tuple[list[int], str]:
+        """(ids of the prompt up to where the answer begins, the text at their end)."""
+        ids = self._encode(conversation, conversation.messages, add_generation_prompt=True)
+        return ids, self.tokenizer.decode(ids[-16:], skip_special=False)
+
+    def _beginning(self, conversation: Conversation, opened: bool) -> list[int]:
+        """The part of the answer that is given; only the tags around the thoughts are control tokens."""
+        ids: list[int] = []
+        if conversation.thoughts:
+            ids += [] if opened else self._words(f"{THINK}\n", allow_special=True)
+            ids += self._words(conversation.thoughts)
+            ids += self._words(f"\n{END_THINK}\n\n", allow_special=True) if conversation.prefill else []
+        return ids + (self._words(conversation.prefill) if conversation.prefill else [])
+
+    def _words(self, text: str, *, allow_special: bool = False) -> list[int]:
+        return self.tokenizer.encode(text, allow_special=allow_special, add_special_tokens=False)
 
     def _encode(self, conversation: Conversation, messages: Sequence[Message], **more: Any) -> list[int]:
         tools = list(conversation.tools) or None
@@ -143,9 +190,20 @@ class PromptMaker:
             ends.add(_common(ids, other))
         found = sorted(end for end in ends if 0 < end < len(ids))
         # The state at the end of the prompt is kept anyway. Only what the next turn leaves out is between.
-        near = [] if conversation.prefill else [end for end in found if len(ids) - end < NEAR_END]
+        near = [] if conversation.begun else [end for end in found if len(ids) - end < NEAR_END]
         useful = near[-1:] if self._rewrites else []
         return (*found[: len(found) - len(near)], *useful)
+
+
+def _without_thinking(conversation: Conversation) -> Conversation:
+    """The conversation with the thinking before the answer turned off, for an answer that has begun.
+
+    Raises:
+        ApiError: thinking was asked for.
+    """
+    if conversation.variables.get("enable_thinking"):
+        raise bad_request(_THINKS)
+    return replace(conversation, variables={**conversation.variables, "enable_thinking": False})
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

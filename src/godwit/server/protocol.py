@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from godwit.server.errors import bad_request
 from godwit.server.fields import (
     MAX_TOKENS,
+    Arguments,
     Choice,
     Content,
     FunctionSpec,
@@ -24,9 +25,11 @@ from godwit.server.fields import (
     Seed,
     Stops,
     Temperature,
+    check_question,
+    steady,
 )
 from godwit.server.forms import Form
-from godwit.server.prompts import Message
+from godwit.server.prompts import Conversation, Message
 
 MAX_CHOICES = 16
 MAX_BIASES = 1024
@@ -40,10 +43,10 @@ Bias = Annotated[
 
 
 class CalledFunction(Part):
-    """The function of a tool call, its arguments a JSON text."""
+    """The function of a tool call."""
 
     name: str
-    arguments: str = "{}"
+    arguments: Arguments = "{}"
 
 
 class CalledTool(Part):
@@ -55,32 +58,58 @@ class CalledTool(Part):
 
 
 class ChatMessage(Part):
-    """A message; ``reasoning_content`` is what an earlier answer brought under this name."""
+    """A message.
+
+    Attributes:
+        reasoning_content: what an earlier answer had thought; some clients send it back as ``reasoning``.
+        prefix, partial: two names for one flag: the answer goes on with this message, the last one.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     reasoning_content: str | None = None
+    reasoning: Any = None
     tool_calls: list[CalledTool] | None = Field(default=None, max_length=256)
     tool_call_id: str | None = None
     name: str | None = None
+    prefix: bool = False
+    partial: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _thoughts_apart(cls, message: Any) -> Any:
+        """Some clients send thinking back as a part of the content."""
+        content = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(content, list) or message.get("role") != "assistant":
+            return message
+        thoughts = [part["thinking"] for part in content if _is_thinking(part)]
+        rest = [part for part in content if not _is_thinking(part)]
+        told = {"reasoning_content": "\n".join(thoughts)} if thoughts else {}
+        return {**told, **message, "content": rest}
 
     @model_validator(mode="after")
     def _says_something(self) -> ChatMessage:
-        if self.content is None and not (self.role == "assistant"):
+        if self.content is None and self.role not in ("assistant", "tool"):
             raise ValueError(f"a message of the role {self.role} needs content")
         return self
 
     def message(self) -> Message:
         """In the shape of chat templates."""
         role = "system" if self.role == "developer" else self.role
-        message: Message = {"role": role, "content": self.content or ""}
-        if self.role == "assistant" and self.reasoning_content:
-            message["reasoning_content"] = self.reasoning_content
+        content = self.content or ""
+        message: Message = {"role": role, "content": steady(content) if role == "system" else content}
+        thoughts = self.reasoning_content or self.reasoning
+        if self.role == "assistant" and isinstance(thoughts, str) and thoughts:
+            message["reasoning_content"] = thoughts
         if self.role == "assistant" and self.tool_calls:
             message["tool_calls"] = [call.model_dump(exclude_none=True) for call in self.tool_calls]
         if self.role == "tool":
             message |= {"tool_call_id": self.tool_call_id or "", "name": self.name or ""}
         return message
+
+
+def _is_thinking(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "thinking" and isinstance(part.get("thinking"), str)
 
 
 class Tool(Part):
@@ -218,7 +247,43 @@ class SharedFields(Request):
         return given | {"logit_bias": bias, "stop": self.stop}
 
 
-class ChatRequest(SharedFields):
+class Continuing(Request):
+    """How the answer to a conversation begins: anew, or as the continuation of the last message."""
+
+    add_generation_prompt: bool | None = Field(
+        default=None, description="False only with continue_final_message, which is its opposite."
+    )
+    continue_final_message: bool = Field(
+        default=False, description="The answer goes on with the last message, which is the assistant's."
+    )
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("`continue_final_message` and `add_generation_prompt` exclude each other")
+        if self.add_generation_prompt is False and not self.continue_final_message:
+            raise ValueError("`add_generation_prompt: false` needs `continue_final_message: true`")
+        return self
+
+    def conversation_of(
+        self, messages: list[ChatMessage], tools: list[dict[str, Any]], variables: dict[str, Any]
+    ) -> Conversation:
+        """The conversation in the shape of chat templates.
+
+        Raises:
+            ApiError: its last message cannot be continued, or has nothing that could be read.
+        """
+        last = messages[-1]
+        if last.role == "user":
+            check_question(last.content or "", f"messages.{len(messages) - 1}.content")
+        flags = [place for place, message in enumerate(messages) if message.prefix or message.partial]
+        if any(place != len(messages) - 1 for place in flags):
+            raise bad_request("only the last message can be continued", f"messages.{flags[0]}")
+        conversation = Conversation([message.message() for message in messages], tools, variables)
+        return conversation.continuing() if self.continue_final_message or flags else conversation
+
+
+class ChatRequest(SharedFields, Continuing):
     """A body for /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=4096)
@@ -305,7 +370,7 @@ class CompletionRequest(SharedFields):
         return [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)
 
 
-class TokenizeRequest(Request):
+class TokenizeRequest(Continuing):
     """A body for /tokenize: a text, or a conversation as the model would read it."""
 
     model: str | None = None

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from godwit.server.errors import bad_request
 from godwit.server.fields import (
@@ -17,12 +16,13 @@ from godwit.server.fields import (
     Probability,
     Request,
     StopText,
-    joined_text,
+    as_json,
+    check_question,
+    steady,
+    text_of,
 )
 from godwit.server.forms import Form
-from godwit.server.prompts import Message
-
-_FILES = ("image", "document", "file", "container_upload", "search_result")
+from godwit.server.prompts import Conversation, Message
 
 
 class TextBlock(Part):
@@ -32,11 +32,23 @@ class TextBlock(Part):
     text: str
 
 
+class MediaBlock(Part):
+    """An image or a file: its text where it holds one, else a line that says it was left out."""
+
+    type: Literal["image", "document", "file", "container_upload", "search_result"]
+    text: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, block: Any, info: ValidationInfo) -> Any:
+        return {"type": block["type"], "text": text_of(block, info)} if isinstance(block, dict) else block
+
+
 class ThinkingBlock(Part):
     """What an earlier answer had thought."""
 
     type: Literal["thinking"]
-    thinking: str
+    thinking: str = ""
 
 
 class HiddenBlock(Part):
@@ -51,7 +63,7 @@ class ToolUseBlock(Part):
     type: Literal["tool_use"]
     id: str
     name: str
-    input: dict[str, Any]
+    input: Any = Field(default_factory=dict, description="An object; what else a model wrote is taken too.")
 
 
 class ToolResultBlock(Part):
@@ -64,7 +76,8 @@ class ToolResultBlock(Part):
 
 
 Block = Annotated[
-    TextBlock | ThinkingBlock | HiddenBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")
+    TextBlock | MediaBlock | ThinkingBlock | HiddenBlock | ToolUseBlock | ToolResultBlock,
+    Field(discriminator="type"),
 ]
 
 
@@ -77,7 +90,7 @@ class InputMessage(Part):
     @model_validator(mode="after")
     def _belongs(self) -> InputMessage:
         kinds = {
-            "user": ("text", "tool_result"),
+            "user": ("text", "tool_result", *get_args(MediaBlock.model_fields["type"].annotation)),
             "assistant": ("text", "thinking", "redacted_thinking", "tool_use"),
         }
         allowed = kinds.get(self.role, ("text",))
@@ -95,7 +108,7 @@ class InputMessage(Part):
     def messages(self) -> list[Message]:
         """In the shape of chat templates; results of tools come before what the user says."""
         blocks = self.blocks()
-        text = "\n".join(block.text for block in blocks if isinstance(block, TextBlock))
+        text = "\n".join(block.text for block in blocks if isinstance(block, TextBlock | MediaBlock))
         if self.role != "assistant":
             results = [_result(block) for block in blocks if isinstance(block, ToolResultBlock)]
             return results if results and not text else [*results, {"role": self.role, "content": text}]
@@ -113,8 +126,8 @@ def _result(block: ToolResultBlock) -> Message:
 
 
 def _call(block: ToolUseBlock) -> dict[str, Any]:
-    arguments = json.dumps(block.input, ensure_ascii=False)
-    return {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": arguments}}
+    function = {"name": block.name, "arguments": as_json(block.input)}
+    return {"id": block.id, "type": "function", "function": function}
 
 
 class MessageTool(Part):
@@ -183,12 +196,6 @@ class ContextManagement(Part):
     edits: list[ContextEdit] = Field(default=[])
 
 
-def _listed(value: Any, name: str) -> list[Any]:
-    """A list in an object that nobody has checked yet."""
-    found = value.get(name) if isinstance(value, dict) else None
-    return found if isinstance(found, list) else []
-
-
 class CountRequest(Request):
     """A body for /v1/messages/count_tokens."""
 
@@ -202,31 +209,33 @@ class CountRequest(Request):
     context_management: ContextManagement | None = None
     cache_control: Ignored = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _read_only_text(cls, body: Any) -> Any:
-        """One sentence for images and files, in place of a list of the kinds that there are."""
-        for message in _listed(body, "messages"):
-            for block in _listed(message, "content"):
-                if isinstance(block, dict) and block.get("type") in _FILES:
-                    joined_text([block])
-        return body
-
-    def all_messages(self) -> list[Message]:
-        """The conversation in the shape of chat templates."""
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        return [*system, *(message for part in self.messages for message in part.messages())]
-
-    def prefill(self) -> str:
-        """How the answer begins: the text of a last message of the assistant.
+    def conversation(self, tools: list[dict[str, Any]], variables: dict[str, Any]) -> Conversation:
+        """The conversation in the shape of chat templates.
 
         Raises:
-            ApiError: it cannot be continued.
+            ApiError: its last message cannot be continued, or has nothing that could be read.
+        """
+        messages = self.all_messages()
+        if self.messages[-1].role == "user" and messages[-1]["role"] == "user":
+            check_question(messages[-1]["content"], f"messages.{len(self.messages) - 1}.content")
+        conversation = Conversation(messages, tools, variables)
+        return conversation.continuing() if self._is_begun() else conversation
+
+    def all_messages(self) -> list[Message]:
+        """The messages in the shape of chat templates."""
+        system = [{"role": "system", "content": steady(self.system)}] if self.system else []
+        return [*system, *(message for part in self.messages for message in part.messages())]
+
+    def _is_begun(self) -> bool:
+        """Whether the answer goes on with the last message.
+
+        Raises:
+            ApiError: it should, but cannot.
         """
         last = self.messages[-1]
         if last.role != "assistant":
-            return ""
-        if any(not isinstance(block, TextBlock) for block in last.blocks()):
+            return False
+        if any(block.type not in ("text", "thinking", "redacted_thinking") for block in last.blocks()):
             raise bad_request(
                 "a last message of the assistant can only be continued if it is text", "messages"
             )
@@ -235,7 +244,7 @@ class CountRequest(Request):
             raise bad_request(
                 "the last message of the assistant may not be empty or end with white space", "messages"
             )
-        return text
+        return True
 
 
 class MessagesRequest(CountRequest):

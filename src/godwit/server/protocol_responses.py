@@ -8,6 +8,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from godwit.server.errors import bad_request
 from godwit.server.fields import (
+    Arguments,
     Choice,
     Content,
     FunctionSpec,
@@ -19,9 +20,11 @@ from godwit.server.fields import (
     Probability,
     Request,
     Temperature,
+    check_question,
+    steady,
 )
 from godwit.server.forms import Form
-from godwit.server.prompts import Message
+from godwit.server.prompts import Conversation, Message
 from godwit.server.protocol import JsonSchema, NumLogprobs, StreamOptions
 
 
@@ -39,7 +42,7 @@ class FunctionCall(Part):
     type: Literal["function_call"]
     call_id: str
     name: str
-    arguments: str
+    arguments: Arguments = "{}"
 
 
 class FunctionOutput(Part):
@@ -47,7 +50,7 @@ class FunctionOutput(Part):
 
     type: Literal["function_call_output"]
     call_id: str
-    output: Content
+    output: Content = ""
 
 
 class ReasoningText(Part):
@@ -58,10 +61,11 @@ class ReasoningText(Part):
 
 
 class ReasoningItem(Part):
-    """What an earlier answer had thought."""
+    """What an earlier answer had thought; some clients keep only a summary of it."""
 
     type: Literal["reasoning"]
     content: list[ReasoningText] | None = None
+    summary: list[ReasoningText] | None = None
 
 
 def _kind(item: Any) -> str:
@@ -183,11 +187,22 @@ class ResponsesRequest(Request):
             return Choice(asked.mode, None, [tool.name for tool in asked.tools])
         return Choice(asked)
 
+    def conversation(self, tools: list[dict[str, Any]], variables: dict[str, Any]) -> Conversation:
+        """The conversation in the shape of chat templates.
+
+        Raises:
+            ApiError: its last message has nothing that could be read.
+        """
+        messages = self.messages()
+        if messages[-1]["role"] == "user":
+            check_question(messages[-1]["content"], f"input.{len(self.input) - 1}.content")
+        return Conversation(messages, tools, variables)
+
     def messages(self) -> list[Message]:
-        """The conversation in the shape of chat templates."""
+        """The messages in the shape of chat templates."""
         result: list[Message] = []
         if self.instructions:
-            result.append({"role": "system", "content": self.instructions})
+            result.append({"role": "system", "content": steady(self.instructions)})
         items = [InputMessage(role="user", content=self.input)] if isinstance(self.input, str) else self.input
         for item in items:
             _append(result, item)
@@ -223,7 +238,7 @@ def _append(messages: list[Message], item: Item) -> None:
         last = {"role": "assistant", "content": ""}
         messages.append(last)
     if isinstance(item, ReasoningItem):
-        thoughts = "\n".join(part.text for part in item.content or ())
+        thoughts = "\n".join(part.text for part in item.content or item.summary or ())
         if thoughts:
             last["reasoning_content"] = thoughts
     elif isinstance(item, FunctionCall):

@@ -13,7 +13,6 @@ from godwit.engine import TokenLogprobs
 from godwit.server.answers import Answer, Answers, Update, Usage
 from godwit.server.errors import from_engine, openai_body
 from godwit.server.openai_bodies import call_id, logprob_body
-from godwit.server.prompts import Conversation
 from godwit.server.protocol_responses import ResponsesRequest
 from godwit.server.service import Chat, Service, allowed_tools
 from godwit.server.sse import KEEP_ALIVE, EventStream, event
@@ -36,7 +35,7 @@ def chat_of(asked: ResponsesRequest, service: Service) -> Chat:
     choice = asked.choice()
     tools = allowed_tools(asked.tools, choice)
     return Chat(
-        conversation=Conversation(asked.messages(), [tool.tool() for tool in tools], variables),
+        conversation=asked.conversation([tool.tool() for tool in tools], variables),
         params=service.sampling(
             temperature=asked.temperature,
             top_p=asked.top_p,

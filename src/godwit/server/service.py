@@ -20,7 +20,7 @@ from godwit.errors import GodwitError, UsageError
 from godwit.server.answers import Answers, check_choices
 from godwit.server.body import read_json
 from godwit.server.errors import ApiError, bad_request, from_engine, overloaded, too_long
-from godwit.server.fields import Choice, FunctionSpec, Mode
+from godwit.server.fields import Choice, FunctionSpec, Mode, Reading
 from godwit.server.forms import NO_TOOLS, Calls, Form, FormMaker, Thinking
 from godwit.server.host import EngineHost
 from godwit.server.journal import Metrics, Record
@@ -137,11 +137,15 @@ class Service:
             ApiError: it is not what it has to be.
         """
         body = await read_json(request, self.settings.limits)
-        given = {key: value for key, value in body.items() if value is not None}
+        reading = Reading(refuse_media=self.settings.refuse_media)
         try:
-            return kind.model_validate(given)
+            asked = kind.model_validate(body, context=reading)
         except ValidationError as error:
             raise explain(error) from None
+        if reading.left_out:
+            kinds = ", ".join(sorted(reading.left_out))
+            _log.info("%s left out of the prompt, as it is no text: %s", request.state.record.id, kinds)
+        return asked
 
     def check_model(self, name: str | None) -> None:
         """Refuse to answer in another model's name.
@@ -199,6 +203,10 @@ class Service:
             ApiError: they cannot be given.
         """
         self._check_start(chat.n)
+        if chat.conversation.begun and (chat.form is not None or chat.mode == "required"):
+            raise bad_request(
+                "an answer whose beginning is given cannot be held to a form or made to call a tool"
+            )
         tools = [] if chat.mode == "none" else list(chat.conversation.tools)
         if tools and self.format is None:
             raise bad_request(NO_TOOLS, "tools")

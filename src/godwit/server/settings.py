@@ -53,6 +53,8 @@ class Settings:
         sampling: arguments of SamplingParams for what a request leaves open.
         keys: whoever sends one of these may use the server; none: everyone.
         origins: web pages that may use it besides its own.
+        refuse_media: images, sounds and files in a conversation are refused; otherwise a line of text that
+            says so takes their place.
         loopback: it listens on this machine only, and so is addressed by one of the machine's own names.
         keep_alive: a stream that is silent for so many seconds says that it is still there.
         drain_seconds: how long answers under way may go on when the server is to end.
@@ -62,6 +64,7 @@ class Settings:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     keys: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
+    refuse_media: bool = False
     loopback: bool = True
     limits: Limits = field(default_factory=Limits)
     keep_alive: float = 15.0
