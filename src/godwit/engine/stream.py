@@ -14,6 +14,7 @@ from torch import Tensor
 
 from godwit.engine import session
 from godwit.engine.sampling import SamplingParams, TokenLogprobs
+from godwit.engine.thinking import ThinkingRules
 
 Reason = Literal["stop", "length", "cancelled", "error"]
 
@@ -44,6 +45,7 @@ class GenerationRequest:
         priority: requests of a higher one come first.
         score_prompt: report how likely the prompt's tokens are, too, as ``params.logprobs`` asks of the
             answer's; the whole prompt is read for that, whatever is cached.
+        thinking: what holds for the thinking of the answer; None: its whole text is the answer.
     """
 
     prompt_ids: tuple[int, ...]
@@ -53,6 +55,7 @@ class GenerationRequest:
     constraint: Constraint | None = None
     priority: int = 0
     score_prompt: bool = False
+    thinking: ThinkingRules | None = None
 
 
 @dataclass(frozen=True)
