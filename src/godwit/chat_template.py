@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .child import Child
 from .errors import BusyError, TemplateError
@@ -26,6 +26,16 @@ _CALL_KEYS = ("name", "arguments")
 _ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _OWN_WORDS = frozenset(("content", "reasoning_content", "reasoning", "thinking"))
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+#: Efforts in the words of the templates that know any.
+_EFFORTS = {
+    "minimal": "low",
+    "low": "low",
+    "medium": "medium",
+    "high": "xhigh",
+    "xhigh": "xhigh",
+    "max": "xhigh",
+}
 ROLE_ASSISTANT, ROLE_USER, ROLE_OTHER = 0, 1, 2
 TOOL_RESULT = "<tool_response>"
 
@@ -61,6 +71,23 @@ class ChatTemplate:
                 "output_chars": output_chars,
             }
         )
+
+    @property
+    def knows_effort(self) -> bool:
+        """Whether the template reads how much the model is to think."""
+        return "reasoning_effort" in self.source or "reasoning_effort" in (self.tool_source or "")
+
+    def thinking_variables(self, on: bool | None, effort: Effort | None) -> dict[str, Any]:
+        """Variables that ask the template for thinking; None leaves it to the template.
+
+        Where the template knows no efforts, the least of them turns thinking off.
+        """
+        if on is None and (effort == "none" or (effort == "minimal" and not self.knows_effort)):
+            on = False
+        variables: dict[str, Any] = {} if on is None else {"enable_thinking": on}
+        if self.knows_effort and effort in _EFFORTS and on is not False:
+            variables["reasoning_effort"] = _EFFORTS[effort]
+        return variables
 
     def render(
         self,

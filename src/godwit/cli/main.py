@@ -19,11 +19,13 @@ from godwit.cli.options import (
     RecipeName,
     Restart,
     SamplingOptions,
+    ServedThinkingOptions,
     System,
+    ThinkingOptions,
     Threads,
     Tools,
     parse_logit_bias,
-    takes_sampling,
+    takes_options,
 )
 from godwit.cli.outcome import drop_output, one_sentence
 
@@ -60,7 +62,7 @@ def _shared(
 
 
 @app.command()
-@takes_sampling
+@takes_options
 def chat(
     ctx: typer.Context,
     *,
@@ -68,6 +70,7 @@ def chat(
     system: System = None,
     tools: Tools = None,
     sampling: SamplingOptions,
+    thinking: ThinkingOptions,
     threads: Threads = None,
     dtype: Dtype = "auto",
     quantize: Quantize = None,
@@ -81,6 +84,7 @@ def chat(
             system=system,
             tools=tools,
             sampling=sampling,
+            thinking=thinking,
             threads=threads,
             dtype=dtype,
             quantize=quantize,
@@ -88,7 +92,7 @@ def chat(
 
 
 @app.command()
-@takes_sampling
+@takes_options
 def generate(
     ctx: typer.Context,
     *,
@@ -106,6 +110,7 @@ def generate(
         typer.Option(help="Add VALUE to the score of token ID; may be repeated.", metavar="ID=VALUE"),
     ] = None,
     sampling: SamplingOptions,
+    thinking: ThinkingOptions,
     threads: Threads = None,
     dtype: Dtype = "auto",
     quantize: Quantize = None,
@@ -124,6 +129,7 @@ def generate(
             stream=not no_stream,
             logit_bias=parse_logit_bias(logit_bias or []),
             sampling=sampling,
+            thinking=thinking,
             threads=threads,
             dtype=dtype,
             quantize=quantize,
@@ -131,6 +137,7 @@ def generate(
 
 
 @app.command()
+@takes_options
 def serve(
     ctx: typer.Context,
     *,
@@ -173,6 +180,7 @@ def serve(
     speculate: Annotated[
         bool, typer.Option(help="Guess tokens ahead where that pays; answers stay the same.")
     ] = True,
+    thinking: ServedThinkingOptions,
     threads: Threads = None,
     dtype: Dtype = "auto",
     quantize: Quantize = None,
@@ -196,6 +204,7 @@ def serve(
                 self_check=self_check,
                 speculate=speculate,
             ),
+            thinking=thinking,
             threads=threads,
             dtype=dtype,
             quantize=quantize,

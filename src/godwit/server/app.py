@@ -27,6 +27,7 @@ from godwit.server.prompts import Conversation
 from godwit.server.protocol import DetokenizeRequest, TokenizeRequest
 from godwit.server.service import Service
 from godwit.server.settings import Settings
+from godwit.server.thinking import ThinkingWish
 
 PAGE = Path(__file__).with_name("page.html")
 NONCE = "__NONCE__"
@@ -119,7 +120,8 @@ async def tokenize(request: Request) -> Response:
     else:
         messages = [message.message() for message in asked.messages]
         tools = [tool.function.tool() for tool in asked.tools]
-        prompt = await service.make_prompt(Conversation(messages, tools, asked.chat_template_kwargs))
+        variables = service.thinking.variables(ThinkingWish(), asked.chat_template_kwargs)
+        prompt = await service.make_prompt(Conversation(messages, tools, variables))
     ids = list(prompt.ids)
     return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.context})
 

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from time import time
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from anyio.to_thread import run_sync
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
-from godwit.engine import Constraint, GenerationRequest, SamplingParams, Stream
+from godwit.engine import Constraint, GenerationRequest, SamplingParams, Stream, ThinkingRules
 from godwit.errors import GodwitError, UsageError
 from godwit.server.answers import Answers, check_choices
 from godwit.server.body import read_json
@@ -26,6 +26,7 @@ from godwit.server.host import EngineHost
 from godwit.server.journal import Metrics, Record
 from godwit.server.prompts import Conversation, Prompt, PromptMaker, check_variables
 from godwit.server.settings import Settings
+from godwit.server.thinking import ThinkingMaker, ThinkingWish
 from godwit.server.tools import THINK, AnswerParser, format_of
 
 #: Prompts and forms that are made at a time.
@@ -51,6 +52,7 @@ class Chat:
         strict: the arguments of calls have to fit the tools' schemas.
         form: what answers have to look like otherwise.
         salt: caches are shared with requests of the same key and salt.
+        thinking: how much to think.
     """
 
     conversation: Conversation
@@ -62,6 +64,7 @@ class Chat:
     strict: bool = False
     form: Form | None = None
     salt: str = ""
+    thinking: ThinkingWish = field(default_factory=ThinkingWish)
 
 
 class Threads:
@@ -115,6 +118,7 @@ class Service:
         template = engine.tokenizer.chat_template
         self.format = None if template is None else format_of(template.tool_source or template.source)
         self.draining = False
+        self.thinking = ThinkingMaker(template, settings.thinking)
         self._knows_thinking = template is not None and THINK in template.source
         self._forms = FormMaker(engine.tokenizer, engine.vocab_size, self.format)
         self.prompt_threads = Threads(MAX_PROMPT_THREADS)
@@ -198,6 +202,13 @@ class Service:
         constraints = await self.hold(form, self._thinking(chat, prompt), chat.n)
         schemas = {t["function"]["name"]: t["function"].get("parameters") or {} for t in tools}
         format = self.format if tools else None
+        rules = self.thinking.rules(
+            chat.thinking,
+            opened=prompt.thinking,
+            max_tokens=chat.params.max_tokens,
+            held=form is not None,
+            format=format,
+        )
         return self.start(
             request,
             [prompt] * chat.n,
@@ -208,6 +219,7 @@ class Service:
                 format, schemas, thinking=prompt.thinking, only_calls=chat.form is not None
             ),
             parallel=chat.parallel,
+            thinking=rules,
         )
 
     async def hold(
@@ -243,6 +255,7 @@ class Service:
         parser: Callable[[], AnswerParser] | None = None,
         parallel: bool = True,
         score_prompts: bool = False,
+        thinking: ThinkingRules | None = None,
     ) -> Answers:
         """Start one answer to each prompt.
 
@@ -262,7 +275,13 @@ class Service:
             for index, (prompt, constraint) in enumerate(zip(prompts, constraints, strict=True)):
                 own = params if params.seed is None else replace(params, seed=params.seed + index)
                 asked = GenerationRequest(
-                    prompt.ids, own, prompt.boundaries, salt, constraint, score_prompt=score_prompts
+                    prompt.ids,
+                    own,
+                    prompt.boundaries,
+                    salt,
+                    constraint,
+                    score_prompt=score_prompts,
+                    thinking=thinking,
                 )
                 streams.append(self._submit(asked))
         except (GodwitError, ApiError) as error:

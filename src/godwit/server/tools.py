@@ -19,7 +19,7 @@ Format = Literal["hermes", "xml"]
 CALL, END_CALL, THINK, END_THINK = "<tool_call>", "</tool_call>", "<think>", "</think>"
 _OPENERS: dict[Format | None, tuple[str, ...]] = {None: (), "hermes": (CALL,), "xml": (CALL, FUNCTION)}
 # Models that write XML calls sometimes forget to close their thinking before one.
-_ENDS_OF_THINKING = {None: (), "hermes": (), "xml": (f"{CALL}\n{FUNCTION}", CALL + FUNCTION)}
+_FORGOTTEN_ENDS: dict[Format | None, tuple[str, ...]] = {"xml": (f"{CALL}\n{FUNCTION}", CALL + FUNCTION)}
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,11 @@ def format_of(template: str) -> Format | None:
     return "xml" if FUNCTION in template else "hermes"
 
 
+def ends_of_thinking(format: Format | None) -> tuple[str, ...]:
+    """What ends thinking in an answer that may have calls of this format."""
+    return (END_THINK, *_FORGOTTEN_ENDS.get(format, ()))
+
+
 class AnswerParser:
     """Takes one answer apart.
 
@@ -106,7 +111,7 @@ class AnswerParser:
         self._held = ""
         self._out: list[Delta] = []
         self._trim = False  # leave line breaks out until something else comes
-        self._tagged = False
+        self._tagged = self._thought = False
         self._gap = ""  # line breaks before the call that is read
         self._raw = ""
         self._call: CallReader = HermesCall()
@@ -116,12 +121,12 @@ class AnswerParser:
     @property
     def thinks(self) -> bool:
         """Whether the text is in its thinking now."""
-        return self._state == self._think
+        return self._state == self._think or (self._opened and self._state == self._begin)
 
     @property
     def speaks(self) -> bool:
         """Whether the text is neither in its thinking nor in a call now."""
-        return self._state in (self._begin, self._say)
+        return self._state in (self._begin, self._leave_thinking, self._say) and not self.thinks
 
     def push(self, text: str) -> list[Delta]:
         """What is certain with ``text``."""
@@ -153,7 +158,7 @@ class AnswerParser:
         return True
 
     def _think(self, final: bool) -> bool:
-        closers = (END_THINK, *_ENDS_OF_THINKING[self._format])
+        closers = ends_of_thinking(self._format)
         place, tag = _first(self._held, closers)
         if not tag:
             self._give_certain(Thinking, closers, final)
@@ -161,7 +166,23 @@ class AnswerParser:
         self._give(Thinking, self._held[:place].rstrip("\n"))
         self._held = self._held[place:].removeprefix(END_THINK)
         self._trim = True
-        self._state = self._say
+        self._state = self._leave_thinking
+        return True
+
+    def _leave_thinking(self, final: bool) -> bool:
+        """Behind thinking or a call: thinking may begin again, and a second closing tag is left out."""
+        rest = self._held.lstrip()
+        if not final and any(len(rest) < len(tag) and tag.startswith(rest) for tag in (THINK, END_THINK)):
+            return False
+        if rest.startswith(THINK):
+            self._held = rest.removeprefix(THINK)
+            if self._thought:
+                self._out.append(Thinking("\n"))
+            self._trim, self._state = True, self._think
+        elif rest.startswith(END_THINK):
+            self._held = rest.removeprefix(END_THINK)
+        else:
+            self._state = self._say
         return True
 
     def _say(self, final: bool) -> bool:
@@ -212,7 +233,7 @@ class AnswerParser:
         if not final and len(rest) < len(END_CALL) and END_CALL.startswith(rest):
             return False
         self._held = rest.removeprefix(END_CALL)
-        self._state = self._say
+        self._state = self._leave_thinking
         return True
 
     def _drop_call(self, final: bool) -> bool:
@@ -247,6 +268,7 @@ class AnswerParser:
             text = text.lstrip("\n")
         if text:
             self._trim = False
+            self._thought = self._thought or kind is Thinking
             self._out.append(kind(text))
 
 
