@@ -38,6 +38,7 @@ _EFFORTS = {
 }
 ROLE_ASSISTANT, ROLE_USER, ROLE_OTHER = 0, 1, 2
 TOOL_RESULT = "<tool_response>"
+_NO_THOUGHTS = re.compile(r"\s*<think>\s*</think>\n*")
 
 
 class ChatTemplate:
@@ -299,26 +300,40 @@ class RoleTracker:
     """Follows the turns of a rendered ChatML text, piece by piece, and says whose words they are.
 
     ROLE_ASSISTANT: what an assistant wrote, with the `<|im_end|>` that closes it. ROLE_USER: what a user
-    wrote, likewise. ROLE_OTHER: system text, tools, tool results, headers, everything between the turns.
+    wrote, likewise. ROLE_OTHER: system text, tools, tool results, headers, everything between the turns, and
+    what the template itself puts in front of an assistant's words: the opening, and thinking that is empty.
+
+    Args:
+        opening: what the template puts behind the header of an answer that is to come.
+        own_empty: some answer has an empty thought among its own words, which thus is not the template's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, opening: str = "", *, own_empty: bool = False) -> None:
+        self._opening = opening
+        self._own_empty = own_empty
         self._code = ROLE_OTHER
         self._in_header = False
+        self._given = 0  # characters to come that are the template's
 
     def control(self, token: str) -> int:
         """The code of a control token."""
         if token == "<|im_start|>":
-            self._code, self._in_header = ROLE_OTHER, True
-        code = self._code
+            self._code, self._in_header, self._given = ROLE_OTHER, True, 0
+        code = ROLE_OTHER if self._given else self._code
+        self._given = max(0, self._given - len(token))
         if token == "<|im_end|>":
-            self._code, self._in_header = ROLE_OTHER, False
+            self._code, self._in_header, self._given = ROLE_OTHER, False, 0
         return code
 
     def text(self, text: str, following: str) -> tuple[int, int]:
-        """(characters of the header in `text`, code of the others); `following` is the next control token."""
+        """(characters at the start of `text` that are the template's, code of the others).
+
+        `following` is what comes after `text`, some tokens of it.
+        """
         if not self._in_header:
-            return 0, self._code
+            given = min(self._given, len(text))
+            self._given -= given
+            return given, self._code
         self._in_header = False
         role, _, body = text.partition("\n")
         # A user who types the tag has it broken up by the shield, so a whole one is the template's.
@@ -326,7 +341,21 @@ class RoleTracker:
             self._code = ROLE_USER
         elif role == "assistant":
             self._code = ROLE_ASSISTANT
-        return len(text) - len(body), self._code
+            self._given = self._template_words(body + following)
+        given = min(self._given, len(body))
+        self._given -= given
+        return len(text) - len(body) + given, self._code
+
+    def _template_words(self, turn: str) -> int:
+        empty = None if self._own_empty else _NO_THOUGHTS.match(turn)
+        opening = len(self._opening) if turn.startswith(self._opening) else 0
+        return max(opening, empty.end() if empty else 0)
+
+
+def thinks_nothing(messages: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether the text of some assistant's message begins with empty thinking."""
+    texts = (message.get("content") for message in messages if message.get("role") == "assistant")
+    return any(isinstance(text, str) and _NO_THOUGHTS.match(text) for text in texts)
 
 
 def _strings(value: Any, depth: int = 0) -> Iterator[str]:
