@@ -156,8 +156,8 @@ class TestRoles:
     def test_what_a_template_puts_in_front_of_an_answer_is_not_the_assistants(self, make: Make) -> None:
         """As Qwen3.5 has it: thinking is opened by the prompt, and turned off by an empty one."""
         source = (
-            "{%- for m in messages %}<|im_start|>{{ m.role }}\n"
-            "{%- if m.role == 'assistant' %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}"
+            "{%- for m in messages %}<|im_start|>{{ m.role ~ '\n' }}"
+            "{% if m.role == 'assistant' %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}"
             "{{ m.content }}<|im_end|>\n{% endfor %}"
             "{%- if add_generation_prompt %}<|im_start|>assistant\n<think>{{ '\n' }}"
             "{% if enable_thinking is false %}{{ '\n' }}</think>\n\n{% endif %}{% endif %}"
