@@ -96,6 +96,11 @@ class ThinkingTracker:
         """The text in parts. Of a tag that comes in pieces only the last one is known as such."""
         parts: list[tuple[Place, str]] = []
         while text:
+            blanks = len(text) - len(text.lstrip())
+            if blanks and self.place == "gap" and not self._seen:
+                parts.append(("gap", text[:blanks]))
+                text = text[blanks:]
+                continue
             place, tag = self._find(self._seen + text)
             start = max(0, place - len(self._seen)) if tag else len(text)
             if start:
