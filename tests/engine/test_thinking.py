@@ -17,7 +17,7 @@ from godwit.tokenizer import Tokenizer
 from tests.engine.steps import TOKENIZER, Core, Run
 from tests.engine.test_core import ALL, HYBRID, text
 from tests.engine.test_speculative import eager
-from tests.engine.tiny import PADDED, VOCAB, tokenizer_json
+from tests.engine.tiny import PADDED, VOCAB
 
 THINK, CLOSE, END = 261, 262, 258
 XML_ENDS = ("</think>", "<tool_call>\n<function=")
@@ -133,10 +133,9 @@ def test_no_character_is_cut(lead: int) -> None:
 
 def test_room_is_kept_for_the_answer() -> None:
     made, guide = think("x" * 200, room=100, bounded=True)
-    assert (
-        made.startswith("x" * 75 + "\nEnough.\n</think>\n\n" if False else "x" * 75)
-        and guide.ended == "reserve"
-    )
+    assert made.startswith("x" * 75 + "\nEnough.\n</think>\n\nx") and guide.ended == "reserve"
+    made, guide = think("x" * 200, room=60, bounded=True)
+    assert made.startswith("x" * 45 + "\n</think>\n\nx") and guide.ended == "reserve"  # no room for words
     made, guide = think("x" * 2000, room=2048 + 100, bounded=True)
     assert made.startswith("x" * (2148 - 512) + "\nEnough.\n</think>\n\n") and guide.ended == "reserve"
     made, guide = think("x" * 200, room=100, bounded=True, reserve=60)
@@ -167,11 +166,11 @@ def test_thinking_that_begins_again_spends_the_same_budget_until_a_call() -> Non
     assert made == f"one</think>{call}<think>two\nEnough.\n</think>\n\nthree</think>"
 
 
-def test_forced_tokens_are_those_of_the_text() -> None:
-    tokenizer = Tokenizer(tokenizer_json(["Enough.\n", "\n\n"]), stop_tokens=["<|im_end|>"])
-    guide = ThinkingGuide(ThinkingRules(opened=True, budget=0, message="Enough."), tokenizer, 100)
-    tokens = [guide.choose(lambda: 0) for _ in range(3)]
-    assert tokens == tokenizer.encode("Enough.\n</think>\n\n", allow_special=True)
+def test_forced_tokens_are_those_of_the_text(tokenizer: Tokenizer) -> None:
+    guide, tokens = ThinkingGuide(ThinkingRules(opened=True, budget=0), tokenizer, 1000), list[int]()
+    while guide.forcing:
+        tokens.append(guide.choose(lambda: 0))
+    assert tokens == tokenizer.encode(f"{DEFAULT_MESSAGE}\n</think>\n\n", allow_special=True)
 
 
 def test_rules_that_make_no_sense() -> None:
