@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .child import Child
 from .errors import BusyError, TemplateError
@@ -24,8 +24,19 @@ MAX_SOURCE_CHARS = 1 << 20
 MAX_DEPTH = 64
 _OWN_WORDS = frozenset(("content", "reasoning_content", "reasoning", "thinking"))
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+#: Efforts in the words of the templates that know any.
+_EFFORTS = {
+    "minimal": "low",
+    "low": "low",
+    "medium": "medium",
+    "high": "xhigh",
+    "xhigh": "xhigh",
+    "max": "xhigh",
+}
 ROLE_ASSISTANT, ROLE_USER, ROLE_OTHER = 0, 1, 2
 TOOL_RESULT = "<tool_response>"
+_NO_THOUGHTS = re.compile(r"\s*<think>\s*</think>\n*")
 
 
 class ChatTemplate:
@@ -59,6 +70,23 @@ class ChatTemplate:
                 "output_chars": output_chars,
             }
         )
+
+    @property
+    def knows_effort(self) -> bool:
+        """Whether the template reads how much the model is to think."""
+        return "reasoning_effort" in self.source or "reasoning_effort" in (self.tool_source or "")
+
+    def thinking_variables(self, on: bool | None, effort: Effort | None) -> dict[str, Any]:
+        """Variables that ask the template for thinking; None leaves it to the template.
+
+        Where the template knows no efforts, the least of them turns thinking off.
+        """
+        if on is None and (effort == "none" or (effort == "minimal" and not self.knows_effort)):
+            on = False
+        variables: dict[str, Any] = {} if on is None else {"enable_thinking": on}
+        if self.knows_effort and effort in _EFFORTS and on is not False:
+            variables["reasoning_effort"] = _EFFORTS[effort]
+        return variables
 
     def render(
         self,
@@ -230,26 +258,40 @@ class RoleTracker:
     """Follows the turns of a rendered ChatML text, piece by piece, and says whose words they are.
 
     ROLE_ASSISTANT: what an assistant wrote, with the `<|im_end|>` that closes it. ROLE_USER: what a user
-    wrote, likewise. ROLE_OTHER: system text, tools, tool results, headers, everything between the turns.
+    wrote, likewise. ROLE_OTHER: system text, tools, tool results, headers, everything between the turns, and
+    what the template itself puts in front of an assistant's words: the opening, and thinking that is empty.
+
+    Args:
+        opening: what the template puts behind the header of an answer that is to come.
+        own_empty: some answer has an empty thought among its own words, which thus is not the template's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, opening: str = "", *, own_empty: bool = False) -> None:
+        self._opening = opening
+        self._own_empty = own_empty
         self._code = ROLE_OTHER
         self._in_header = False
+        self._given = 0  # characters to come that are the template's
 
     def control(self, token: str) -> int:
         """The code of a control token."""
         if token == "<|im_start|>":
-            self._code, self._in_header = ROLE_OTHER, True
-        code = self._code
+            self._code, self._in_header, self._given = ROLE_OTHER, True, 0
+        code = ROLE_OTHER if self._given else self._code
+        self._given = max(0, self._given - len(token))
         if token == "<|im_end|>":
-            self._code, self._in_header = ROLE_OTHER, False
+            self._code, self._in_header, self._given = ROLE_OTHER, False, 0
         return code
 
     def text(self, text: str, following: str) -> tuple[int, int]:
-        """(characters of the header in `text`, code of the others); `following` is the next control token."""
+        """(characters at the start of `text` that are the template's, code of the others).
+
+        `following` is what comes after `text`, some tokens of it.
+        """
         if not self._in_header:
-            return 0, self._code
+            given = min(self._given, len(text))
+            self._given -= given
+            return given, self._code
         self._in_header = False
         role, _, body = text.partition("\n")
         # A user who types the tag has it broken up by the shield, so a whole one is the template's.
@@ -257,7 +299,21 @@ class RoleTracker:
             self._code = ROLE_USER
         elif role == "assistant":
             self._code = ROLE_ASSISTANT
-        return len(text) - len(body), self._code
+            self._given = self._template_words(body + following)
+        given = min(self._given, len(body))
+        self._given -= given
+        return len(text) - len(body) + given, self._code
+
+    def _template_words(self, turn: str) -> int:
+        empty = None if self._own_empty else _NO_THOUGHTS.match(turn)
+        opening = len(self._opening) if turn.startswith(self._opening) else 0
+        return max(opening, empty.end() if empty else 0)
+
+
+def thinks_nothing(messages: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether the text of some assistant's message begins with empty thinking."""
+    texts = (message.get("content") for message in messages if message.get("role") == "assistant")
+    return any(isinstance(text, str) and _NO_THOUGHTS.match(text) for text in texts)
 
 
 def _strings(value: Any, depth: int = 0) -> Iterator[str]:

@@ -115,6 +115,11 @@ class StreamDecoder:
         self._first = False
         return self._utf8.decode(self._without_prefix(data) if self._strip else data)
 
+    @property
+    def complete(self) -> bool:
+        """Whether no character lacks bytes."""
+        return not self._utf8.getstate()[0]
+
     def flush(self) -> str:
         """What is left at the end: U+FFFD for a character that was never completed, else nothing."""
         return self._utf8.decode(b"", True)

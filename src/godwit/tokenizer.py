@@ -18,7 +18,7 @@ from typing import Any
 import tokenizers
 
 from .added_tokens import SPECIAL_NAMES, AddedToken, Matcher, Part, merged
-from .chat_template import ROLE_OTHER, TOOL_RESULT, ChatTemplate, RoleTracker, Shield
+from .chat_template import ROLE_OTHER, TOOL_RESULT, ChatTemplate, RoleTracker, Shield, thinks_nothing
 from .detokenizer import DecodePlan, StreamDecoder
 from .errors import CheckpointError, GodwitError, TemplateError
 from .tokenizer_files import (
@@ -38,6 +38,8 @@ _SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "max_new_tokens", "do_sample",
 )  # fmt: skip
+#: Parts of a text by which the words of a template are told from those of an assistant.
+_LOOKAHEAD = 8
 
 
 class Tokenizer:
@@ -75,6 +77,7 @@ class Tokenizer:
         self._shield = Shield([TOOL_RESULT, *(token.content for token in control)], reserved)
         self._prefix, self._suffix = self._probe_post_processor()
         self._plan = DecodePlan.from_dict(raw.get("decoder"))
+        self._openings: dict[str, str] = {}
         self._bytes: dict[tuple[int, bool], bytes | None] = {}
         self.vocab_size: int = 1 + max([*self._base.get_vocab().values(), *self._by_id], default=-1)
         self.special_ids = frozenset(token.id for token in self._added if token.special)
@@ -186,23 +189,39 @@ class Tokenizer:
         """(ids, one role code a token) of a conversation in a ChatML template, for training.
 
         0: what an assistant wrote, with the `<|im_end|>` that closes it. 1: what a user wrote, likewise.
-        2: system text, tools, tool results and everything between the turns. Raises TemplateError.
+        2: system text, tools, tool results, everything between the turns, and what the template itself
+        puts in front of an assistant's words: what opens an answer, and thinking that is empty. Raises
+        TemplateError.
         """
         if not {"<|im_start|>", "<|im_end|>"} <= self._by_text.keys():
             raise TemplateError(
                 "this tokenizer has no <|im_start|> and <|im_end|>; roles are known only in ChatML templates"
             )
         parts, mark = self._render(messages, tools, {"add_generation_prompt": False, **kwargs})
-        tracker = RoleTracker()
+        tracker = RoleTracker(self._opening(kwargs), own_empty=thinks_nothing(messages))
         pairs: list[tuple[int, int]] = []
-        for part, after in itertools.zip_longest(parts, parts[1:]):
+        for index, part in enumerate(parts):
             if part.token is not None:
                 pairs.append((part.token.id, tracker.control(part.text)))
                 continue
-            header, code = tracker.text(part.text, after.text if after else "")
+            following = "".join(after.text for after in parts[index + 1 : index + 1 + _LOOKAHEAD])
+            header, code = tracker.text(part.text, following)
             spans = self._spans(part.text.replace(mark, ""), part.leads, part.normal)
             pairs += [(id, ROLE_OTHER if start < header else code) for id, start in spans]
         return [id for id, _ in pairs], [code for _, code in pairs]
+
+    def _opening(self, variables: Mapping[str, Any]) -> str:
+        """What the template puts behind the header of an answer that is to come."""
+        key = json.dumps(variables, sort_keys=True, default=repr)
+        if key not in self._openings:
+            asked = {**variables, "add_generation_prompt": True}
+            try:
+                parts, _ = self._render([{"role": "user", "content": "."}], None, asked)
+            except TemplateError:  # some templates want other messages
+                parts = []
+            text = "".join(part.text for part in parts)
+            self._openings[key] = text.rpartition("<|im_start|>assistant\n")[2] if parts else ""
+        return self._openings[key]
 
     def _render(
         self,

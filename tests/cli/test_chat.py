@@ -58,6 +58,14 @@ def tools(tmp_path: Path) -> Path:
 # without a terminal
 
 
+def test_thinking_has_a_budget(models: Models, file: Path) -> None:
+    model = models("hello", template="<think>\n")
+    args = [model, "--thinking-budget", "0", "--thinking-budget-message", "So."]
+    talk("Well?", f"/save {file}", args=args)
+    message = saved(file)["messages"][-1]
+    assert (message["content"], message["reasoning_content"]) == ("Hello there.", "So.")
+
+
 def test_each_line_is_answered_on_stdout(models: Models) -> None:
     result = talk("Hi", "", "  ", "Again", args=[models("hello")])
     assert result.stdout == "Hello there.\nHello there.\n"

@@ -75,6 +75,25 @@ def test_json_takes_thinking_apart_and_raw_does_not(models: Models) -> None:
     assert answer(models("thinking"), "-p", "Well?") == "<think>hm</think>Yes.\n"
 
 
+def test_thinking_has_a_budget(models: Models) -> None:
+    opened = "<think>\n{% if reasoning_effort %}{{ reasoning_effort }}{% endif %}"
+    model = models("endless", template=opened)
+    close = ("--thinking-budget", "4", "--thinking-budget-message", "Enough.", "--max-tokens", "60")
+    result = json.loads(answer(model, "--json", "-p", "Well?", *close))
+    assert result["thinking"] == "la " * 36 + "\nEnough." and result["text"].startswith("la la")
+    assert result["thinking_ended"] == "budget" and result["thinking_tokens"] == 36 + len("\nEnough.\n")
+    result = json.loads(answer(model, "--json", "-p", "Well?", "--max-tokens", "60"))
+    assert (result["thinking_ended"], result["thinking_tokens"], result["text"]) == (None, 60, "")
+    longer = json.loads(
+        answer(model, "--json", "-p", "Well?", "--reasoning-effort", "high", "--max-tokens", "1")
+    )
+    assert longer["prompt_tokens"] == result["prompt_tokens"] + len("xhigh")
+    refused = invoke(model, "--raw", "-p", "x", "--thinking-budget", "4")
+    assert refused.exit_code == 2 and "--raw" in refused.stderr
+    refused = invoke(model, "-p", "x", "--thinking-budget-message", "</think>")
+    assert refused.exit_code == 2 and "message" in refused.stderr
+
+
 def test_ends(models: Models) -> None:
     result = json.loads(answer(models("endless"), "--json", "-p", "Sing", "--max-tokens", "3"))
     assert (result["text"], result["finish_reason"]) == ("la la la ", "length")

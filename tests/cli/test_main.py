@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import godwit
 from godwit import errors
 from godwit.cli.main import app
-from godwit.cli.options import SamplingOptions, parse_logit_bias
+from godwit.cli.options import SamplingOptions, ThinkingOptions, parse_logit_bias
 
 HEAVY = ["torch", "numpy", "transformers", "tokenizers", "jinja2", "huggingface_hub", "rich"]
 ERRORS = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.GodwitError)]
@@ -71,7 +71,8 @@ def test_version() -> None:
 def test_options_reach_the_verb(generate: Verb) -> None:
     given = "generate m -p hi --raw --json --no-stream --temperature 0 --top-k 5 --top-p 0.9 --min-p 0.1 "
     given += "--repetition-penalty 1.1 --presence-penalty 1 --frequency-penalty -1 --seed 7 --max-tokens 3 "
-    given += "--stop a --stop b --logit-bias 4=-2.5 --logit-bias 5=1 --threads 2 --dtype float32"
+    given += "--stop a --stop b --logit-bias 4=-2.5 --logit-bias 5=1 --threads 2 --dtype float32 "
+    given += "--reasoning-effort low --thinking-budget 9"
     result = invoke(*given.split())
     assert (result.exit_code, result.stdout, result.stderr) == (0, "answer\n", "")
     assert generate.args == ("m",)
@@ -95,6 +96,7 @@ def test_options_reach_the_verb(generate: Verb) -> None:
             max_tokens=3,
             stop=["a", "b"],
         ),
+        "thinking": ThinkingOptions(reasoning_effort="low", thinking_budget=9),
         "threads": 2,
         "dtype": "float32",
         "quantize": None,
@@ -106,7 +108,7 @@ def test_nothing_asked_for_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert invoke("chat").exit_code == 0
     assert chat.args == (None,) and chat.kwargs["sampling"] == SamplingOptions()
     assert invoke("chat").exit_code == 0
-    assert chat.kwargs["sampling"].stop == []
+    assert chat.kwargs["sampling"].stop == [] and chat.kwargs["thinking"] == ThinkingOptions()
 
 
 @pytest.mark.parametrize(

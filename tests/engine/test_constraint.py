@@ -223,7 +223,7 @@ def test_an_answer_is_calls_or_fits_another_form(
 @pytest.mark.parametrize(
     ("kind", "value", "text"),
     [
-        ("object", None, '{"a": "<tool_call>"}'),
+        ("object", None, '{"a": "b"}'),
         ("regex", "[ab]{3}", "aba"),
         ("choice", ["yes", "no"], "no"),
         ("grammar", 'root ::= "a" [0-9]+ call\ncall ::= "x" | "y" call', "a12yx"),
@@ -235,6 +235,33 @@ def test_calls_go_with_every_other_form(
     for answer in (text, f"{CALL}\n{NOW}"):
         form = forms.tool_calls(TOOLS, "auto", otherwise=forms.rule(kind, value), thinking="optional")
         assert walk(tokenizer, form, answer) == "complete"
+
+
+@pytest.mark.parametrize("tag", ["<think>", "</think>", "<tool_call>", "</tool_call>"])
+def test_tags_are_no_way_to_write_a_text(tag: str, forms: Constraints, tokenizer: Tokenizer) -> None:
+    text = {"type": "object", "properties": {"s": {"type": "string"}}, "required": ["s"]}
+    note: Any = {"name": "note", "parameters": text}
+    json_call = f'<tool_call>\n{{"name": "note", "arguments": {{"s": "a{tag}'
+    xml_call = f"<tool_call>\n<function=note>\n<parameter=s>\na\n{tag}"
+    ways = [
+        (held(forms, "schema", text), f'{{"s": "a{tag}'),
+        (held(forms, "schema", text, thinking="optional"), f'{{"s": "a{tag}'),
+        (held(forms, "schema", text, thinking="opened"), f'h{tag}m</think>\n{{"s": "a{tag}'),
+        (held(forms, "regex", "(?s:.*)"), f"a{tag}"),
+        (forms.tool_calls([note], "required"), json_call),
+        (forms.tool_calls([note], "required", form="xml"), xml_call),
+        (forms.tool_calls([note], "auto"), "Now " + json_call),
+        (forms.tool_calls([note], "auto", otherwise=forms.rule("schema", text)), f'{{"s": "{tag}'),
+    ]
+    for form, written in ways:
+        if tag != "</think>" or "</think>\n" not in written:
+            assert walk(tokenizer, form, written).startswith(tag)
+    spelled = tokenizer.encode(tag)
+    form = held(forms, "regex", "(?s:.*)")
+    for id in spelled:
+        mask = form.allowed()
+        assert mask is not None and mask[id]
+        form.accept(id)
 
 
 def test_of_two_forms_one_that_costs_too_much_is_named(forms: Constraints) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from godwit.engine import Engine, GenerationRequest, SamplingParams
+from godwit.engine import Engine, GenerationRequest, SamplingParams, ThinkingRules, parse_answer
 from godwit.engine.constraint import Constraints, GrammarConstraint
 from godwit.engine.speculative import MAX_DEPTH, Speculator
 from godwit.models.causal_lm import CausalLM
@@ -46,18 +48,30 @@ def requests(forms: Constraints, tokenizer: Tokenizer) -> list[GenerationRequest
     greedy, hot = SamplingParams(temperature=0, max_tokens=300), SamplingParams(seed=7, max_tokens=300)
     thinking = SamplingParams(seed=3, max_tokens=400, logit_bias=short_thoughts)
     calls = forms.tool_calls(TOOLS, "auto", otherwise=forms.rule("schema", FLAG), thinking="opened")
-    ways: list[tuple[GrammarConstraint | None, SamplingParams]] = [
-        (held(forms, "schema", FLAG), greedy),
-        (held(forms, "schema", FLAG), hot),
-        (held(forms, "schema", FLAG, thinking="opened"), thinking),
-        (calls, thinking),
-        (forms.tool_calls(TOOLS, "required"), hot),
-        (held(forms, "regex", "(one two three ){12}"), greedy),
-        (held(forms, "choice", ["yes", "no"]), hot),
-        (None, SamplingParams(temperature=0, max_tokens=60)),
+    eager = SamplingParams(seed=4, max_tokens=300, logit_bias=dict.fromkeys(tokenizer.stop_ids, 9.0))
+    opened: dict[str, Any] = {"opened": True, "message": "That will do."}
+    ways: list[tuple[GrammarConstraint | None, SamplingParams, ThinkingRules | None]] = [
+        (held(forms, "schema", FLAG), greedy, None),
+        (held(forms, "schema", FLAG), hot, None),
+        (held(forms, "schema", FLAG, thinking="opened"), thinking, None),
+        (calls, thinking, None),
+        (forms.tool_calls(TOOLS, "required"), hot, None),
+        (held(forms, "regex", "(one two three ){12}"), greedy, None),
+        (held(forms, "choice", ["yes", "no"]), hot, None),
+        (None, SamplingParams(temperature=0, max_tokens=60), None),
+        (held(forms, "schema", FLAG, thinking="opened"), greedy, ThinkingRules(budget=20, **opened)),
+        (held(forms, "schema", FLAG, thinking="opened"), eager, ThinkingRules(bounded=True, **opened)),
+        (
+            forms.tool_calls(TOOLS, "required", thinking="opened"),
+            greedy,
+            ThinkingRules(bounded=True, **opened),
+        ),
+        (None, greedy, ThinkingRules(budget=0, **opened)),
     ]
     prompt = tuple(tokenizer.encode_chat([{"role": "user", "content": "one two three, one two three, one"}]))
-    return [GenerationRequest(prompt, params, constraint=form) for form, params in ways]
+    return [
+        GenerationRequest(prompt, params, constraint=form, thinking=rules) for form, params, rules in ways
+    ]
 
 
 def test_drafts_change_no_answer_of_any_form(
@@ -68,7 +82,14 @@ def test_drafts_change_no_answer_of_any_form(
         streams = [engine.submit(request) for request in requests(forms, tokenizer)]
         results = [stream.result() for stream in streams]
         answers.append([(text, finish.reason, finish.token_ids) for text, finish in results])
+        ended = [finish.thinking_ended for _, finish in results[8:]]
+        assert ended == ["budget", "end_of_text", "reserve", "budget"]
     assert answers[0] == answers[1]
+    for text, reason, _ in answers[1][8:10]:
+        assert reason == "stop" and json.loads(text.partition("That will do.\n</think>\n\n")[2]).keys() >= {
+            "ok"
+        }
+    assert parse_answer(answers[1][10][0], thinking=True).tool_calls
     assert "<tool_call>" in answers[1][4][0] and answers[1][5][0] == "one two three " * 12
     stats = engines[1].stats()
     assert stats.drafted > 50 and stats.accepted > 10

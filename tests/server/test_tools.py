@@ -222,6 +222,20 @@ def test_thinking() -> None:
     assert parse(["\n<think>hm"], None) == [Thinking("hm")]
     assert parse(["<think>\n\n</think>\n\nYes."], None) == [Text("Yes.")]
     assert parse(["Say <think>hm</think>"], None) == [Text("Say <think>hm</think>")]
+    assert parse(["a</think>\n</think>\n\nYes."], None, thinking=True) == [Thinking("a"), Text("Yes.")]
+    assert parse(["a\n</think>\n<think>\nb</think>Yes."], None, thinking=True) == [
+        Thinking("a\nb"),
+        Text("Yes."),
+    ]
+    assert parse(["a</think>Say </think>"], None, thinking=True) == [Thinking("a"), Text("Say </think>")]
+
+
+def test_tokens_of_thinking_are_told_from_the_first_on() -> None:
+    parser, thinks = AnswerParser(None, thinking=True), []
+    for piece in ("Let", " me", " see", ".</think>", "Yes"):
+        thinks.append(parser.thinks)
+        parser.push(piece)
+    assert thinks == [True] * 4 + [False]
 
 
 @pytest.mark.parametrize("format", ["hermes", "xml"])

@@ -153,6 +153,31 @@ class TestRoles:
             (2, "\n"),
         ]
 
+    def test_what_a_template_puts_in_front_of_an_answer_is_not_the_assistants(self, make: Make) -> None:
+        """As Qwen3.5 has it: thinking is opened by the prompt, and turned off by an empty one."""
+        source = (
+            "{%- for m in messages %}<|im_start|>{{ m.role ~ '\n' }}"
+            "{% if m.role == 'assistant' %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}"
+            "{{ m.content }}<|im_end|>\n{% endfor %}"
+            "{%- if add_generation_prompt %}<|im_start|>assistant\n<think>{{ '\n' }}"
+            "{% if enable_thinking is false %}{{ '\n' }}</think>\n\n{% endif %}{% endif %}"
+        )
+        for tokens in (True, False):
+            raw = make("bytes")
+            if not tokens:
+                raw["added_tokens"] = [token for token in raw["added_tokens"] if token["special"]]
+            tok = Tokenizer(raw, chat_template=ChatTemplate(source))
+            answers: Any = [
+                *user("Q"),
+                {"role": "assistant", "content": "A"},
+                {"role": "assistant", "content": "B", "reasoning_content": "hm"},
+            ]
+            for variables in ({}, {"enable_thinking": False}):
+                runs = self.runs(tok, answers, **variables)
+                own = "hm\n</think>\n\nB<|im_end|>"
+                thought = own if not variables else f"<think>\n{own}"
+                assert [text for role, text in runs if role == 0] == ["A<|im_end|>", thought]
+
     def test_tool_results_where_the_tags_are_no_tokens(self, template: str, make: Make) -> None:
         raw = make("bytes")
         raw["added_tokens"] = [token for token in raw["added_tokens"] if token["special"]]

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from godwit.cli import common
-from godwit.cli.options import DtypeName, QuantizeName, SamplingOptions
+from godwit.cli.options import DtypeName, QuantizeName, SamplingOptions, ThinkingOptions
 from godwit.cli.terminal import Terminal, harmless
 from godwit.errors import GodwitError, TemplateError, UsageError
 
 if TYPE_CHECKING:
-    from godwit.engine import Answer, Finish, SamplingParams, Segmenter, Session, ToolCall
+    from godwit.engine import Answer, Finish, SamplingParams, Segmenter, Session, ThinkingRules, ToolCall
     from godwit.tokenizer import Tokenizer
 
 HELP = '''\
@@ -44,6 +44,7 @@ def run(
     system: str | None,
     tools: Path | None,
     sampling: SamplingOptions,
+    thinking: ThinkingOptions,
     context: int | None = None,
     threads: int | None,
     dtype: DtypeName,
@@ -60,7 +61,15 @@ def run(
     params = common.sampling_params(sampling, opened.tokenizer.generation_defaults)
     opened.check_context(context)
     session = opened.start(context=context, threads=threads, dtype=dtype, quantize=quantize)
-    chat = Chat(session, params, Terminal(), name=opened.name, system=opened.system(system), tools=listed)
+    chat = Chat(
+        session,
+        params,
+        Terminal(),
+        name=opened.name,
+        system=opened.system(system),
+        tools=listed,
+        thinking=thinking,
+    )
     chat.talk()
 
 
@@ -79,6 +88,7 @@ class Chat:
         name: str,
         system: str | None = None,
         tools: list[dict[str, Any]] | None = None,
+        thinking: ThinkingOptions | None = None,
     ) -> None:
         self.session = session
         self.params = params
@@ -86,6 +96,7 @@ class Chat:
         self.name = name
         self.system = system
         self.tools = tools or []
+        self.thinking = thinking or ThinkingOptions()
         self.messages: list[dict[str, Any]] = []
         self._num_answers = 0
 
@@ -142,9 +153,11 @@ class Chat:
 
         try:
             with self._stoppable():
-                ids = self.tokenizer.encode_chat(self._all_messages(), tools=self.tools or None)
+                variables = common.thinking_variables(self.tokenizer, self.thinking)
+                ids = self.tokenizer.encode_chat(self._all_messages(), tools=self.tools or None, **variables)
                 thinking = common.thinking_open(self.tokenizer, ids)
-                text, finish = self._show_answer(ids, Segmenter(thinking=thinking))
+                rules = common.thinking_rules(self.thinking, opened=thinking)
+                text, finish = self._show_answer(ids, Segmenter(thinking=thinking), rules)
         except GodwitError as error:
             self.terminal.end_line()
             self.terminal.error(f"{error}{' (/reset forgets the conversation)' * bool(self.messages[:-1])}")
@@ -158,14 +171,17 @@ class Chat:
         stopped = finish is None or finish.reason == "cancelled"
         return replace(answer, tool_calls=()) if stopped else answer
 
-    def _show_answer(self, ids: list[int], segmenter: Segmenter) -> tuple[str, Finish | None]:
+    def _show_answer(
+        self, ids: list[int], segmenter: Segmenter, rules: ThinkingRules
+    ) -> tuple[str, Finish | None]:
         """Stream an answer to the terminal; its whole text, and no Finish where it was broken off hard."""
         from godwit.engine import Piece
 
         text, finish = "", None
         self.terminal.begin_answer()
         try:
-            for event in self.session.stream(ids, self._next_params(), progress=self._progress):
+            params = self._next_params()
+            for event in self.session.stream(ids, params, progress=self._progress, thinking=rules):
                 if isinstance(event, Piece):
                     text += event.text
                     self._show(segmenter.push(event.text))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from godwit.cli import doctor
-from godwit.cli.options import DtypeName, QuantizeName, SamplingOptions
+from godwit.cli.options import DtypeName, QuantizeName, SamplingOptions, ThinkingOptions
 from godwit.errors import CheckpointError, MemoryBudgetError, UsageError
 from godwit.measure.machine import memory
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from godwit.checkpoint import Checkpoint
     from godwit.checkpoint.packed import PackedFile
     from godwit.config import ModelConfig
-    from godwit.engine import CacheSize, SamplingParams, Session
+    from godwit.engine import CacheSize, SamplingParams, Session, ThinkingRules
     from godwit.models.causal_lm import CausalLM
     from godwit.models.native import Rounding
     from godwit.tokenizer import Tokenizer
@@ -390,6 +390,29 @@ def _tool(entry: Any, where: str) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         raise UsageError(f"{where} has no name; each tool is an object with name, description and parameters")
     return entry if "function" in entry else {"type": "function", "function": function}
+
+
+def thinking_variables(tokenizer: Tokenizer, options: ThinkingOptions) -> dict[str, Any]:
+    """What the chat template is told about thinking."""
+    template = tokenizer.chat_template
+    return {} if template is None else template.thinking_variables(None, options.reasoning_effort)
+
+
+def thinking_rules(options: ThinkingOptions, *, opened: bool) -> ThinkingRules:
+    """What holds for the thinking of an answer, which the prompt may have ``opened``.
+
+    Raises:
+        UsageError: the message cannot be used.
+    """
+    from godwit.engine import ThinkingRules
+    from godwit.engine.thinking import DEFAULT_MESSAGE
+
+    message = options.thinking_budget_message
+    return ThinkingRules(
+        opened=opened,
+        budget=options.thinking_budget,
+        message=DEFAULT_MESSAGE if message is None else message,
+    )
 
 
 def thinking_open(tokenizer: Tokenizer, ids: list[int]) -> bool:

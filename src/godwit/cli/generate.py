@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from godwit.cli import common
-from godwit.cli.options import DtypeName, QuantizeName, SamplingOptions
+from godwit.cli.options import DtypeName, QuantizeName, SamplingOptions, ThinkingOptions
 from godwit.cli.terminal import harmless, tolerate_any_text
 from godwit.errors import TemplateError, UsageError
 
@@ -29,6 +29,7 @@ def run(
     stream: bool,
     logit_bias: Mapping[int, float],
     sampling: SamplingOptions,
+    thinking: ThinkingOptions,
     context: int | None = None,
     threads: int | None,
     dtype: DtypeName,
@@ -43,6 +44,8 @@ def run(
     tolerate_any_text()
     if raw and (system is not None or tools is not None):
         raise UsageError("--raw continues a text as it is, so --system and --tools cannot go with it")
+    if raw and thinking != ThinkingOptions():
+        raise UsageError("--raw continues a text as it is, so options about thinking cannot go with it")
     listed = common.read_tools(tools) if tools is not None else []
     text = read_prompt() if prompt is None else prompt
     if not text.strip():
@@ -50,18 +53,22 @@ def run(
     opened = common.open_model(model)
     opened.check_context(context)
     params = common.sampling_params(sampling, opened.tokenizer.generation_defaults, logit_bias)
-    ids = encode(opened.tokenizer, text, raw=raw, system=opened.system(system), tools=listed)
+    variables = common.thinking_variables(opened.tokenizer, thinking)
+    ids = encode(
+        opened.tokenizer, text, raw=raw, system=opened.system(system), tools=listed, variables=variables
+    )
     opened.check_context(context, len(ids))
+    thinks = not raw and common.thinking_open(opened.tokenizer, ids)
+    rules = None if raw else common.thinking_rules(thinking, opened=thinks)
     session = opened.start(context=context, threads=threads, dtype=dtype, quantize=quantize)
-    events = session.stream(ids, params)
+    events = session.stream(ids, params, thinking=rules)
     if not as_json:
         write(events, at_once=not stream)
         return
     from godwit.engine import Answer, parse_answer
 
     text, finish = collect(events)
-    thinking = common.thinking_open(opened.tokenizer, ids)
-    answer = Answer(text) if raw else parse_answer(text, thinking=thinking)
+    answer = Answer(text) if raw else parse_answer(text, thinking=thinks)
     print(json.dumps(report(answer, finish, opened.name), ensure_ascii=False))
 
 
@@ -73,7 +80,13 @@ def read_prompt() -> str:
 
 
 def encode(
-    tokenizer: Tokenizer, text: str, *, raw: bool, system: str | None, tools: list[dict[str, Any]]
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    raw: bool,
+    system: str | None,
+    tools: list[dict[str, Any]],
+    variables: Mapping[str, Any],
 ) -> list[int]:
     """Ids of the prompt: a plain text, or a conversation of one message.
 
@@ -85,7 +98,8 @@ def encode(
     if tokenizer.chat_template is None:
         raise TemplateError("this model has no chat template; continue a plain text with --raw")
     messages = [{"role": "system", "content": system}] if system else []
-    return tokenizer.encode_chat([*messages, {"role": "user", "content": text}], tools=tools or None)
+    messages.append({"role": "user", "content": text})
+    return tokenizer.encode_chat(messages, tools=tools or None, **variables)
 
 
 def write(events: Iterable[Event], *, at_once: bool) -> None:
@@ -127,6 +141,8 @@ def report(answer: Answer, finish: Finish, model: str) -> dict[str, Any]:
         "prompt_tokens": finish.prompt_tokens,
         "cached_tokens": finish.cached_tokens,
         "completion_tokens": finish.completion_tokens,
+        "thinking_tokens": finish.thinking_tokens,
+        "thinking_ended": finish.thinking_ended,
         "timings": {
             "prefill_seconds": rounded(finish.prefill_seconds),
             "prefill_tokens_per_second": rounded(finish.prefill_tokens_per_second),

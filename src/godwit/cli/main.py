@@ -20,11 +20,13 @@ from godwit.cli.options import (
     RecipeName,
     Restart,
     SamplingOptions,
+    ServedThinkingOptions,
     System,
+    ThinkingOptions,
     Threads,
     Tools,
     parse_logit_bias,
-    takes_sampling,
+    takes_options,
 )
 from godwit.cli.outcome import drop_output, one_sentence
 
@@ -61,7 +63,7 @@ def _shared(
 
 
 @app.command()
-@takes_sampling
+@takes_options
 def chat(
     ctx: typer.Context,
     *,
@@ -69,6 +71,7 @@ def chat(
     system: System = None,
     tools: Tools = None,
     sampling: SamplingOptions,
+    thinking: ThinkingOptions,
     context: Context = None,
     threads: Threads = None,
     dtype: Dtype = "auto",
@@ -83,6 +86,7 @@ def chat(
             system=system,
             tools=tools,
             sampling=sampling,
+            thinking=thinking,
             context=context,
             threads=threads,
             dtype=dtype,
@@ -91,7 +95,7 @@ def chat(
 
 
 @app.command()
-@takes_sampling
+@takes_options
 def generate(
     ctx: typer.Context,
     *,
@@ -109,6 +113,7 @@ def generate(
         typer.Option(help="Add VALUE to the score of token ID; may be repeated.", metavar="ID=VALUE"),
     ] = None,
     sampling: SamplingOptions,
+    thinking: ThinkingOptions,
     context: Context = None,
     threads: Threads = None,
     dtype: Dtype = "auto",
@@ -128,6 +133,7 @@ def generate(
             stream=not no_stream,
             logit_bias=parse_logit_bias(logit_bias or []),
             sampling=sampling,
+            thinking=thinking,
             context=context,
             threads=threads,
             dtype=dtype,
@@ -136,6 +142,7 @@ def generate(
 
 
 @app.command()
+@takes_options
 def serve(
     ctx: typer.Context,
     *,
@@ -182,6 +189,7 @@ def serve(
     speculate: Annotated[
         bool, typer.Option(help="Guess tokens ahead where that pays; answers stay the same.")
     ] = True,
+    thinking: ServedThinkingOptions,
     threads: Threads = None,
     dtype: Dtype = "auto",
     quantize: Quantize = None,
@@ -206,6 +214,7 @@ def serve(
                 self_check=self_check,
                 speculate=speculate,
             ),
+            thinking=thinking,
             threads=threads,
             dtype=dtype,
             quantize=quantize,

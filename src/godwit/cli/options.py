@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from godwit.chat_template import Effort
 from godwit.errors import UsageError
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -104,33 +105,68 @@ class SamplingOptions:
     ] = field(default_factory=list)
 
 
-def takes_sampling(command: Callable[..., None]) -> Callable[..., None]:
-    """Show typer one option for each field of SamplingOptions in place of the argument `sampling`."""
+@dataclass(frozen=True, kw_only=True)
+class ThinkingOptions:
+    """How much a model is to think, as asked for on the command line; None leaves it to the template."""
+
+    reasoning_effort: Annotated[
+        Effort | None, typer.Option(help="How much to think, for chat templates that know it; none is off.")
+    ] = None
+    thinking_budget: Annotated[
+        int | None,
+        typer.Option(min=0, max=1 << 24, help="Close thinking after so many tokens.", metavar="N"),
+    ] = None
+    thinking_budget_message: Annotated[
+        str | None,
+        typer.Option(help="The last words of thinking that is closed; else Qwen's.", metavar="TEXT"),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedThinkingOptions(ThinkingOptions):
+    """The same for a server, where requests may ask for something else."""
+
+    effort_budgets: Annotated[
+        bool,
+        typer.Option(
+            "--effort-budgets", help="Where the template knows no efforts, make them thinking budgets."
+        ),
+    ] = False
+    no_empty_answers: Annotated[
+        bool,
+        typer.Option("--no-empty-answers", help="Close thinking in time to answer, and never end within it."),
+    ] = False
+
+
+def takes_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Show typer one option for each field of the arguments that are dataclasses, in place of these."""
     signature = inspect.signature(command, eval_str=True)
-    hints = get_type_hints(SamplingOptions, include_extras=True)
-    blank = SamplingOptions()
+    groups: dict[str, Any] = {
+        p.name: p.annotation for p in signature.parameters.values() if is_dataclass(p.annotation)
+    }
 
     @wraps(command)
     def spread(**given: Any) -> None:
-        sampling = SamplingOptions(**{f.name: given.pop(f.name) for f in fields(SamplingOptions)})
-        command(sampling=sampling, **given)
+        for name, kind in groups.items():
+            given[name] = kind(**{f.name: given.pop(f.name) for f in fields(kind)})
+        command(**given)
 
     parameters: list[inspect.Parameter] = []
     for p in signature.parameters.values():
-        if p.name != "sampling":
-            parameters.append(p.replace(kind=inspect.Parameter.KEYWORD_ONLY))
-            continue
-        parameters += [
-            inspect.Parameter(
-                f.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=getattr(blank, f.name),
-                annotation=hints[f.name],
-            )
-            for f in fields(SamplingOptions)
-        ]
+        spreads = _options_of(groups[p.name]) if p.name in groups else [p]
+        parameters += [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in spreads]
     spread.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return spread
+
+
+def _options_of(group: Any) -> list[inspect.Parameter]:
+    hints, blank = get_type_hints(group, include_extras=True), group()
+    return [
+        inspect.Parameter(
+            f.name, inspect.Parameter.KEYWORD_ONLY, default=getattr(blank, f.name), annotation=hints[f.name]
+        )
+        for f in fields(group)
+    ]
 
 
 def parse_logit_bias(pairs: list[str]) -> dict[int, float]:

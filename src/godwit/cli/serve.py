@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from godwit.cli import common
-from godwit.cli.options import DtypeName, QuantizeName, SamplingOptions
+from godwit.cli.options import DtypeName, QuantizeName, SamplingOptions, ServedThinkingOptions
 from godwit.errors import UsageError
 from godwit.measure.machine import memory
 
 if TYPE_CHECKING:
     from godwit.engine import Engine
     from godwit.models.causal_lm import CausalLM
+    from godwit.server.thinking import ThinkingSettings
 
 _log = logging.getLogger("godwit.server")
 
@@ -45,6 +46,7 @@ def run(
     cors_origins: Sequence[str],
     refuse_media: bool,
     engine: EngineOptions,
+    thinking: ServedThinkingOptions,
     threads: int | None,
     dtype: DtypeName,
     quantize: QuantizeName | None,
@@ -77,6 +79,7 @@ def run(
         settings = Settings(
             names=tuple(names) or (shown_name(opened.name),),
             sampling=sampling,
+            thinking=thinking_settings(thinking),
             keys=keys,
             origins=origins,
             refuse_media=refuse_media,
@@ -98,6 +101,24 @@ def run(
             "serving %s at %s with a context of %d (Ctrl-C ends it)", settings.name, place, service.context
         )
         make_server(make_app(service), settings).run([listener])
+
+
+def thinking_settings(options: ServedThinkingOptions) -> ThinkingSettings:
+    """What a server does about thinking where requests leave it open.
+
+    Raises:
+        UsageError: the message cannot be used.
+    """
+    from godwit.server.thinking import ThinkingSettings
+
+    rules = common.thinking_rules(options, opened=False)
+    return ThinkingSettings(
+        effort=options.reasoning_effort,
+        budget=options.thinking_budget,
+        message=rules.message,
+        effort_budgets=options.effort_budgets,
+        never_empty=options.no_empty_answers,
+    )
 
 
 def checked_origins(origins: Sequence[str]) -> tuple[str, ...]:

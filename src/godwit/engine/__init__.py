@@ -6,6 +6,7 @@ from godwit.engine.engine import Engine, EngineStats, Health
 from godwit.engine.sampling import Sampler, SamplingParams, TokenLogprobs
 from godwit.engine.session import Event, Finish, Piece, Prefill, Session
 from godwit.engine.stream import Constraint, GenerationRequest, Stream
+from godwit.engine.thinking import ThinkingRules
 
 __all__ = [
     "Answer",
@@ -25,6 +26,7 @@ __all__ = [
     "Segmenter",
     "Session",
     "Stream",
+    "ThinkingRules",
     "TokenLogprobs",
     "ToolCall",
     "opens_thinking",

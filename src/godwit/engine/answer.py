@@ -73,6 +73,7 @@ class Segmenter:
     def __init__(self, *, thinking: bool = False) -> None:
         self._kind: Kind = "thinking" if thinking else "text"
         self._held = ""
+        self._fresh = False  # thinking has just ended, and nothing was said since
 
     def push(self, text: str) -> list[tuple[Kind, str]]:
         """The parts that are certain with ``text``."""
@@ -88,7 +89,9 @@ class Segmenter:
 
     def _parts(self) -> Iterator[tuple[Kind, str]]:
         while True:
-            tags = tuple(_OPENERS) if self._kind == "text" else (_CLOSERS[self._kind],)
+            tags: tuple[str, ...] = (_CLOSERS[self._kind],) if self._kind in _CLOSERS else tuple(_OPENERS)
+            if self._ends_again():
+                tags = (*tags, _CLOSERS["thinking"])
             found = [(place, tag) for tag in tags if (place := self._held.find(tag)) >= 0]
             if not found:
                 break
@@ -96,10 +99,17 @@ class Segmenter:
             part, self._held = self._held[:place], self._held[place + len(tag) :]
             if part:
                 yield self._kind, part
+            self._fresh = tag == _CLOSERS["thinking"]
             self._kind = _OPENERS.get(tag, "text")
         if self._kind != "tool_call" and (ready := len(self._held) - _open_end(self._held, tags)):
             part, self._held = self._held[:ready], self._held[ready:]
             yield self._kind, part
+
+    def _ends_again(self) -> bool:
+        """Whether another closing tag may come, as models write it where the end was forced on them."""
+        rest, tag = self._held.lstrip(), _CLOSERS["thinking"]
+        self._fresh = self._fresh and tag.startswith(rest[: len(tag)])
+        return self._fresh
 
 
 def _open_end(text: str, tags: Sequence[str]) -> int:

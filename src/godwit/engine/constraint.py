@@ -10,10 +10,12 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from godwit.engine.constraint_calls import CALL, END_CALL, CallForm, call_grammar
@@ -54,17 +56,58 @@ _ANY_OBJECT = {"type": "object"}
 Kind = Literal["object", "schema", "regex", "grammar", "choice"]
 
 
+@dataclass(frozen=True)
+class Tags:
+    """The tokens that stand for tags in a vocabulary; those that are not single tokens are absent.
+
+    Attributes:
+        ids: the id of each tag.
+        letter: the id of an ordinary letter, allowed wherever any text is.
+    """
+
+    ids: Mapping[str, int]
+    letter: int | None
+
+    @staticmethod
+    def of(tokenizer: Tokenizer, vocab_size: int) -> Tags:
+        known = {
+            tag: id for tag in _TAGS if (id := tokenizer.token_to_id(tag)) is not None and id < vocab_size
+        }
+        letter = tokenizer.encode("~", add_special_tokens=False)[-1:]
+        return Tags(known, letter[0] if letter else None)
+
+
 class GrammarConstraint:
     """Holds one answer to a grammar; see :class:`~godwit.engine.stream.Constraint`.
+
+    Behind the thinking, tokens that stand for tags are no way to write a text, such as a string of JSON.
 
     Args:
         matcher: llguidance's, at its start; used up.
         vocab_size: tokens of the mask.
+        tags: those of the vocabulary.
+        thinking: what may come before the form.
+        calls_in_text: a call may begin anywhere in a text.
     """
 
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
+    def __init__(
+        self,
+        matcher: Any,
+        vocab_size: int,
+        tags: Tags,
+        thinking: Thinking = "none",
+        *,
+        calls_in_text: bool = False,
+    ) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
+        self._tags = tags
+        self._thinking = thinking == "opened"
+        # the tags that are more than text where any text is allowed
+        self._meant = {THINK} if thinking == "optional" else set[str]()
+        if calls_in_text:
+            self._meant.add(CALL)
+        self._calls_in_text = calls_in_text
 
     def allowed(self) -> Tensor | None:
         """Bool ``[vocab_size]``: which tokens may come next, stop tokens included.
@@ -75,6 +118,7 @@ class GrammarConstraint:
         bits = np.frombuffer(_guarded(self._matcher.compute_bitmask), dtype=np.uint8)
         self._check()
         mask = np.unpackbits(bits, count=self._vocab_size, bitorder="little")
+        mask[self._banned(mask)] = 0
         return torch.from_numpy(mask.view(np.bool_))
 
     def accept(self, token: int) -> None:
@@ -85,11 +129,27 @@ class GrammarConstraint:
         """
         _guarded(lambda: self._matcher.consume_token(token))
         self._check()
+        tag = next((tag for tag, id in self._tags.ids.items() if id == token), None)
+        if tag == THINK and THINK in self._meant:
+            self._thinking = True
+        elif self._thinking:
+            self._thinking = tag != END_THINK
+        elif self._calls_in_text and tag in (CALL, END_CALL):
+            self._meant = {CALL} if tag == END_CALL else set()
+        self._meant.discard(THINK)
 
     @property
     def complete(self) -> bool:
         """Whether the answer may end here."""
         return bool(self._matcher.is_accepting())
+
+    def _banned(self, mask: NDArray[np.uint8]) -> list[int]:
+        """Tags that would be mere text here: those allowed where an ordinary letter is, too."""
+        ids, letter = self._tags.ids, self._tags.letter
+        allowed = [id for tag, id in ids.items() if mask[id] and tag not in self._meant]
+        if self._thinking or not allowed or letter is None or not mask[letter]:
+            return []
+        return allowed
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -121,6 +181,7 @@ class Constraints:
             raise UsageError("this model has no stop token, so its answers cannot be held to a form")
         vocabulary = _Vocabulary(tokenizer, self.vocab_size, stops[0])
         self._special = {tokenizer.id_to_token(id): id for id in vocabulary.special_token_ids}
+        self._tags = Tags.of(tokenizer, self.vocab_size)
         try:
             import llguidance
         except ModuleNotFoundError:
@@ -180,7 +241,7 @@ class Constraints:
         Raises:
             UsageError: it cannot be used, or costs too much.
         """
-        return self._make(whole(rule, thinking=thinking), rule.what)
+        return self._make(whole(rule, thinking=thinking), rule.what, thinking)
 
     def tool_calls(
         self,
@@ -216,7 +277,8 @@ class Constraints:
             mark=self._mark,
         )
         what = "a tool's schema" if otherwise is None else f"{otherwise.what} or a tool's"
-        return self._make(grammar, what)
+        calls_in_text = choice == "auto" and otherwise is None
+        return self._make(grammar, what, thinking, calls_in_text=calls_in_text)
 
     def _mark(self, text: str) -> str:
         """A mark of calls in a grammar: as a token where it is one that no text can be, else as a text."""
@@ -230,7 +292,9 @@ class Constraints:
             raise UsageError(f"the grammar cannot be used: {explained(answer['error'])}")
         return answer["lark"]
 
-    def _make(self, grammar: str, what: str) -> GrammarConstraint:
+    def _make(
+        self, grammar: str, what: str, thinking: Thinking, *, calls_in_text: bool = False
+    ) -> GrammarConstraint:
         with self._lock:
             known = self._known.get(grammar)
             if known is not None:
@@ -241,7 +305,8 @@ class Constraints:
         if isinstance(known, str):
             raise UsageError(f"{what} cannot be used: {known}")
         with self._lock:
-            return GrammarConstraint(known.deep_copy(), self.vocab_size)
+            matcher = known.deep_copy()
+        return GrammarConstraint(matcher, self.vocab_size, self._tags, thinking, calls_in_text=calls_in_text)
 
     def _keep(self, grammar: str, known: Any) -> None:
         with self._lock:

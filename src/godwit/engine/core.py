@@ -200,7 +200,7 @@ class EngineCore:
         limits = {
             seq: min(most, seq.limit - len(seq.ids) - 1)
             for seq in self.scheduler.running
-            if seq.remaining == 1 and len(seq.ids) > seq.num_prompt
+            if seq.remaining == 1 and len(seq.ids) > seq.num_prompt and not self._generations[seq].foreseen
         }
         drafts = self.drafter.propose({seq: limit for seq, limit in limits.items() if limit > 0})
         return {seq: tokens[: limits[seq]] for seq, tokens in drafts.items()}

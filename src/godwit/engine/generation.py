@@ -13,6 +13,7 @@ from godwit.engine.sampling import Row, Sampler, TokenLogprobs
 from godwit.engine.scheduler import Sequence
 from godwit.engine.scoring import PromptScores
 from godwit.engine.stream import Channel, Finish, GenerationRequest, Piece, PromptScored, Reason, Started
+from godwit.engine.thinking import ThinkingGuide, shown
 from godwit.models.causal_lm import CausalLM
 from godwit.tokenizer import Tokenizer
 
@@ -39,6 +40,9 @@ class Generation:
         self._stop_ids = tokenizer.stop_ids
         self._decoder = tokenizer.stream(shown=request.shown_ids)
         self._matcher = StopMatcher(request.params.stop)
+        room = sequence.limit - sequence.num_prompt
+        rules = request.thinking
+        self._guide = None if rules is None else ThinkingGuide(rules, tokenizer, room)
         self._unshown: deque[tuple[int, int, TokenLogprobs | None]] = deque()  # (end in the text, token, ...)
         self._num_decoded = self._num_shown = 0
         self._submitted = perf_counter()
@@ -61,6 +65,11 @@ class Generation:
         """Tokens of the prompt that were cached."""
         return self._hit.position
 
+    @property
+    def foreseen(self) -> bool:
+        """Whether the next token is known already, so that there is nothing to guess."""
+        return self._guide is not None and self._guide.forcing
+
     def begin(self, hit: Hit) -> None:
         """Note that it runs now, the first time with what was cached of its prompt."""
         if self._admitted is None:
@@ -82,16 +91,25 @@ class Generation:
         Raises:
             GodwitError: there is none.
         """
-        constraint = self.request.constraint
-        token = self._sampler.sample(logits, None if constraint is None else constraint.allowed())
+        token = (
+            self._sample(logits) if self._guide is None else self._guide.choose(lambda: self._sample(logits))
+        )
         self._sampler.record(token)
-        if constraint is not None:
-            constraint.accept(token)
+        if self.request.constraint is not None:
+            self.request.constraint.accept(token)
         self._last = perf_counter()
         if self._first is None:
             self._first = self._last
         self.sequence.ids.append(token)
         return token
+
+    def _sample(self, logits: Row) -> int:
+        constraint, guide = self.request.constraint, self._guide
+        allowed = None if constraint is None else constraint.allowed()
+        if allowed is not None and guide is not None and guide.mends_end:
+            allowed = allowed.clone()
+            allowed[[id for id in self._stop_ids if id < len(allowed)]] = True
+        return self._sampler.sample(logits, allowed)
 
     def push(self, token: int, logits: Row) -> Reason | None:
         """Give out what text is certain with ``token``, which was chosen by ``logits``; the reason to end."""
@@ -99,12 +117,14 @@ class Generation:
         logprobs = None if top is None else TokenLogprobs.of(logits, self._sampler.vocab_size, token, top)
         if token in self._stop_ids:
             self._stop_logprobs = logprobs
+            if self._guide is not None:
+                self._guide.stop()
             return "stop"
         text = self._decoder.push(token)
         self._num_decoded += len(text)
         self._unshown.append((self._num_decoded, token, logprobs))
-        if shown := self._matcher.push(text):
-            self._show(shown)
+        if ready := shown(self._guide, self._matcher, text, complete=self._decoder.complete):
+            self._show(ready)
         if self._matcher.matched is not None:
             return "stop"
         return "length" if len(self.sequence.ids) >= self.sequence.limit else None
@@ -127,6 +147,8 @@ class Generation:
                 max(0.0, self._last - first),
                 self._sampler.seed,
                 self._matcher.matched,
+                0 if self._guide is None else self._guide.num_tokens,
+                None if self._guide is None else self._guide.ended,
                 queue_seconds=admitted - self._submitted,
                 drafted=self.drafted,
                 accepted=self.accepted,

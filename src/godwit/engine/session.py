@@ -12,6 +12,7 @@ import torch
 from godwit.engine.answer import StopMatcher
 from godwit.engine.cache import HybridCache
 from godwit.engine.sampling import Sampler, SamplingParams
+from godwit.engine.thinking import ThinkingEnd, ThinkingGuide, ThinkingRules, shown
 from godwit.errors import UsageError
 from godwit.models.causal_lm import CausalLM
 from godwit.tokenizer import Tokenizer
@@ -47,6 +48,8 @@ class Finish:
         decode_seconds: time of all tokens of the answer but the first, which follows from the prompt.
         seed: repeats the answer.
         stop: the stop text that ended it, if one did.
+        thinking_tokens: of the answer's tokens, those of its thinking; the tags do not count.
+        thinking_ended: why its thinking was over; None: there was none, or it was cut off.
     """
 
     reason: Literal["stop", "length", "cancelled"]
@@ -58,6 +61,8 @@ class Finish:
     decode_seconds: float
     seed: int
     stop: str | None
+    thinking_tokens: int = 0
+    thinking_ended: ThinkingEnd | None = None
 
     @property
     def completion_tokens(self) -> int:
@@ -163,7 +168,12 @@ class Session:
         return self._feed(ids, progress)
 
     def stream(
-        self, ids: Sequence[int], params: SamplingParams | None = None, *, progress: Progress | None = None
+        self,
+        ids: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        progress: Progress | None = None,
+        thinking: ThinkingRules | None = None,
     ) -> Iterator[Event]:
         """Answer a prompt: pieces of text as they come, then one :class:`Finish`.
 
@@ -173,6 +183,7 @@ class Session:
         Args:
             ids, progress: as for :meth:`feed`.
             params: how to choose tokens, and when to end.
+            thinking: what holds for the thinking of the answer; None: its whole text is the answer.
 
         Raises:
             UsageError: as :meth:`feed`; no room for an answer; an unknown id in ``logit_bias``.
@@ -187,7 +198,7 @@ class Session:
         sampler = Sampler(params, self.vocab_size, ids)
         self._cancelled = False
         self._turn += 1
-        return _Run(self, list(ids), sampler, progress).events()
+        return _Run(self, list(ids), sampler, progress, thinking).events()
 
     def _check(self, ids: Sequence[int]) -> None:
         if not ids:
@@ -243,7 +254,14 @@ class Session:
 class _Run:
     """One answer under way."""
 
-    def __init__(self, session: Session, ids: list[int], sampler: Sampler, progress: Progress | None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        ids: list[int],
+        sampler: Sampler,
+        progress: Progress | None,
+        thinking: ThinkingRules | None,
+    ) -> None:
         self.session = session
         self.ids = ids
         self.sampler = sampler
@@ -253,15 +271,15 @@ class _Run:
         self.decode_seconds = 0.0
         self.decoder = session.tokenizer.stream()
         self.matcher = StopMatcher(sampler.params.stop)
+        room, asked = session.max_context - len(ids), sampler.params.max_tokens
+        self.limit = room if asked is None else min(room, asked)
+        self.guide = None if thinking is None else ThinkingGuide(thinking, session.tokenizer, self.limit)
 
     def events(self) -> Iterator[Event]:
         self._refuse_stale()
         prefill = self.session._feed(self.ids, self.progress)
         reason: Literal["stop", "length", "cancelled"] = "length"
-        room = self.session.max_context - len(self.ids)
-        asked = self.sampler.params.max_tokens
-        limit = room if asked is None else min(room, asked)
-        while len(self.made) < limit:
+        while len(self.made) < self.limit:
             self._refuse_stale()
             if self.session.cancelled:
                 reason = "cancelled"
@@ -269,8 +287,11 @@ class _Run:
             token = self._step()
             if token in self.session.tokenizer.stop_ids:
                 reason = "stop"
+                if self.guide is not None:
+                    self.guide.stop()
                 break
-            if text := self.matcher.push(self.decoder.push(token)):
+            text = self.decoder.push(token)
+            if text := shown(self.guide, self.matcher, text, complete=self.decoder.complete):
                 yield Piece(text)
             if self.matcher.matched is not None:
                 reason = "stop"
@@ -287,6 +308,8 @@ class _Run:
             self.decode_seconds,
             self.sampler.seed,
             self.matcher.matched,
+            0 if self.guide is None else self.guide.num_tokens,
+            None if self.guide is None else self.guide.ended,
         )
 
     def _step(self) -> int:
@@ -294,12 +317,15 @@ class _Run:
         began = perf_counter()
         if self.made:
             self.session._forward(self.made[-1:])
-        token = self.sampler.sample(self.session._logits)
+        token = self._sample() if self.guide is None else self.guide.choose(self._sample)
         self.sampler.record(token)
         if self.made:
             self.decode_seconds += perf_counter() - began
         self.made.append(token)
         return token
+
+    def _sample(self) -> int:
+        return self.sampler.sample(self.session._logits)
 
     def _refuse_stale(self) -> None:
         if self.turn != self.session._turn:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from godwit.engine import session
 from godwit.engine.sampling import SamplingParams, TokenLogprobs
+from godwit.engine.thinking import ThinkingRules
 
 Reason = Literal["stop", "length", "cancelled", "error"]
 
@@ -45,6 +46,7 @@ class GenerationRequest:
         score_prompt: report how likely the prompt's tokens are, too, as ``params.logprobs`` asks of the
             answer's; the whole prompt is read for that, whatever is cached.
         shown_ids: special tokens that are a part of the answer's text, as others are not.
+        thinking: what holds for the thinking of the answer; None: its whole text is the answer.
     """
 
     prompt_ids: tuple[int, ...]
@@ -55,6 +57,7 @@ class GenerationRequest:
     priority: int = 0
     score_prompt: bool = False
     shown_ids: frozenset[int] = frozenset()
+    thinking: ThinkingRules | None = None
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,6 @@ class Answer:
     Attributes:
         reason: "stop", "length" or "tool_calls"; "" as long as it goes on.
         num_tokens: that have come.
-        num_thinking: tokens of its thinking.
         logprobs, said, prompt_logprobs: as in :class:`Update`.
     """
 
@@ -73,7 +72,6 @@ class Answer:
     finish: Finish | None = None
     reason: str = ""
     num_tokens: int = 0
-    num_thinking: int = 0
 
     def add(self, update: Update) -> None:
         """Take an update in."""
@@ -209,7 +207,6 @@ class Answers:
         logprobs = event.logprobs or ()
         if parser is None:
             return Update(index, [Text(event.text)] if event.text else [], logprobs, logprobs)
-        self.answers[index].num_thinking += len(event.token_ids) if parser.thinks else 0
         spoke = parser.speaks
         deltas = self._keep_one_call(index, parser.push(event.text))
         return Update(index, deltas, logprobs, logprobs if spoke and parser.speaks else ())
@@ -269,7 +266,7 @@ class Usage:
             prompt=sum(finish.prompt_tokens for finish in firsts),
             cached=sum(finish.cached_tokens for finish in firsts),
             completion=sum(finish.completion_tokens for finish in finishes),
-            thinking=sum(answer.num_thinking for answer in answers),
+            thinking=sum(finish.thinking_tokens for finish in finishes),
             drafted=sum(finish.drafted for finish in finishes),
             accepted=sum(finish.accepted for finish in finishes),
         )

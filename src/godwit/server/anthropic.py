@@ -13,6 +13,7 @@ from godwit.server.answers import Answer, Answers, Update, Usage
 from godwit.server.calls import parse_json
 from godwit.server.errors import anthropic_body, from_engine
 from godwit.server.fields import Mode
+from godwit.server.openai_bodies import thinking_ended
 from godwit.server.prompts import Conversation
 from godwit.server.protocol_messages import CountRequest, MessagesRequest
 from godwit.server.service import Chat, Service
@@ -23,13 +24,13 @@ _MODES: Mapping[str, Mode] = {"auto": "auto", "none": "none", "any": "required",
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
-def conversation_of(asked: CountRequest) -> Conversation:
+def conversation_of(asked: CountRequest, service: Service) -> Conversation:
     """The conversation in the shape of chat templates.
 
     Raises:
         ApiError: it cannot be continued.
     """
-    variables = {} if asked.thinking is None else {"enable_thinking": asked.thinking.type != "disabled"}
+    variables = service.thinking.variables(asked.wish(), {})
     choice = asked.tool_choice.type if asked.tool_choice else "auto"
     tools = [] if choice == "none" else [tool.tool() for tool in asked.tools]
     return asked.conversation(tools, variables)
@@ -50,13 +51,14 @@ def chat_of(asked: MessagesRequest, service: Service) -> Chat:
         stop=asked.stop_sequences,
     )
     return Chat(
-        conversation=conversation_of(asked),
+        conversation=conversation_of(asked, service),
         params=params,
         mode=_MODES[choice.type] if choice else "auto",
         tool=choice.name if choice else None,
         parallel=not (choice and choice.disable_parallel_tool_use),
         strict=any(tool.strict for tool in asked.tools),
         form=asked.form(),
+        thinking=asked.wish(),
     )
 
 
@@ -85,14 +87,14 @@ async def count_tokens(request: Request) -> Response:
     service: Service = request.app.state.service
     asked = await service.read(request, CountRequest)
     service.check_model(asked.model)
-    prompt = await service.make_prompt(conversation_of(asked))
+    prompt = await service.make_prompt(conversation_of(asked, service))
     return JSONResponse({"input_tokens": len(prompt.ids)})
 
 
 def usage_of(answer: Answer) -> dict[str, Any]:
     """The tokens of a whole answer."""
     usage = Usage.of([answer])
-    return usage_body(usage.prompt, usage.cached, usage.completion)
+    return usage_body(usage.prompt, usage.cached, usage.completion) | thinking_ended(answer)
 
 
 def usage_body(prompt: int, cached: int, completion: int) -> dict[str, Any]:

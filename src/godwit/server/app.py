@@ -25,6 +25,7 @@ from godwit.server.openapi import describe
 from godwit.server.protocol import DetokenizeRequest, TokenizeRequest
 from godwit.server.service import Service
 from godwit.server.settings import Settings
+from godwit.server.thinking import ThinkingWish
 
 _METHODS = re.compile(r"[A-Z, ]+")
 
@@ -88,8 +89,8 @@ async def tokenize(request: Request) -> Response:
         prompt = await service.prompt_threads.run(lambda: service.prompts.text(text, add_special_tokens=add))
     else:
         tools = [tool.function.tool() for tool in asked.tools]
-        conversation = asked.conversation_of(asked.messages, tools, asked.chat_template_kwargs)
-        prompt = await service.make_prompt(conversation)
+        variables = service.thinking.variables(ThinkingWish(), asked.chat_template_kwargs)
+        prompt = await service.make_prompt(asked.conversation_of(asked.messages, tools, variables))
     ids = list(prompt.ids)
     return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.context})
 

@@ -10,9 +10,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema
 
-from godwit.server.errors import bad_request
-
 from godwit.engine.constraint_schema import NO_PARAMETERS
+from godwit.server.errors import bad_request
 
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 #: Parts that this server cannot read, and what they are.

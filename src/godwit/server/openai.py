@@ -43,9 +43,8 @@ def chat_of(asked: ChatRequest, service: Service) -> Chat:
     choosing = asked.choosing() | {"logprobs": (asked.top_logprobs or 0) if asked.logprobs else None}
     if asked.max_completion_tokens is not None:
         choosing["max_tokens"] = asked.max_completion_tokens
-    variables = dict(asked.chat_template_kwargs)
-    if asked.reasoning_effort is not None:
-        variables.setdefault("enable_thinking", asked.reasoning_effort not in ("none", "minimal"))
+    wish = asked.wish(asked.reasoning_effort, "reasoning_effort")
+    variables = service.thinking.variables(wish, asked.chat_template_kwargs)
     choice = asked.choice()
     tools = allowed_tools([tool.function for tool in asked.tools], choice)
     return Chat(
@@ -58,6 +57,7 @@ def chat_of(asked: ChatRequest, service: Service) -> Chat:
         strict=any(tool.strict for tool in tools),
         form=asked.form(),
         salt=asked.cache_salt,
+        thinking=wish,
     )
 
 

@@ -44,7 +44,15 @@ def timings(answers: Sequence[Answer]) -> dict[str, Any]:
         "accepted": usage.accepted,
         "speedup": None if finish.speedup is None else round(finish.speedup, 3),
         "reuse_note": finish.reuse_note,
+        "thinking_ended": finish.thinking_ended,
     }
+
+
+def thinking_ended(answer: Answer) -> dict[str, Any]:
+    """Why the thinking of an answer was over, if it was; an addition to the APIs."""
+    finish = answer.finish
+    ended = None if finish is None else finish.thinking_ended
+    return {} if ended is None else {"thinking_ended": ended}
 
 
 def chat_choice(index: int, answer: Answer, head: dict[str, Any], logprobs: Any) -> dict[str, Any]:

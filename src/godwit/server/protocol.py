@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from godwit.chat_template import Effort
 from godwit.server.errors import bad_request
 from godwit.server.fields import (
     MAX_TOKENS,
@@ -30,6 +31,7 @@ from godwit.server.fields import (
 )
 from godwit.server.forms import Form
 from godwit.server.prompts import Conversation, Message
+from godwit.server.thinking import ThinkingFields
 
 MAX_CHOICES = 16
 MAX_BIASES = 1024
@@ -283,7 +285,7 @@ class Continuing(Request):
         return conversation.continuing() if self.continue_final_message or flags else conversation
 
 
-class ChatRequest(SharedFields, Continuing):
+class ChatRequest(SharedFields, Continuing, ThinkingFields):
     """A body for /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=4096)
@@ -294,9 +296,8 @@ class ChatRequest(SharedFields, Continuing):
     tool_choice: Mode | NamedTool | AllowedTools = "auto"
     parallel_tool_calls: bool = True
     response_format: ResponseFormat | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
-        default=None,
-        description="none turns the thinking of models off that can do without; others are hints.",
+    reasoning_effort: Effort | None = Field(
+        default=None, description="How much to think; none turns thinking off where the template can."
     )
     chat_template_kwargs: dict[str, Any] = Field(default={}, max_length=16)
     modalities: list[Literal["text"]] | None = None

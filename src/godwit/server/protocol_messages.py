@@ -6,8 +6,10 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationInfo, model_validator
 
+from godwit.chat_template import Effort
 from godwit.server.errors import bad_request
 from godwit.server.fields import (
+    MAX_TOKENS,
     Content,
     Ignored,
     MaxTokens,
@@ -23,6 +25,7 @@ from godwit.server.fields import (
 )
 from godwit.server.forms import Form
 from godwit.server.prompts import Conversation, Message
+from godwit.server.thinking import ThinkingWish
 
 
 class TextBlock(Part):
@@ -163,10 +166,10 @@ class MessageToolChoice(Part):
 
 
 class ThinkingConfig(Part):
-    """Whether the model is to think first; a budget is a hint."""
+    """Whether the model is to think first, and after how many tokens its thinking is closed."""
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: Ignored = None
+    budget_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
 
 
 class OutputFormat(Part):
@@ -177,9 +180,9 @@ class OutputFormat(Part):
 
 
 class OutputConfig(Part):
-    """How the answer is to be; the effort is a hint."""
+    """How much to think, and the form of the answer."""
 
-    effort: Ignored = None
+    effort: Effort | None = None
     format: OutputFormat | None = None
 
 
@@ -208,6 +211,14 @@ class CountRequest(Request):
     output_config: OutputConfig | None = None
     context_management: ContextManagement | None = None
     cache_control: Ignored = None
+
+    def wish(self) -> ThinkingWish:
+        """How much to think."""
+        effort = self.output_config.effort if self.output_config else None
+        if self.thinking is None:
+            return ThinkingWish(effort=effort)
+        on = self.thinking.type != "disabled"
+        return ThinkingWish(on=on, effort=effort, budget=self.thinking.budget_tokens if on else None)
 
     def conversation(self, tools: list[dict[str, Any]], variables: dict[str, Any]) -> Conversation:
         """The conversation in the shape of chat templates.

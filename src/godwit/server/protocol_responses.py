@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from godwit.chat_template import Effort
 from godwit.server.errors import bad_request
 from godwit.server.fields import (
     Arguments,
@@ -18,7 +19,6 @@ from godwit.server.fields import (
     Name,
     Part,
     Probability,
-    Request,
     Temperature,
     check_question,
     steady,
@@ -26,6 +26,7 @@ from godwit.server.fields import (
 from godwit.server.forms import Form
 from godwit.server.prompts import Conversation, Message
 from godwit.server.protocol import JsonSchema, NumLogprobs, StreamOptions
+from godwit.server.thinking import ThinkingFields
 
 
 class InputMessage(Part):
@@ -119,15 +120,15 @@ class TextConfig(Part):
 
 
 class ReasoningConfig(Part):
-    """How much the model is to think: none turns it off where it can be, others are hints."""
+    """How much the model is to think; none turns it off where the template can."""
 
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    effort: Effort | None = None
     summary: Ignored = None
     generate_summary: Ignored = None
     context: Ignored = None
 
 
-class ResponsesRequest(Request):
+class ResponsesRequest(ThinkingFields):
     """A body for /v1/responses. Nothing is stored, so each request brings the whole conversation."""
 
     model: str | None = None

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from godwit.engine import TokenLogprobs
 from godwit.server.answers import Answer, Answers, Update, Usage
 from godwit.server.errors import from_engine, openai_body
-from godwit.server.openai_bodies import call_id, logprob_body
+from godwit.server.openai_bodies import call_id, logprob_body, thinking_ended
 from godwit.server.protocol_responses import ResponsesRequest
 from godwit.server.service import Chat, Service, allowed_tools
 from godwit.server.sse import KEEP_ALIVE, EventStream, event
@@ -30,8 +30,8 @@ def chat_of(asked: ResponsesRequest, service: Service) -> Chat:
     Raises:
         ApiError: it cannot be honoured.
     """
-    effort = asked.reasoning.effort if asked.reasoning else None
-    variables = {} if effort is None else {"enable_thinking": effort not in ("none", "minimal")}
+    wish = asked.wish(asked.reasoning.effort if asked.reasoning else None, "reasoning.effort")
+    variables = service.thinking.variables(wish, {})
     choice = asked.choice()
     tools = allowed_tools(asked.tools, choice)
     return Chat(
@@ -47,6 +47,7 @@ def chat_of(asked: ResponsesRequest, service: Service) -> Chat:
         parallel=asked.parallel_tool_calls,
         strict=any(tool.strict for tool in tools),
         form=asked.form(),
+        thinking=wish,
     )
 
 
@@ -169,7 +170,7 @@ class ResponseEvents:
                 "input_tokens": usage.prompt,
                 "input_tokens_details": {"cached_tokens": usage.cached},
                 "output_tokens": usage.completion,
-                "output_tokens_details": {"reasoning_tokens": usage.thinking},
+                "output_tokens_details": {"reasoning_tokens": usage.thinking, **thinking_ended(answer)},
                 "total_tokens": usage.prompt + usage.completion,
             },
         }

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from time import time
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from anyio.to_thread import run_sync
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
-from godwit.engine import Constraint, GenerationRequest, SamplingParams, Stream
+from godwit.engine import Constraint, GenerationRequest, SamplingParams, Stream, ThinkingRules
 from godwit.errors import GodwitError, UsageError
 from godwit.server.answers import Answers, check_choices
 from godwit.server.body import read_json
@@ -27,6 +27,7 @@ from godwit.server.journal import Metrics, Record
 from godwit.server.mistral_calls import with_short_ids
 from godwit.server.prompts import Conversation, Prompt, PromptMaker, check_variables
 from godwit.server.settings import Settings
+from godwit.server.thinking import ThinkingMaker, ThinkingWish
 from godwit.server.tools import MARKS, THINK, AnswerParser, format_of
 
 #: Prompts and forms that are made at a time.
@@ -54,6 +55,7 @@ class Chat:
         strict: the arguments of calls have to fit the tools' schemas.
         form: what answers have to look like otherwise.
         salt: caches are shared with requests of the same key and salt.
+        thinking: how much to think.
     """
 
     conversation: Conversation
@@ -65,6 +67,7 @@ class Chat:
     strict: bool = False
     form: Form | None = None
     salt: str = ""
+    thinking: ThinkingWish = field(default_factory=ThinkingWish)
 
 
 class Threads:
@@ -122,6 +125,7 @@ class Service:
         marks = map(engine.tokenizer.token_to_id, MARKS)
         self._marks = frozenset(id for id in marks if id is not None)
         self.draining = False
+        self.thinking = ThinkingMaker(template, settings.thinking)
         self._knows_thinking = template is not None and THINK in template.source
         self._forms = FormMaker(engine.tokenizer, engine.vocab_size, self.format)
         self.prompt_threads = Threads(MAX_PROMPT_THREADS)
@@ -216,6 +220,13 @@ class Service:
         constraints = await self.hold(form, self._thinking(chat, prompt), chat.n)
         schemas = {t["function"]["name"]: t["function"].get("parameters") or {} for t in tools}
         format = self.format if tools else None
+        rules = self.thinking.rules(
+            chat.thinking,
+            opened=prompt.thinking,
+            max_tokens=chat.params.max_tokens,
+            held=form is not None,
+            format=format,
+        )
         return self.start(
             request,
             [prompt] * chat.n,
@@ -227,6 +238,7 @@ class Service:
             ),
             parallel=chat.parallel,
             shown_ids=self._marks if tools else frozenset(),
+            thinking=rules,
         )
 
     async def hold(
@@ -263,6 +275,7 @@ class Service:
         parallel: bool = True,
         score_prompts: bool = False,
         shown_ids: frozenset[int] = frozenset(),
+        thinking: ThinkingRules | None = None,
     ) -> Answers:
         """Start one answer to each prompt.
 
@@ -289,6 +302,7 @@ class Service:
                     constraint,
                     score_prompt=score_prompts,
                     shown_ids=shown_ids,
+                    thinking=thinking,
                 )
                 streams.append(self._submit(asked))
         except (GodwitError, ApiError) as error:

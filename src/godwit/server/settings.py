@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+from godwit.server.thinking import ThinkingSettings
+
 MIN_BODY_BYTES = 1 << 20
 BODY_BYTES_PER_TOKEN = 32
 
@@ -51,6 +53,7 @@ class Settings:
         names: of the model; one may hold ``*`` and stands for all that it fits. The first that does not is
             shown.
         sampling: arguments of SamplingParams for what a request leaves open.
+        thinking: likewise of thinking.
         keys: whoever sends one of these may use the server; none: everyone.
         origins: web pages that may use it besides its own.
         refuse_media: images, sounds and files in a conversation are refused; otherwise a line of text that
@@ -62,6 +65,7 @@ class Settings:
 
     names: tuple[str, ...] = ("godwit",)
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    thinking: ThinkingSettings = field(default_factory=ThinkingSettings)
     keys: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     refuse_media: bool = False

@@ -109,7 +109,7 @@ class AnswerParser:
         self._fences = Fences()
         self._trim = False  # leave line breaks out until something else comes
         self._breaks = 0  # of those that were left out since some text
-        self._tagged = self._said = False
+        self._tagged = self._said = self._thought = False
         self._gap = ""  # line breaks before the call that is read
         self._raw = ""
         self._call: CallReader = JsonCall()
@@ -119,12 +119,12 @@ class AnswerParser:
     @property
     def thinks(self) -> bool:
         """Whether the text is in its thinking now."""
-        return self._state == self._think
+        return self._state == self._think or (self._opened and self._state == self._begin)
 
     @property
     def speaks(self) -> bool:
         """Whether the text is neither in its thinking nor in a call now."""
-        return self._state in (self._begin, self._say)
+        return self._state in (self._begin, self._leave_thinking, self._say) and not self.thinks
 
     def push(self, text: str) -> list[Delta]:
         """What is certain with ``text``."""
@@ -179,7 +179,23 @@ class AnswerParser:
         self._held = self._held[place:].removeprefix(END_THINK)
         self._trim = True
         self._fences = Fences()
-        self._state = self._say
+        self._state = self._leave_thinking
+        return True
+
+    def _leave_thinking(self, final: bool) -> bool:
+        """Behind thinking or a call: thinking may begin again, and a second closing tag is left out."""
+        rest = self._held.lstrip()
+        if not final and any(len(rest) < len(tag) and tag.startswith(rest) for tag in (THINK, END_THINK)):
+            return False
+        if rest.startswith(THINK):
+            self._held = rest.removeprefix(THINK)
+            if self._thought:
+                self._out.append(Thinking("\n"))
+            self._trim, self._state = True, self._think
+        elif rest.startswith(END_THINK):
+            self._held = rest.removeprefix(END_THINK)
+        else:
+            self._state = self._say
         return True
 
     def _say(self, final: bool) -> bool:
@@ -251,7 +267,7 @@ class AnswerParser:
             self._breaks = max(self._breaks, len(skipped) - len(skipped.rstrip("\n")))
         self._held = rest.removeprefix(closer)
         self._fences.begin_line()
-        self._state = self._say
+        self._state = self._leave_thinking
         if self._dialect.chains and rest.startswith("{"):
             return self._begin_call(0, "{")
         return True
@@ -307,6 +323,7 @@ class AnswerParser:
         if text:
             self._trim, self._breaks = False, 0
             self._said |= kind is Text
+            self._thought |= kind is Thinking
             self._out.append(kind(text))
 
 
