@@ -8,6 +8,7 @@ from time import perf_counter
 from torch import Tensor
 
 from godwit.engine.answer import StopMatcher
+from godwit.engine.ending import Ending
 from godwit.engine.prefix import Hit
 from godwit.engine.sampling import Row, Sampler, TokenLogprobs
 from godwit.engine.scheduler import Sequence
@@ -36,7 +37,7 @@ class Generation:
         self.channel = channel
         self.drafted = self.accepted = 0
         self._sampler = sampler
-        self._stop_ids = tokenizer.stop_ids
+        self._ending = Ending(request.params, tokenizer.stop_ids, sampler.vocab_size)
         self._decoder = tokenizer.stream()
         self._matcher = StopMatcher(request.params.stop)
         self._unshown: deque[tuple[int, int, TokenLogprobs | None]] = deque()  # (end in the text, token, ...)
@@ -55,6 +56,10 @@ class Generation:
     def made(self) -> list[int]:
         """The tokens of the answer."""
         return self.sequence.ids[self.sequence.num_prompt :]
+
+    @property
+    def _num_made(self) -> int:
+        return len(self.sequence.ids) - self.sequence.num_prompt
 
     @property
     def num_cached(self) -> int:
@@ -83,7 +88,8 @@ class Generation:
             GodwitError: there is none.
         """
         constraint = self.request.constraint
-        token = self._sampler.sample(logits, None if constraint is None else constraint.allowed())
+        allowed = None if constraint is None else constraint.allowed()
+        token = self._sampler.sample(logits, self._ending.allowed(self._num_made, allowed))
         self._sampler.record(token)
         if constraint is not None:
             constraint.accept(token)
@@ -97,13 +103,13 @@ class Generation:
         """Give out what text is certain with ``token``, which was chosen by ``logits``; the reason to end."""
         top = self.request.params.logprobs
         logprobs = None if top is None else TokenLogprobs.of(logits, self._sampler.vocab_size, token, top)
-        if token in self._stop_ids:
+        if self._ending.ends(token):
             self._stop_logprobs = logprobs
             return "stop"
         text = self._decoder.push(token)
         self._num_decoded += len(text)
         self._unshown.append((self._num_decoded, token, logprobs))
-        if shown := self._matcher.push(text):
+        if shown := text if self._ending.too_early(self._num_made) else self._matcher.push(text):
             self._show(shown)
         if self._matcher.matched is not None:
             return "stop"

@@ -11,6 +11,7 @@ import torch
 
 from godwit.engine.answer import StopMatcher
 from godwit.engine.cache import HybridCache
+from godwit.engine.ending import Ending
 from godwit.engine.sampling import Sampler, SamplingParams
 from godwit.errors import UsageError
 from godwit.models.causal_lm import CausalLM
@@ -253,6 +254,7 @@ class _Run:
         self.decode_seconds = 0.0
         self.decoder = session.tokenizer.stream()
         self.matcher = StopMatcher(sampler.params.stop)
+        self.ending = Ending(sampler.params, session.tokenizer.stop_ids, sampler.vocab_size)
 
     def events(self) -> Iterator[Event]:
         self._refuse_stale()
@@ -267,10 +269,11 @@ class _Run:
                 reason = "cancelled"
                 break
             token = self._step()
-            if token in self.session.tokenizer.stop_ids:
+            if self.ending.ends(token):
                 reason = "stop"
                 break
-            if text := self.matcher.push(self.decoder.push(token)):
+            text = self.decoder.push(token)
+            if text := text if self.ending.too_early(len(self.made)) else self.matcher.push(text):
                 yield Piece(text)
             if self.matcher.matched is not None:
                 reason = "stop"
@@ -294,7 +297,8 @@ class _Run:
         began = perf_counter()
         if self.made:
             self.session._forward(self.made[-1:])
-        token = self.sampler.sample(self.session._logits)
+        allowed = self.ending.allowed(len(self.made), None)
+        token = self.sampler.sample(self.session._logits, allowed)
         self.sampler.record(token)
         if self.made:
             self.decode_seconds += perf_counter() - began
