@@ -86,7 +86,7 @@ def test_stop_tokens_can_be_passed_over_and_added(servers: Servers) -> None:
             )
             assert answer.usage is not None and answer.usage.completion_tokens >= 5
         late = told(client, min_tokens=2, stop=["Hel", " the"])
-        assert late.message.content == "Hello there."
+        assert (late.message.content, late.finish_reason) == ("Hello", "stop")
 
 
 def test_a_form_ends_though_more_tokens_were_asked_for(client: OpenAI) -> None:
@@ -230,7 +230,10 @@ def test_a_prompt_that_is_too_long_is_refused_in_the_words_that_clients_know(
 ) -> None:
     messages = [{"role": "user", "content": "x" * size}]
     asked: Any = {"model": "m", "max_tokens": 7}
-    words = r"This model's maximum context length is 64 tokens\. However, you requested (\d+) tokens \((\d+) in the "
+    words = (
+        r"This model's maximum context length is 64 tokens\. "
+        r"However, you requested (\d+) tokens \((\d+) in the "
+    )
     for path, body in (
         ("chat/completions", {"messages": messages}),
         ("completions", {"prompt": "x" * (size + 10)}),
