@@ -47,7 +47,8 @@ class Tokenizer:
 
     Ids 0 to `vocab_size` - 1 exist; a model may have more rows. `special_ids` are left out of decoded text.
     Generation ends at `stop_ids`, written `stop_tokens`. `generation_defaults` are the sampling settings that
-    the checkpoint recommends. `chat_template` is None where the checkpoint has none.
+    the checkpoint recommends. `chat_template` is None where the checkpoint has none. `named_tokens` are those
+    that the checkpoint gives a part to: `bos_token`, `eos_token`, `pad_token`, ...
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Tokenizer:
         stop_ids: Iterable[int] = (),
         stop_tokens: Iterable[str] = (),
         generation_defaults: Mapping[str, Any] | None = None,
+        named_tokens: Mapping[str, str] | None = None,
     ) -> None:
         """`raw` is the content of `tokenizer.json`. Raises GodwitError when it cannot be used."""
         try:
@@ -87,6 +89,7 @@ class Tokenizer:
         self.stop_tokens = tuple(self.id_to_token(id) or "" for id in sorted(self.stop_ids))
         self.chat_template = chat_template
         self.generation_defaults = dict(generation_defaults or {})
+        self.named_tokens = dict(named_tokens or {})
 
     @classmethod
     def from_dir(cls, path: str | Path) -> Tokenizer:
@@ -121,6 +124,7 @@ class Tokenizer:
                 stop_ids=[id for source in sources for id in eos_ids(source.get("eos_token_id"))],
                 stop_tokens=[special["eos_token"]] if "eos_token" in special else [],
                 generation_defaults={key: numbers[key] for key in _SAMPLING if key in numbers},
+                named_tokens=special,
             )
         except TemplateError:
             raise

@@ -33,13 +33,15 @@ def logits_of(size: int, seed: int, spread: float = 3.0) -> Tensor:
     [
         ("temperature", [-1, NAN, INF, 1e9, "1", None, True]),
         ("top_k", [-1, 1.5, 2**40, None, True]),
-        ("top_p", [0, -0.5, 1.01, NAN, INF]),
+        ("top_p", [-0.5, 1.01, NAN, INF]),
         ("min_p", [-0.1, 1.5, NAN]),
         ("repetition_penalty", [0, -1, NAN, INF, 1e30]),
         ("presence_penalty", [-2.1, 2.1, NAN, -INF]),
         ("frequency_penalty", [3, NAN, 10**400]),
         ("seed", [1.0, 2**64, -(2**63) - 1, True, "7"]),
         ("max_tokens", [-1, 10**9, 1.0, True]),
+        ("min_tokens", [-1, 10**9, 1.0, True]),
+        ("stop_token_ids", [7, [-1], [1.0], ["a"], [1] * 1025, None]),
         ("stop", ["text", [""], [1], ["a"] * 65, ["a" * 1025], None]),
         ("logit_bias", [{-1: 0.0}, {1.0: 0.0}, {"1": 0.0}, {1: NAN}, {1: INF}, {1: 1e30}, {1: "x"}, [1]]),
     ],
@@ -55,6 +57,18 @@ def test_extremes_that_make_sense_are_taken() -> None:
     params = SamplingParams(stop=["a", "b"], logit_bias={0: -INF, 5: 100}, seed=2**64 - 1)  # type: ignore[arg-type]
     assert params.stop == ("a", "b")
     Sampler(params, 6)
+
+
+def test_an_answer_cannot_be_longer_than_it_may_be() -> None:
+    with pytest.raises(UsageError, match="min_tokens"):
+        SamplingParams(min_tokens=5, max_tokens=4)
+
+
+@pytest.mark.parametrize("more", [{}, {"top_k": 30}, {"min_p": 0.1}], ids=str)
+def test_a_top_p_of_zero_leaves_the_likeliest_token(more: Any) -> None:
+    logits = logits_of(1000, 3)
+    ids, probs = Sampler(SamplingParams(top_p=0, **more), 1000).candidates(logits)
+    assert ids == [int(logits.argmax())] and probs == [1.0]
 
 
 def test_ids_that_do_not_exist_cannot_be_biased() -> None:

@@ -33,6 +33,15 @@ FOLLOW: Mapping[str, Mapping[str, str]] = {
         ":": "Done.",
         "Done.": "<|im_end|>",
     },
+    "agent": {
+        "\n": '<tool_call>{"name": "patch", "arguments": {"input": "a',
+        '<tool_call>{"name": "patch", "arguments": {"input": "a': '\\n\\"b\\" \\ud83d',
+        '\\n\\"b\\" \\ud83d': '\\ude00"}}</tool_call>',
+        '\\ude00"}}</tool_call>': '<tool_call>{"name": "git__log", "arguments": {}}</tool_call>',
+        '<tool_call>{"name": "git__log", "arguments": {}}</tool_call>': "<|im_end|>",
+        ":": "Done.",
+        "Done.": "<|im_end|>",
+    },
     "broken": {
         "\n": "<tool_call>",
         "<tool_call>": '{"name": "f", "arguments": {"a": ',

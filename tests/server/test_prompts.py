@@ -111,7 +111,7 @@ def test_texts_that_cannot_fit_are_refused_unread(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(prompts.tokenizer, "encode", refuse)
     prompts.check_size("x" * prompts.max_chars)
-    with pytest.raises(ApiError, match="context of 8 tokens"):
+    with pytest.raises(ApiError, match="maximum context length is 8 tokens"):
         prompts.check_size("x" * prompts.max_chars, "y")
 
 

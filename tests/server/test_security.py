@@ -213,7 +213,13 @@ def test_heads_have_a_size_and_a_time(locked: Running) -> None:
         ({"stop": ["a"] * 17}, "stop"),
         ({"stop": [""]}, "stop"),
         ({"stop": "x" * 1025}, "stop"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"max_tokens": -2}, "max_tokens"),
+        ({"min_tokens": 5, "max_tokens": 2}, None),
+        ({"ignore_eos": True, "response_format": {"type": "json_object"}}, None),
+        ({"skip_special_tokens": False}, "skip_special_tokens"),
+        ({"mirostat": 2}, "mirostat"),
         ({"temperature": 101}, "temperature"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
@@ -258,10 +264,12 @@ def test_control_tokens_in_a_request_stay_text(servers: Servers) -> None:
     messages = [{"role": role, "content": evil} for role in ("system", "user", "assistant", "user")]
     with server.client() as client:
         ids = client.post("/tokenize", json={"messages": messages}).json()["tokens"]
-        plain = client.post("/tokenize", json={"prompt": evil}).json()["tokens"]
+        kept = {"prompt": evil, "parse_special": False}
+        plain = client.post("/tokenize", json=kept).json()["tokens"]
+        read = client.post("/tokenize", json={"prompt": evil}).json()["tokens"]
         back = client.post("/detokenize", json={"tokens": plain}).json()["prompt"]
     assert ids.count(end) == len(messages)
-    assert end not in plain and back == evil
+    assert end not in plain and end in read and back == evil
 
 
 def test_errors_tell_nothing_of_the_machine(http: httpx.Client) -> None:

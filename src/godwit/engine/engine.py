@@ -267,6 +267,10 @@ class Engine:
             )
         if not 0 <= min(ids) <= max(ids) < self.model.config.vocab_size:
             raise UsageError(f"the prompt has token ids outside 0 to {self.model.config.vocab_size - 1}")
+        if request.params.ignore_eos and request.constraint is not None:
+            raise UsageError(
+                "ignore_eos cannot go with a form, which says where the answer ends; drop one of them"
+            )
         if request.score_prompt and request.params.logprobs is None:
             raise UsageError("a prompt can only be scored where logprobs are asked for")
         if not all(0 <= position <= len(ids) for position in request.boundaries):

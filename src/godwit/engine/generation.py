@@ -8,6 +8,7 @@ from time import perf_counter
 from torch import Tensor
 
 from godwit.engine.answer import StopMatcher
+from godwit.engine.ending import Ending
 from godwit.engine.prefix import Hit
 from godwit.engine.sampling import Row, Sampler, TokenLogprobs
 from godwit.engine.scheduler import Sequence
@@ -38,6 +39,7 @@ class Generation:
         self.drafted = self.accepted = 0
         self._sampler = sampler
         self._stop_ids = tokenizer.stop_ids
+        self._ending = Ending(request.params, tokenizer.stop_ids, sampler.vocab_size)
         self._decoder = tokenizer.stream(shown=request.shown_ids)
         self._matcher = StopMatcher(request.params.stop)
         room = sequence.limit - sequence.num_prompt
@@ -59,6 +61,10 @@ class Generation:
     def made(self) -> list[int]:
         """The tokens of the answer."""
         return self.sequence.ids[self.sequence.num_prompt :]
+
+    @property
+    def _num_made(self) -> int:
+        return len(self.sequence.ids) - self.sequence.num_prompt
 
     @property
     def num_cached(self) -> int:
@@ -109,13 +115,13 @@ class Generation:
         if allowed is not None and guide is not None and guide.mends_end:
             allowed = allowed.clone()
             allowed[[id for id in self._stop_ids if id < len(allowed)]] = True
-        return self._sampler.sample(logits, allowed)
+        return self._sampler.sample(logits, self._ending.allowed(self._num_made, allowed))
 
     def push(self, token: int, logits: Row) -> Reason | None:
         """Give out what text is certain with ``token``, which was chosen by ``logits``; the reason to end."""
         top = self.request.params.logprobs
         logprobs = None if top is None else TokenLogprobs.of(logits, self._sampler.vocab_size, token, top)
-        if token in self._stop_ids:
+        if self._ending.ends(token):
             self._stop_logprobs = logprobs
             if self._guide is not None:
                 self._guide.stop()
@@ -123,7 +129,8 @@ class Generation:
         text = self._decoder.push(token)
         self._num_decoded += len(text)
         self._unshown.append((self._num_decoded, token, logprobs))
-        if ready := shown(self._guide, self._matcher, text, complete=self._decoder.complete):
+        matcher = None if self._ending.too_early(self._num_made) else self._matcher
+        if ready := shown(self._guide, matcher, text, complete=self._decoder.complete):
             self._show(ready)
         if self._matcher.matched is not None:
             return "stop"

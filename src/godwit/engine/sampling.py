@@ -26,6 +26,7 @@ MAX_BIAS = 1e6
 MAX_TOKENS = 1 << 24
 MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
+MAX_STOP_IDS = 1024
 MAX_LOGPROBS = 20
 #: So many of the likeliest tokens are looked at first; where they do not settle it, the whole vocabulary is.
 FEW = 64
@@ -47,7 +48,7 @@ class SamplingParams:
         temperature: divides the scores, 0 to 100; 0 always takes the likeliest token, of equal ones the one
             with the lowest id.
         top_k: keep the k likeliest tokens and those equal to the last of them; 0 is no limit.
-        top_p: keep the fewest tokens whose probabilities reach this, more than 0 and at most 1.
+        top_p: keep the fewest tokens whose probabilities reach this, but at least one; 0 to 1.
         min_p: drop tokens less likely than this share of the likeliest one, 0 to 1.
         repetition_penalty: of the tokens in prompt and answer, positive scores are divided by this and
             negative ones multiplied, as in ``transformers``; 0.01 to 100, 1 is off.
@@ -57,6 +58,9 @@ class SamplingParams:
         seed: the same seed, prompt and machine give the same answer; None draws one.
         stop: texts before which an answer ends.
         max_tokens: length of an answer; 0 only reads the prompt, and None is what the context has room for.
+        min_tokens: before an answer has so many tokens, no stop token is chosen and no stop text ends it.
+        ignore_eos: the model's own stop tokens do not end the answer.
+        stop_token_ids: further tokens that end it; their text is left out.
         logprobs: report the logarithm of each token's probability, and those of the so many likeliest, 0 to
             20; None reports nothing.
     """
@@ -72,14 +76,15 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     max_tokens: int | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
         """Raises: UsageError for a value that makes no sense."""
         _number("temperature", self.temperature, 0, 100)
         _number("top_p", self.top_p, 0, 1)
-        if not self.top_p:
-            raise UsageError("top_p has to be more than 0: no token would be left to choose")
         _number("min_p", self.min_p, 0, 1)
         _number("repetition_penalty", self.repetition_penalty, 0.01, 100)
         _number("presence_penalty", self.presence_penalty, -2, 2)
@@ -87,12 +92,14 @@ class SamplingParams:
         _integer("top_k", self.top_k, 0, 2**31 - 1)
         if self.max_tokens is not None:
             _integer("max_tokens", self.max_tokens, 0, MAX_TOKENS)
+        _integer("min_tokens", self.min_tokens, 0, MAX_TOKENS if self.max_tokens is None else self.max_tokens)
         if self.seed is not None:
             _integer("seed", self.seed, -(2**63), 2**64 - 1)
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
         object.__setattr__(self, "stop", _checked_stops(self.stop))
+        object.__setattr__(self, "stop_token_ids", _checked_ids(self.stop_token_ids))
 
     @property
     def greedy(self) -> bool:
@@ -126,6 +133,14 @@ def _checked_stops(stops: object) -> tuple[str, ...]:
     if len(stops) > MAX_STOPS or not all(0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
         raise UsageError(f"stop takes up to {MAX_STOPS} texts of 1 to {MAX_STOP_CHARS} characters each")
     return tuple(stops)
+
+
+def _checked_ids(ids: object) -> tuple[int, ...]:
+    if not isinstance(ids, list | tuple) or len(ids) > MAX_STOP_IDS:
+        raise UsageError(f"stop_token_ids has to be a list of up to {MAX_STOP_IDS} token ids")
+    for token in ids:
+        _integer("a token id in stop_token_ids", token, 0, 2**31 - 1)
+    return tuple(ids)
 
 
 class Sampler:

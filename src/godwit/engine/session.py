@@ -11,6 +11,7 @@ import torch
 
 from godwit.engine.answer import StopMatcher
 from godwit.engine.cache import HybridCache
+from godwit.engine.ending import Ending
 from godwit.engine.sampling import Sampler, SamplingParams
 from godwit.engine.thinking import ThinkingEnd, ThinkingGuide, ThinkingRules, shown
 from godwit.errors import UsageError
@@ -274,6 +275,7 @@ class _Run:
         room, asked = session.max_context - len(ids), sampler.params.max_tokens
         self.limit = room if asked is None else min(room, asked)
         self.guide = None if thinking is None else ThinkingGuide(thinking, session.tokenizer, self.limit)
+        self.ending = Ending(sampler.params, session.tokenizer.stop_ids, sampler.vocab_size)
 
     def events(self) -> Iterator[Event]:
         self._refuse_stale()
@@ -285,13 +287,14 @@ class _Run:
                 reason = "cancelled"
                 break
             token = self._step()
-            if token in self.session.tokenizer.stop_ids:
+            if self.ending.ends(token):
                 reason = "stop"
                 if self.guide is not None:
                     self.guide.stop()
                 break
             text = self.decoder.push(token)
-            if text := shown(self.guide, self.matcher, text, complete=self.decoder.complete):
+            matcher = None if self.ending.too_early(len(self.made)) else self.matcher
+            if text := shown(self.guide, matcher, text, complete=self.decoder.complete):
                 yield Piece(text)
             if self.matcher.matched is not None:
                 reason = "stop"
@@ -325,7 +328,7 @@ class _Run:
         return token
 
     def _sample(self) -> int:
-        return self.sampler.sample(self.session._logits)
+        return self.sampler.sample(self.session._logits, self.ending.allowed(len(self.made), None))
 
     def _refuse_stale(self) -> None:
         if self.turn != self.session._turn:

@@ -268,18 +268,19 @@ class ThinkingGuide:
         self._forced.extend(ids)
 
 
-def shown(guide: ThinkingGuide | None, matcher: StopMatcher, text: str, *, complete: bool) -> str:
+def shown(guide: ThinkingGuide | None, matcher: StopMatcher | None, text: str, *, complete: bool) -> str:
     """What may be shown of a token's text: stop texts end an answer, but not its thinking.
 
     Args:
         guide: of the answer; None: all its text counts.
-        matcher: of the answer's stop texts.
+        matcher: of the answer's stop texts; None: the answer may not end yet, so none of them counts.
         text: what the token adds.
         complete: as for :meth:`ThinkingGuide.push`.
     """
-    if guide is None:
-        return matcher.push(text)
-    return "".join(_shown(guide.push(text, complete=complete), matcher))
+    parts: list[tuple[Place, str]] = [("said", text)]
+    if guide is not None:
+        parts = guide.push(text, complete=complete)
+    return text if matcher is None else "".join(_shown(parts, matcher))
 
 
 def _shown(parts: list[tuple[Place, str]], matcher: StopMatcher) -> Iterator[str]:

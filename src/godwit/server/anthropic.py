@@ -113,7 +113,7 @@ def _blocks(answer: Answer, id: str) -> Iterator[dict[str, Any]]:
         yield {"type": "thinking", "thinking": answer.thinking, "signature": ""}
     text = "\n".join([*filter(None, [answer.text]), *(c.raw for c in answer.calls if not c.complete)])
     if text:
-        yield {"type": "text", "text": text, "citations": None}
+        yield {"type": "text", "text": text}
     for index, call in enumerate(answer.calls):
         if call.complete:
             use = {"type": "tool_use", "id": call_id(id, index), "name": call.name}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -35,7 +36,7 @@ def make_app(service: Service) -> Starlette:
     settings = service.settings
     routes = [
         *read_chat_page().routes(),
-        *(Route(path, method_end, methods=[method]) for method, path, method_end in ROUTES),
+        *(Route(path, endpoint, methods=[method]) for method, path, endpoint in with_short_paths(ROUTES)),
     ]
     app = Starlette(
         routes=routes,
@@ -86,7 +87,10 @@ async def tokenize(request: Request) -> Response:
         text = asked.prompt or ""
         service.prompts.check_size(text)
         add = asked.add_special_tokens
-        prompt = await service.prompt_threads.run(lambda: service.prompts.text(text, add_special_tokens=add))
+        parse = asked.parse_special
+        prompt = await service.prompt_threads.run(
+            lambda: service.prompts.text(text, add_special_tokens=add, parse_special=parse)
+        )
     else:
         tools = [tool.function.tool() for tool in asked.tools]
         variables = service.thinking.variables(ThinkingWish(), asked.chat_template_kwargs)
@@ -109,6 +113,20 @@ async def detokenize(request: Request) -> Response:
         lambda: service.tokenizer.decode(asked.tokens, skip_special=False)
     )
     return JSONResponse({"prompt": text})
+
+
+async def tokenizer_info(request: Request) -> Response:
+    """What evaluation programs want to know of the tokenizer: its special tokens and its chat template."""
+    service: Service = request.app.state.service
+    tokenizer, template = service.tokenizer, service.tokenizer.chat_template
+    info: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.named_tokens}
+    info |= {
+        "eos_token_ids": sorted(tokenizer.stop_ids),
+        "vocab_size": tokenizer.vocab_size,
+        "model_max_length": service.context,
+        "chat_template": None if template is None else template.source,
+    }
+    return JSONResponse({"bos_token": None, "eos_token": None, "pad_token": None, "unk_token": None} | info)
 
 
 async def health(request: Request) -> Response:
@@ -145,11 +163,22 @@ ROUTES: tuple[tuple[str, str, Endpoint], ...] = (
     ("POST", "/v1/messages/count_tokens", anthropic.count_tokens),
     ("POST", "/tokenize", tokenize),
     ("POST", "/detokenize", detokenize),
+    ("GET", "/tokenizer_info", tokenizer_info),
     ("GET", "/health", health),
     ("GET", "/ready", ready),
     ("GET", "/metrics", metrics),
     ("GET", "/openapi.json", openapi),
 )
+
+
+def with_short_paths(
+    routes: Iterable[tuple[str, str, Endpoint]],
+) -> Iterator[tuple[str, str, Endpoint]]:
+    """The routes, those below /v1 also without it: clients differ in whether a base address has it."""
+    for method, path, endpoint in routes:
+        yield method, path, endpoint
+        if path.startswith("/v1/"):
+            yield method, path.removeprefix("/v1"), endpoint
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

@@ -32,6 +32,7 @@ class ApiError(Exception):
         param: the field of the request that is to blame.
         code: a word for programs.
         headers: to be sent with the response.
+        for_anthropic: the message where Anthropic's clients look for other words.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        for_anthropic: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -49,6 +51,7 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
+        self.for_anthropic = for_anthropic or message
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -56,9 +59,22 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
-def too_long(message: str, param: str | None = None) -> ApiError:
-    """400: the text does not fit the context."""
-    return bad_request(message, param, "context_length_exceeded")
+def too_long(context: int, prompt: int, answer: int = 1, *, part: str = "messages") -> ApiError:
+    """400: the text does not fit the context. Clients look for these very words to shorten the text.
+
+    Args:
+        context: tokens that the model reads.
+        prompt: tokens of the prompt, as far as they are known.
+        answer: tokens that were asked for.
+        part: of the request that is too long.
+    """
+    return ApiError(
+        400,
+        f"This model's maximum context length is {context} tokens. However, you requested {prompt + answer} "
+        f"tokens ({prompt} in the {part}, {answer} in the completion). Please shorten the {part}.",
+        code="context_length_exceeded",
+        for_anthropic=f"prompt is too long: {max(prompt, context + 1)} tokens > {context} maximum",
+    )
 
 
 def overloaded(message: str) -> ApiError:
@@ -88,7 +104,7 @@ def _harmless(text: str, other: str) -> str:
 
 def speaks_anthropic(path: str) -> bool:
     """Whether the errors of a path have Anthropic's shape."""
-    return path == "/v1/messages" or path.startswith("/v1/messages/")
+    return re.match(r"(/v1)?/messages(/|$)", path) is not None
 
 
 def openai_body(error: ApiError) -> dict[str, Any]:
@@ -101,7 +117,7 @@ def anthropic_body(error: ApiError) -> dict[str, Any]:
     """The error as Anthropic's API has it."""
     status = anthropic_status(error)
     kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
+    return {"type": "error", "error": {"type": kind, "message": error.for_anthropic}}
 
 
 def anthropic_status(error: ApiError) -> int:

@@ -8,7 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+)
 
 from godwit.engine.constraint_schema import NO_PARAMETERS
 from godwit.server.errors import bad_request
@@ -153,12 +161,30 @@ Arguments = Annotated[
 Name = Annotated[str, Field(pattern=_NAME)]
 #: Taken, and of no consequence here.
 Ignored = Annotated[Any, Field(description="Taken and ignored: it changes no answer.")]
-Probability = Annotated[float, Field(gt=0, le=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
 Temperature = Annotated[float, Field(ge=0, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 MAX_TOKENS = 1 << 24
 MaxTokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+
+
+def _limit(value: int) -> int:
+    if value == 0:
+        raise ValueError("it has to be at least 1; -1 is no limit")
+    return value
+
+
+#: A limit of tokens as OpenAI's clients send it; -1: none but the context's.
+TokenLimit = Annotated[
+    int,
+    Field(ge=-1, le=MAX_TOKENS),
+    AfterValidator(_limit),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1, "maximum": MAX_TOKENS}, {"const": -1}]}),
+]
+#: How many of the likeliest tokens to choose from; 0 and -1: all.
+TopK = Annotated[int, Field(ge=-1, le=2**31 - 1), AfterValidator(lambda value: max(value, 0))]
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 StopText = Annotated[str, Field(min_length=1, max_length=1024)]
 MAX_STOPS = 16
 _STOP_SCHEMA = {"type": "string", "minLength": 1, "maxLength": 1024}

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from godwit.server.answers import Answers, check_choices
-from godwit.server.errors import from_engine, openai_body
+from godwit.server.errors import bad_request, from_engine, openai_body
 from godwit.server.openai_bodies import (
     ChatChunks,
     ChunkStream,
@@ -86,7 +86,7 @@ async def completions(request: Request) -> Response:
     service.check_model(asked.model)
     num_prompts = len(asked.prompts())
     check_choices(asked.n * num_prompts, service.settings.limits.choices)
-    params = service.sampling(**asked.choosing(), logprobs=asked.logprobs)
+    params = service.sampling(**choosing_of(asked, service))
     each = [pair for pair in await _prompts(asked, service) for _ in range(asked.n)]
     constraints = await service.hold(asked.form(), "none", len(each))
     scored = asked.echo and asked.logprobs is not None
@@ -107,13 +107,38 @@ async def completions(request: Request) -> Response:
     return JSONResponse({**head, "choices": choices, **ends})
 
 
+def choosing_of(asked: CompletionRequest, service: Service) -> dict[str, Any]:
+    """How to choose tokens; an answer that fills a gap ends where the gap does.
+
+    Raises:
+        ApiError: the model cannot fill gaps.
+    """
+    choosing = asked.choosing() | {"logprobs": asked.logprobs}
+    if not asked.suffix:
+        return choosing
+    if service.fim is None:
+        raise bad_request(
+            "this model's tokenizer has no tokens for filling gaps (such as <|fim_prefix|>), so it cannot "
+            "use a `suffix`; leave it out",
+            "suffix",
+        )
+    return choosing | {"stop_token_ids": [*(asked.stop_token_ids or ()), *service.fim.ends]}
+
+
 async def _prompts(asked: CompletionRequest, service: Service) -> list[tuple[Prompt, Echo]]:
     """The prompts, and how answers to them begin."""
     given = asked.prompts()
-    service.prompts.check_size(*(prompt for prompt in given if isinstance(prompt, str)))
+    service.prompts.check_size(asked.suffix, *(prompt for prompt in given if isinstance(prompt, str)))
+
+    def encode(text: str, *, around: bool) -> Prompt:
+        return service.prompts.text(text, add_special_tokens=around, parse_special=asked.parse_special)
 
     def read(one: str | list[int]) -> tuple[Prompt, Echo]:
-        prompt = service.prompts.text(one) if isinstance(one, str) else Prompt(tuple(one))
+        around = asked.add_special_tokens and not asked.suffix
+        prompt = encode(one, around=around) if isinstance(one, str) else Prompt(tuple(one))
+        if asked.suffix and service.fim is not None:
+            behind = encode(asked.suffix, around=False)
+            return Prompt(service.fim.prompt(prompt.ids, behind.ids)), Echo()
         if not asked.echo:
             return prompt, Echo()
         text = one if isinstance(one, str) else service.tokenizer.decode(one)
@@ -147,7 +172,7 @@ def _model(service: Service) -> dict[str, Any]:
 
 def _head(request: Request, service: Service, prefix: str, kind: str) -> dict[str, Any]:
     head = {"id": prefix + request.state.record.id, "object": kind, "created": int(time())}
-    return head | {"model": service.settings.name}
+    return head | {"model": service.settings.name, "system_fingerprint": service.fingerprint}
 
 
 def _wants_usage(asked: SharedFields) -> bool:

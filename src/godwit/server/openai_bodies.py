@@ -66,7 +66,7 @@ def chat_choice(index: int, answer: Answer, head: dict[str, Any], logprobs: Any)
         for number, call in enumerate(answer.calls)
     ]
     content = answer.text if answer.text or not calls else None
-    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
     if answer.thinking:
         message["reasoning_content"] = answer.thinking
     if calls:

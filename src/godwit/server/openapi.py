@@ -34,6 +34,7 @@ _BODIES: tuple[tuple[str, type[BaseModel], str, tuple[str, ...]], ...] = (
 )
 _PLAIN: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("/v1/models", "The model.", ("object", "data")),
+    ("/tokenizer_info", "The tokenizer's special tokens and chat template.", ("eos_token", "chat_template")),
     ("/health", "Whether the process lives.", ("status",)),
     ("/ready", "Whether requests are taken.", ("status",)),
 )

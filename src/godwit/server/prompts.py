@@ -102,8 +102,8 @@ class PromptMaker:
 
     def __init__(self, tokenizer: Tokenizer, context: int) -> None:
         self.tokenizer = tokenizer
-        longest = max(len(tokenizer.id_to_token(id) or "") for id in range(tokenizer.vocab_size))
-        self.max_chars = context * longest
+        self.longest = max(len(tokenizer.id_to_token(id) or "") for id in range(tokenizer.vocab_size))
+        self.max_chars = context * self.longest
         self.context = context
         template = tokenizer.chat_template
         self._rewrites = template is not None and THINK in template.source
@@ -116,13 +116,12 @@ class PromptMaker:
         """
         size = sum(map(len, texts))
         if size > self.max_chars:
-            raise too_long(
-                f"{size} characters are more than a context of {self.context} tokens holds; shorten the text"
-            )
+            raise too_long(self.context, -(-size // self.longest))  # of tokens at least so many
 
-    def text(self, text: str, *, add_special_tokens: bool = True) -> Prompt:
-        """A plain text, in which nothing becomes a control token."""
-        return Prompt(tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens)))
+    def text(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False) -> Prompt:
+        """A plain text, in which control tokens are read only with ``parse_special``."""
+        ids = self.tokenizer.encode(text, allow_special=parse_special, add_special_tokens=add_special_tokens)
+        return Prompt(tuple(ids))
 
     def chat(self, conversation: Conversation) -> Prompt:
         """A conversation whose next message is the model's.

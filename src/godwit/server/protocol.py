@@ -15,7 +15,6 @@ from godwit.server.fields import (
     Content,
     FunctionSpec,
     Ignored,
-    MaxTokens,
     Mode,
     Name,
     Part,
@@ -26,15 +25,20 @@ from godwit.server.fields import (
     Seed,
     Stops,
     Temperature,
+    TokenId,
+    TokenLimit,
+    TopK,
     check_question,
     steady,
 )
 from godwit.server.forms import Form
+from godwit.server.neutral import NeutralFields
 from godwit.server.prompts import Conversation, Message
 from godwit.server.thinking import ThinkingFields
 
 MAX_CHOICES = 16
 MAX_BIASES = 1024
+MAX_STOP_IDS = 1024
 
 NumChoices = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
 NumLogprobs = Annotated[int, Field(ge=0, le=20)]
@@ -162,16 +166,22 @@ class ResponseFormat(Part):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema_: dict[str, Any] | None = Field(
+        default=None, alias="schema", description="The schema itself, as llama.cpp's clients send it."
+    )
 
     def form(self, field: str) -> Form | None:
         """What the answer has to be held to."""
+        schema = self.schema_ if self.json_schema is None else self.json_schema.schema_
         if self.type == "text":
+            if schema is not None:
+                raise bad_request(f"`{field}` of type text has no schema; the type is json_schema", field)
             return None
+        if schema is not None:
+            return Form(field, "schema", schema)
         if self.type == "json_object":
             return Form(field, "object")
-        if self.json_schema is None:
-            raise bad_request(f"`{field}` of type json_schema needs `json_schema`", field)
-        return Form(field, "schema", self.json_schema.schema_)
+        raise bad_request(f"`{field}` of type json_schema needs `json_schema`", field)
 
 
 class StructuredOutputs(Part):
@@ -207,19 +217,22 @@ class StreamOptions(Part):
     include_obfuscation: Ignored = None
 
 
-class SharedFields(Request):
-    """What both kinds of completions have in common; top_k, min_p and repetition_penalty are additions."""
+class SharedFields(NeutralFields):
+    """What both kinds of completions have in common; those from top_k to min_tokens are additions."""
 
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: NumChoices = 1
-    max_tokens: MaxTokens | None = None
+    max_tokens: TokenLimit | None = None
     temperature: Temperature | None = None
     top_p: Probability | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    top_k: TopK | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    ignore_eos: bool = Field(default=False, description="The model's own stop tokens do not end the answer.")
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_IDS)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] = 0
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Bias | None = None
@@ -227,7 +240,6 @@ class SharedFields(Request):
     stop: Stops | None = None
     cache_salt: Salt = ""
     structured_outputs: StructuredOutputs | None = None
-    user: Ignored = None
 
     @model_validator(mode="after")
     def _options_of_streams(self) -> Self:
@@ -243,7 +255,8 @@ class SharedFields(Request):
     def choosing(self) -> dict[str, Any]:
         """The fields that SamplingParams has by the same name, and the bias by ids."""
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
-                 "frequency_penalty", "seed", "max_tokens")  # fmt: skip
+                 "frequency_penalty", "seed", "max_tokens", "min_tokens", "ignore_eos",
+                 "stop_token_ids")  # fmt: skip
         given = {name: getattr(self, name) for name in names}
         bias = None if self.logit_bias is None else {int(id): value for id, value in self.logit_bias.items()}
         return given | {"logit_bias": bias, "stop": self.stop}
@@ -289,7 +302,7 @@ class ChatRequest(SharedFields, Continuing, ThinkingFields):
     """A body for /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=4096)
-    max_completion_tokens: MaxTokens | None = None
+    max_completion_tokens: TokenLimit | None = None
     logprobs: bool = False
     top_logprobs: NumLogprobs | None = None
     tools: list[Tool] = Field(default=[], max_length=256)
@@ -301,6 +314,10 @@ class ChatRequest(SharedFields, Continuing, ThinkingFields):
     )
     chat_template_kwargs: dict[str, Any] = Field(default={}, max_length=16)
     modalities: list[Literal["text"]] | None = None
+    add_special_tokens: Literal[False] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = Field(
+        default=None, description="A hint that changes nothing."
+    )
     metadata: Ignored = None
     store: Ignored = None
     service_tier: Ignored = None
@@ -346,21 +363,31 @@ class ChatRequest(SharedFields, Continuing, ThinkingFields):
         return value
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 
 
 class CompletionRequest(SharedFields):
-    """A body for /v1/completions; lists of token ids may hold control tokens, texts never do."""
+    """A body for /v1/completions; texts hold control tokens only where ``parse_special`` says so."""
 
     prompt: str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1, max_length=MAX_CHOICES)]
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    max_tokens: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
     logprobs: NumLogprobs | None = None
     echo: bool = Field(default=False, description="With logprobs, the prompt's tokens have theirs too.")
     best_of: int | None = Field(default=None, description="As much as n, if it is given at all.")
-    suffix: Annotated[str, Field(max_length=0)] | None = None
+    suffix: str = Field(
+        default="", description="What follows the answer, for models that were made to fill gaps."
+    )
+    parse_special: bool = Field(
+        default=False, description="Control tokens that a text spells out are read as such: an addition."
+    )
+    add_special_tokens: bool = Field(
+        default=True, description="A text gets what the model wants around it, such as a BOS token."
+    )
 
     @model_validator(mode="after")
     def _can_be_done(self) -> CompletionRequest:
+        if self.suffix and self.echo:
+            raise ValueError("`echo` and `suffix` exclude each other")
         if self.best_of not in (None, self.n):
             raise ValueError("`best_of` cannot be other than `n`")
         return self
@@ -379,6 +406,9 @@ class TokenizeRequest(Continuing):
     messages: list[ChatMessage] | None = Field(default=None, min_length=1, max_length=4096)
     tools: list[Tool] = Field(default=[], max_length=256)
     add_special_tokens: bool = True
+    parse_special: bool = Field(
+        default=True, description="Control tokens that `prompt` spells out are read as such."
+    )
     chat_template_kwargs: dict[str, Any] = Field(default={}, max_length=16)
 
     @model_validator(mode="after")
@@ -392,4 +422,4 @@ class DetokenizeRequest(Request):
     """A body for /detokenize."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0, lt=1 << 31)]]
+    tokens: list[TokenId]

@@ -18,6 +18,7 @@ from godwit.server.fields import (
     Probability,
     Request,
     StopText,
+    TopK,
     as_json,
     check_question,
     steady,
@@ -209,6 +210,9 @@ class CountRequest(Request):
     tool_choice: MessageToolChoice | None = None
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = Field(
+        default=None, description="The earlier name of `output_config.format`."
+    )
     context_management: ContextManagement | None = None
     cache_control: Ignored = None
 
@@ -266,11 +270,16 @@ class MessagesRequest(CountRequest):
     stop_sequences: Annotated[list[StopText], Field(max_length=16)] | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: Probability | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    top_k: TopK | None = None
     metadata: Ignored = None
     service_tier: Ignored = None
 
     def form(self) -> Form | None:
         """What the answer has to be held to."""
         wanted = self.output_config.format if self.output_config else None
-        return None if wanted is None else Form("output_config", "schema", wanted.schema_)
+        if wanted is not None and self.output_format not in (None, wanted):
+            raise bad_request(
+                "`output_format` and `output_config.format` differ; send one of them", "output_format"
+            )
+        field, form = ("output_config", wanted) if wanted else ("output_format", self.output_format)
+        return None if form is None else Form(field, "schema", form.schema_)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
@@ -12,20 +14,21 @@ from godwit.server.fields import (
     Arguments,
     Choice,
     Content,
-    FunctionSpec,
     Ignored,
-    MaxTokens,
     Mode,
     Name,
     Part,
+    Penalty,
     Probability,
     Temperature,
+    TokenLimit,
     check_question,
     steady,
 )
 from godwit.server.forms import Form
 from godwit.server.prompts import Conversation, Message
 from godwit.server.protocol import JsonSchema, NumLogprobs, StreamOptions
+from godwit.server.response_tools import INPUT, AnyTool, HostedTool, OfferedTool, is_known, joined, offered
 from godwit.server.thinking import ThinkingFields
 
 
@@ -44,12 +47,30 @@ class FunctionCall(Part):
     call_id: str
     name: str
     arguments: Arguments = "{}"
+    namespace: str | None = None
+
+
+class CustomCall(Part):
+    """A call of a tool that takes one text, in an earlier answer."""
+
+    type: Literal["custom_tool_call"]
+    call_id: str
+    name: str
+    input: str
+    namespace: str | None = None
+
+
+class ItemReference(Part):
+    """An item that this server gave out lately."""
+
+    type: Literal["item_reference"] = "item_reference"
+    id: str
 
 
 class FunctionOutput(Part):
     """What came of a call."""
 
-    type: Literal["function_call_output"]
+    type: Literal["function_call_output", "custom_tool_call_output"]
     call_id: str
     output: Content = ""
 
@@ -70,6 +91,8 @@ class ReasoningItem(Part):
 
 
 def _kind(item: Any) -> str:
+    if isinstance(item, dict) and "type" not in item and "role" not in item and "id" in item:
+        return "item_reference"
     kind = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", "message")
     return kind if isinstance(kind, str) else "message"
 
@@ -77,23 +100,36 @@ def _kind(item: Any) -> str:
 Item = Annotated[
     Annotated[InputMessage, Tag("message")]
     | Annotated[FunctionCall, Tag("function_call")]
+    | Annotated[CustomCall, Tag("custom_tool_call")]
     | Annotated[FunctionOutput, Tag("function_call_output")]
+    | Annotated[FunctionOutput, Tag("custom_tool_call_output")]
+    | Annotated[ItemReference, Tag("item_reference")]
     | Annotated[ReasoningItem, Tag("reasoning")],
     Discriminator(_kind),
 ]
 
 
-class ResponseTool(FunctionSpec):
-    """A function that the model may call; tools that the server would have to run are not there."""
-
-    type: Literal["function"]
-
-
 class NamedTool(Part):
-    """The one function that is to be called."""
+    """The one tool that is to be called."""
 
-    type: Literal["function"]
+    type: Literal["function", "custom"]
     name: Name
+    namespace: str | None = None
+
+    def allows(self, tool: OfferedTool) -> bool:
+        """Whether it stands for a tool."""
+        return tool.name == joined(self.namespace, self.name)
+
+
+class NamedGroup(Part):
+    """All tools of a group."""
+
+    type: Literal["namespace"]
+    name: Name
+
+    def allows(self, tool: OfferedTool) -> bool:
+        """Whether it stands for a tool."""
+        return tool.namespace == self.name
 
 
 class AllowedTools(Part):
@@ -101,7 +137,14 @@ class AllowedTools(Part):
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: list[NamedTool] = Field(min_length=1, max_length=256)
+
+    tools: list[NamedTool | NamedGroup | HostedTool] = Field(min_length=1, max_length=256)
+
+    def names(self, tools: Sequence[OfferedTool]) -> list[str]:
+        """The names of those among ``tools``, and of what is not there."""
+        given = [one for one in self.tools if not isinstance(one, HostedTool)]
+        missing = [one.name for one in given if not any(map(one.allows, tools))]
+        return [*missing, *(tool.name for tool in tools if any(one.allows(tool) for one in given))]
 
 
 class TextFormat(Part):
@@ -109,14 +152,25 @@ class TextFormat(Part):
 
     type: Literal["text", "json_object", "json_schema"]
     name: str = "answer"
+    description: str | None = None
     schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    strict: bool | None = None
+
+    def told(self) -> dict[str, Any]:
+        """As a response tells it."""
+        if self.type != "json_schema":
+            return {"type": self.type}
+        told = {"name": self.name, "description": self.description, "schema": self.schema_}
+        return {"type": self.type, **told, "strict": bool(self.strict)}
 
 
 class TextConfig(Part):
     """How the text of an answer is to be."""
 
     format: TextFormat | None = None
-    verbosity: Literal["medium"] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = Field(
+        default=None, description="A hint that changes nothing."
+    )
 
 
 class ReasoningConfig(Part):
@@ -128,6 +182,23 @@ class ReasoningConfig(Part):
     context: Ignored = None
 
 
+#: What else a response is to tell; what belongs to tools that a server runs is never there.
+Include = Literal[
+    "reasoning.encrypted_content",
+    "message.output_text.logprobs",
+    "message.input_image.image_url",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+    "file_search_call.results",
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+]
+#: Changes no answer, and is told again in the response.
+Told = (
+    Annotated[str, Field(max_length=4096, description="Told again in the response, and else ignored.")] | None
+)
+
+
 class ResponsesRequest(ThinkingFields):
     """A body for /v1/responses. Nothing is stored, so each request brings the whole conversation."""
 
@@ -136,26 +207,31 @@ class ResponsesRequest(ThinkingFields):
     instructions: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_output_tokens: MaxTokens | None = None
+    max_output_tokens: TokenLimit | None = None
     temperature: Temperature | None = None
     top_p: Probability | None = None
-    tools: list[ResponseTool] = Field(default=[], max_length=256)
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    tools: list[AnyTool] = Field(default=[], max_length=256)
     tool_choice: Mode | NamedTool | AllowedTools = "auto"
     parallel_tool_calls: bool = True
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
-    truncation: Literal["disabled"] | None = None
+    max_tool_calls: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Taken and ignored: it counts calls of tools that a server runs."
+    )
+    truncation: Literal["auto", "disabled"] | None = Field(
+        default=None, description="Nothing is ever cut: what does not fit is refused in any case."
+    )
     background: Literal[False] | None = None
     top_logprobs: NumLogprobs | None = None
-    include: list[Literal["reasoning.encrypted_content", "message.output_text.logprobs"]] = Field(
-        default=[], max_length=16
-    )
+    include: list[Include] = Field(default=[], max_length=16)
     metadata: dict[str, Any] | None = None
     store: Ignored = None
-    user: Ignored = None
+    user: Told = None
     service_tier: Ignored = None
-    safety_identifier: Ignored = None
-    prompt_cache_key: Ignored = None
+    safety_identifier: Told = None
+    prompt_cache_key: Told = None
     prompt_cache_retention: Ignored = None
     prompt_cache_options: Ignored = None
     client_metadata: Ignored = None
@@ -168,10 +244,15 @@ class ResponsesRequest(ThinkingFields):
 
     @field_validator("tools", mode="before")
     @classmethod
-    def _only_functions(cls, tools: Any) -> Any:
+    def _known_types(cls, tools: Any) -> Any:
+        """One sentence for a type that is not known, in place of a list of patterns."""
         for tool in tools if isinstance(tools, list) else ():
-            if isinstance(tool, dict) and isinstance(tool.get("type"), str) and tool["type"] != "function":
-                raise ValueError("only tools of type function are served: those that the client runs")
+            kind = tool.get("type") if isinstance(tool, dict) else None
+            if isinstance(kind, str) and not is_known(kind):
+                raise ValueError(
+                    f"there are no tools of type {kind[:40]!r}; the model can call tools of type function, "
+                    "custom and namespace"
+                )
         return tools
 
     def logprobs(self) -> int | None:
@@ -183,9 +264,9 @@ class ResponsesRequest(ThinkingFields):
         """Which tools may or have to be called."""
         asked = self.tool_choice
         if isinstance(asked, NamedTool):
-            return Choice("required", asked.name)
+            return Choice("required", joined(asked.namespace, asked.name))
         if isinstance(asked, AllowedTools):
-            return Choice(asked.mode, None, [tool.name for tool in asked.tools])
+            return Choice(asked.mode, None, asked.names(offered(self.tools)))
         return Choice(asked)
 
     def conversation(self, tools: list[dict[str, Any]], variables: dict[str, Any]) -> Conversation:
@@ -218,7 +299,7 @@ class ResponsesRequest(ThinkingFields):
         wanted = self.text.format if self.text else None
         if wanted is None or wanted.type == "text":
             return None
-        if wanted.type == "json_object":
+        if wanted.type == "json_object" and not wanted.schema_:
             return Form("text", "object")
         if not wanted.schema_:
             raise bad_request("`text.format` of type json_schema needs a `schema`", "text")
@@ -227,6 +308,8 @@ class ResponsesRequest(ThinkingFields):
 
 def _append(messages: list[Message], item: Item) -> None:
     """Add an item; what one answer had thought, said and called becomes one message again."""
+    if isinstance(item, ItemReference):
+        raise bad_request(f"the item {item.id[:80]!r} is not at hand", "input")
     if isinstance(item, FunctionOutput):
         messages.append({"role": "tool", "content": item.output, "tool_call_id": item.call_id})
         return
@@ -242,8 +325,9 @@ def _append(messages: list[Message], item: Item) -> None:
         thoughts = "\n".join(part.text for part in item.content or item.summary or ())
         if thoughts:
             last["reasoning_content"] = thoughts
-    elif isinstance(item, FunctionCall):
-        function = {"name": item.name, "arguments": item.arguments}
+    elif isinstance(item, FunctionCall | CustomCall):
+        given = item.arguments if isinstance(item, FunctionCall) else json.dumps({INPUT: item.input})
+        function = {"name": joined(item.namespace, item.name), "arguments": given}
         last.setdefault("tool_calls", []).append(
             {"id": item.call_id, "type": "function", "function": function}
         )

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from time import time
 from typing import Any
 
+from pydantic import TypeAdapter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from godwit.engine import TokenLogprobs
 from godwit.server.answers import Answer, Answers, Update, Usage
-from godwit.server.errors import from_engine, openai_body
+from godwit.server.errors import bad_request, from_engine, openai_body
+from godwit.server.items import ItemStore
 from godwit.server.openai_bodies import call_id, logprob_body, thinking_ended
-from godwit.server.protocol_responses import ResponsesRequest
+from godwit.server.protocol_responses import Item, ItemReference, ResponsesRequest, TextConfig
+from godwit.server.response_tools import CallText, OfferedTool, echoed, left_out, offered
 from godwit.server.service import Chat, Service, allowed_tools
-from godwit.server.sse import KEEP_ALIVE, EventStream, event
+from godwit.server.sse import DONE, KEEP_ALIVE, EventStream, event
 from godwit.server.tools import CallArguments, CallEnd, CallStart, Delta, Text, Thinking
 from godwit.tokenizer import Tokenizer
 
 Body = dict[str, Any]
 _ITEM_FIELDS: Mapping[str, Body] = {"message": {"role": "assistant"}, "reasoning": {"summary": []}}
+#: Where the text of a call stands, and how the events that bring it begin.
+_CALL_TEXTS = {
+    "function_call": ("arguments", "response.function_call_arguments"),
+    "custom_tool_call": ("input", "response.custom_tool_call_input"),
+}
+_ITEM: TypeAdapter[Item] = TypeAdapter(Item)
+_log = logging.getLogger("godwit.server")
 _PART_FIELDS: Mapping[str, Body] = {"message": {"annotations": []}, "reasoning": {}}
 
 
@@ -33,12 +44,14 @@ def chat_of(asked: ResponsesRequest, service: Service) -> Chat:
     wish = asked.wish(asked.reasoning.effort if asked.reasoning else None, "reasoning.effort")
     variables = service.thinking.variables(wish, {})
     choice = asked.choice()
-    tools = allowed_tools(asked.tools, choice)
+    tools = allowed_tools(offered(asked.tools), choice)
     return Chat(
         conversation=asked.conversation([tool.tool() for tool in tools], variables),
         params=service.sampling(
             temperature=asked.temperature,
             top_p=asked.top_p,
+            presence_penalty=asked.presence_penalty,
+            frequency_penalty=asked.frequency_penalty,
             max_tokens=asked.max_output_tokens,
             logprobs=asked.logprobs(),
         ),
@@ -56,16 +69,52 @@ async def responses(request: Request) -> Response:
     service: Service = request.app.state.service
     asked = await service.read(request, ResponsesRequest)
     service.check_model(asked.model)
+    owner = request.state.salt
+    asked.input = resolved(asked.input, owner, service.items)
+    if hosted := left_out(asked.tools):
+        _log.info(
+            "%s left out tools that this server cannot run: %s", request.state.record.id, ", ".join(hosted)
+        )
     chat = chat_of(asked, service)
     answers = await service.chat(request, chat)
-    shape = ResponseEvents(_head(request, asked, chat, service), service.tokenizer)
+    tools = {tool.name: tool for tool in offered(asked.tools)}
+    shape = ResponseEvents(_head(request, asked, chat, service), service.tokenizer, tools)
+
+    def keep(body: Body) -> None:
+        for item in body["output"] if asked.store is not False else ():
+            service.items.put(owner, item)
+
     if asked.stream:
-        return EventStream(stream(answers, shape))
+        return EventStream(stream(answers, shape, keep))
     (answer,) = await answers.collect(request)
     for update in _updates(answer):
         for _ in shape.events(update):  # the events build up the same body
             pass
-    return JSONResponse(shape.ended(answer))
+    body = shape.ended(answer)
+    keep(body)
+    return JSONResponse(body)
+
+
+def resolved(given: str | list[Item], owner: str, items: ItemStore) -> str | list[Item]:
+    """The input with the items that it refers to.
+
+    Raises:
+        ApiError: one is not there.
+    """
+    if isinstance(given, str):
+        return given
+    return [_found(item.id, owner, items) if isinstance(item, ItemReference) else item for item in given]
+
+
+def _found(id: str, owner: str, items: ItemStore) -> Item:
+    found = items.get(owner, id)
+    if found is None:
+        raise bad_request(
+            f"there is no item {id[:80]!r} here (any more); send the item itself in place of the reference",
+            "input",
+        )
+    item: Item = _ITEM.validate_python(found)
+    return item
 
 
 def _updates(answer: Answer) -> Iterator[Update]:
@@ -81,39 +130,51 @@ def _updates(answer: Answer) -> Iterator[Update]:
 
 def _head(request: Request, asked: ResponsesRequest, chat: Chat, service: Service) -> Body:
     """The fields of a response that are known before its answer."""
-    told = asked.model_dump(include={"tools", "tool_choice"}, exclude_none=True, by_alias=True)
+    told = asked.model_dump(include={"tool_choice"}, exclude_none=True, by_alias=True)
+    text = asked.text or TextConfig()
     return {
         "id": f"resp_{request.state.record.id}",
         "object": "response",
         "created_at": int(time()),
+        "completed_at": None,
         "status": "in_progress",
         "background": False,
         "error": None,
         "incomplete_details": None,
         "instructions": asked.instructions,
-        "max_output_tokens": asked.max_output_tokens,
+        "max_output_tokens": asked.max_output_tokens if asked.max_output_tokens != -1 else None,
+        "max_tool_calls": asked.max_tool_calls,
         "metadata": asked.metadata or {},
         "model": service.settings.name,
         "output": [],
         "parallel_tool_calls": asked.parallel_tool_calls,
+        "presence_penalty": chat.params.presence_penalty,
+        "frequency_penalty": chat.params.frequency_penalty,
         "previous_response_id": None,
+        "prompt_cache_key": asked.prompt_cache_key,
         "reasoning": {"effort": asked.reasoning.effort if asked.reasoning else None, "summary": None},
+        "safety_identifier": asked.safety_identifier,
+        "service_tier": "default",
         "store": False,
         "temperature": chat.params.temperature,
         "top_logprobs": chat.params.logprobs or 0,
-        "text": {"format": {"type": "text"}}
-        if asked.text is None
-        else asked.text.model_dump(exclude_none=True),
+        "text": {
+            "format": text.format.told() if text.format else {"type": "text"},
+            "verbosity": text.verbosity or "medium",
+        },
         "tool_choice": told.get("tool_choice", "auto"),
-        "tools": told.get("tools", []),
+        "tools": echoed(asked.tools),
         "top_p": chat.params.top_p,
-        "truncation": "disabled",
+        "truncation": asked.truncation or "disabled",
         "usage": None,
+        "user": asked.user,
     }
 
 
-async def stream(answers: Answers, shape: ResponseEvents) -> AsyncIterator[bytes]:
-    """The events of a streamed response, up to its last state."""
+async def stream(
+    answers: Answers, shape: ResponseEvents, keep: Callable[[Body], None]
+) -> AsyncIterator[bytes]:
+    """The events of a streamed response, up to its last state; ``keep`` gets that before the client does."""
     try:
         for value in shape.begin():
             yield event(value, value["type"])
@@ -124,7 +185,9 @@ async def stream(answers: Answers, shape: ResponseEvents) -> AsyncIterator[bytes
             for value in shape.events(update):
                 yield event(value, value["type"])
         for value in shape.end(answers.answers[0]):
+            keep(value["response"])
             yield event(value, value["type"])
+        yield DONE
     except Exception as error:
         answers.failed(error)
         for value in shape.fail(openai_body(from_engine(error))["error"]):
@@ -134,10 +197,18 @@ async def stream(answers: Answers, shape: ResponseEvents) -> AsyncIterator[bytes
 
 
 class ResponseEvents:
-    """The events of a streamed response, and the response that they build up."""
+    """The events of a streamed response, and the response that they build up.
 
-    def __init__(self, head: Body, tokenizer: Tokenizer) -> None:
+    Args:
+        head: the fields that are known before the answer.
+        tokenizer: writes tokens.
+        tools: those that the model may call, by the names that it knows.
+    """
+
+    def __init__(self, head: Body, tokenizer: Tokenizer, tools: Mapping[str, OfferedTool]) -> None:
         self._head = head
+        self._tools = tools
+        self._call_text = CallText(custom=False)
         self._tokenizer = tokenizer
         self._said: list[TokenLogprobs] = []  # of the text that comes next
         self._number = 0
@@ -165,6 +236,7 @@ class ResponseEvents:
         cut = answer.reason == "length"
         return self._body() | {
             "status": "incomplete" if cut else "completed",
+            "completed_at": None if cut else int(time()),
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "usage": {
                 "input_tokens": usage.prompt,
@@ -187,15 +259,31 @@ class ResponseEvents:
             yield from self._part("reasoning", "reasoning_text", delta.text)
         elif isinstance(delta, CallStart):
             yield from self._close()
-            id = call_id(self._head["id"].replace("_", "-"), 0, delta.index)
-            call = {"type": "function_call", "call_id": id, "name": delta.name, "arguments": ""}
-            yield from self._begin(call, "fc_")
+            yield from self._begin_call(delta)
         elif isinstance(delta, CallArguments):
-            item = self._current()
-            item["arguments"] += delta.text
-            yield self._item_event("response.function_call_arguments.delta", delta=delta.text)
+            yield from self._more_of_call(self._call_text.push(delta.text))
         else:
+            yield from self._more_of_call(self._call_text.flush())
             yield from self._close("completed" if delta.complete else "incomplete")
+
+    def _begin_call(self, start: CallStart) -> Iterator[Body]:
+        tool = self._tools.get(start.name)
+        kind, prefix = ("function_call", "fc_")
+        if custom := tool is not None and tool.kind == "custom":
+            kind, prefix = ("custom_tool_call", "ctc_")
+        self._call_text = CallText(custom=custom)
+        id = call_id(self._head["id"].replace("_", "-"), 0, start.index)
+        call = {"type": kind, "call_id": id, "name": tool.own_name if tool else start.name}
+        if tool is not None and tool.namespace:
+            call["namespace"] = tool.namespace
+        yield from self._begin(call | {_CALL_TEXTS[kind][0]: ""}, prefix)
+
+    def _more_of_call(self, text: str) -> Iterator[Body]:
+        item = self._current()
+        field, event = _CALL_TEXTS[item["type"]]
+        item[field] += text
+        if text:
+            yield self._item_event(f"{event}.delta", delta=text)
 
     def _part(self, kind: str, part: str, text: str) -> Iterator[Body]:
         """More of a text, which begins an item where none of its kind is open."""
@@ -229,9 +317,10 @@ class ResponseEvents:
         if item is None:
             return
         item["status"] = status
-        if item["type"] == "function_call":
-            told = {"name": item["name"], "arguments": item["arguments"]}
-            yield self._item_event("response.function_call_arguments.done", **told)
+        if item["type"] in _CALL_TEXTS:
+            field, event = _CALL_TEXTS[item["type"]]
+            told = {name: item[name] for name in ("name", field) if name == field or field == "arguments"}
+            yield self._item_event(f"{event}.done", **told)
         else:
             part = item["content"][0]
             told = {name: part[name] for name in ("text", "logprobs") if name in part}

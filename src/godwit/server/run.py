@@ -18,6 +18,8 @@ from godwit.server.settings import Settings
 
 #: After the last answers were told to end, they get so long to say so.
 LAST_SECONDS = 5.0
+#: An idle connection stays open longer than proxies and clients keep theirs (60 s are common).
+KEEP_ALIVE_SECONDS = 75
 _log = logging.getLogger("godwit.server")
 
 
@@ -79,6 +81,7 @@ def make_server(app: Starlette, settings: Settings) -> Server:
         access_log=False,
         proxy_headers=False,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         limit_concurrency=limits.connections,
         h11_max_incomplete_event_size=limits.head_bytes,
         timeout_graceful_shutdown=int(settings.drain_seconds + LAST_SECONDS),

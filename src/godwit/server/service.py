@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from time import time
 from typing import Any, TypeVar
 
@@ -15,14 +16,17 @@ from anyio.to_thread import run_sync
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
+import godwit
 from godwit.engine import Constraint, GenerationRequest, SamplingParams, Stream, ThinkingRules
 from godwit.errors import GodwitError, UsageError
 from godwit.server.answers import Answers, check_choices
 from godwit.server.body import read_json
 from godwit.server.errors import ApiError, bad_request, from_engine, overloaded, too_long
 from godwit.server.fields import Choice, FunctionSpec, Mode, Reading
+from godwit.server.fim import Fim
 from godwit.server.forms import NO_TOOLS, Calls, Form, FormMaker, Thinking
 from godwit.server.host import EngineHost
+from godwit.server.items import ItemStore
 from godwit.server.journal import Metrics, Record
 from godwit.server.mistral_calls import with_short_ids
 from godwit.server.prompts import Conversation, Prompt, PromptMaker, check_variables
@@ -118,6 +122,9 @@ class Service:
         self.prompts = PromptMaker(engine.tokenizer, engine.max_context)
         self.metrics = Metrics(host.stats)
         self.started = int(time())
+        self.fingerprint = fingerprint(engine.model.config)
+        self.items = ItemStore()
+        self.fim = Fim.of(engine.tokenizer)
         template = engine.tokenizer.chat_template
         source = "" if template is None else template.tool_source or template.source
         self.format = format_of(source)
@@ -171,9 +178,14 @@ class Service:
         Raises:
             ApiError: a value makes no sense.
         """
-        given = {name: value for name, value in asked.items() if value is not None}
+        given = {
+            **self.settings.sampling,
+            **{key: value for key, value in asked.items() if value is not None},
+        }
+        if given.get("max_tokens") == -1:
+            given["max_tokens"] = None
         try:
-            return SamplingParams(**{**self.settings.sampling, **given})
+            return SamplingParams(**given)
         except UsageError as error:
             raise from_engine(error) from None
 
@@ -285,10 +297,8 @@ class Service:
         self._check_start(len(prompts))
         longest = max(len(prompt.ids) for prompt in prompts)
         if longest >= self.context:
-            raise too_long(
-                f"the prompt has {longest} tokens and the context {self.context}, so there is no room for an "
-                "answer; shorten it"
-            )
+            asked_for = max(1, params.max_tokens or 1)
+            raise too_long(self.context, longest, asked_for, part="messages" if parser else "prompt")
         salt = f"{request.state.salt}\0{salt}"
         streams: list[Stream] = []
         try:
@@ -336,6 +346,11 @@ class Service:
             and stats.num_waiting + stats.num_running + num_answers > self.settings.limits.active
         ):
             raise overloaded("too many answers are under way; try again later")
+
+
+def fingerprint(config: object) -> str:
+    """What changes when the same seed may give another answer: the program's version, or the model."""
+    return "fp_" + sha256(f"{godwit.__version__}\0{config!r}".encode()).hexdigest()[:10]
 
 
 def allowed_tools(tools: Sequence[_Function], choice: Choice) -> list[_Function]:

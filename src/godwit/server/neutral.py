@@ -1,0 +1,52 @@
+"""Fields of other servers that are taken with the one value that this server acts by anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+
+from godwit.server.fields import Ignored, Request
+
+
+def _equals(wanted: float) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if isinstance(value, bool) or value != wanted:
+            raise ValueError(f"this server can do no other than {wanted:g}")
+        return value
+
+    return check
+
+
+Zero = Annotated[Any, BeforeValidator(_equals(0)), WithJsonSchema({"enum": [0]})]
+One = Annotated[Any, BeforeValidator(_equals(1)), WithJsonSchema({"enum": [1]})]
+MinusOne = Annotated[Any, BeforeValidator(_equals(-1)), WithJsonSchema({"enum": [-1]})]
+
+
+class NeutralFields(Request):
+    """What llama.cpp, vLLM and their clients send along, with the values that change no answer here.
+
+    Any other value would change the answer, and is refused.
+    """
+
+    cache_prompt: bool | None = Field(
+        default=None, description="Taken and ignored: prompts are always reused."
+    )
+    skip_special_tokens: Literal[True] | None = None
+    spaces_between_special_tokens: bool | None = Field(
+        default=None, description="Taken and ignored: no special token has text in an answer."
+    )
+    include_stop_str_in_output: Literal[False] | None = None
+    use_beam_search: Literal[False] | None = None
+    length_penalty: One = None
+    early_stopping: Literal[False] | None = None
+    typical_p: One = None
+    tfs_z: One = None
+    mirostat: Zero = None
+    xtc_probability: Zero = None
+    dry_multiplier: Zero = None
+    dynatemp_range: Zero = None
+    priority: Zero = None
+    id_slot: MinusOne = None
+    user: Ignored = None

@@ -1,0 +1,226 @@
+"""The tools of /v1/responses: functions, tools that take one text, and groups of both.
+
+A model only knows functions, so it is told of all of them as functions, and a call comes back as one of the
+tool that the client sent.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from godwit.server.calls import parse_json
+from godwit.server.errors import bad_request
+from godwit.server.fields import FunctionSpec, Name, Part
+
+#: Where a text stands in the arguments of a call of a tool that takes one.
+INPUT = "input"
+#: Only a vendor's server could run these, or a model made for them call them; some names end with a date.
+_HOSTED = re.compile(
+    r"(web_search|web_search_preview|file_search|code_interpreter|image_generation|computer|computer_use"
+    r"|computer_use_preview|mcp|local_shell|shell|apply_patch|tool_search|programmatic_tool_calling)"
+    r"(_\d{4}_?\d{2}_?\d{2})?"
+)
+
+
+class FunctionTool(FunctionSpec):
+    """A function that the model may call."""
+
+    type: Literal["function"]
+
+
+class CustomFormat(Part):
+    """What the text for a tool looks like: the model is told, but not held to it."""
+
+    type: Literal["text", "grammar"] = "text"
+    syntax: str = ""
+    definition: str = ""
+
+
+class CustomTool(Part):
+    """A tool that takes one text."""
+
+    type: Literal["custom"]
+    name: Name
+    description: str | None = None
+    format: CustomFormat | None = None
+
+
+class NamespaceTool(Part):
+    """A group of tools; calls of them name the group."""
+
+    type: Literal["namespace"]
+    name: Name
+    description: str | None = None
+    tools: list[Annotated[FunctionTool | CustomTool, Field(discriminator="type")]] = Field(max_length=256)
+
+
+class HostedTool(Part):
+    """A tool that only a vendor's server could run: it is left out."""
+
+    type: Annotated[str, Field(pattern=rf"^{_HOSTED.pattern}$")]
+
+
+def _kind(tool: Any) -> str:
+    kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
+    return kind if kind in ("function", "custom", "namespace") else "hosted"
+
+
+AnyTool = Annotated[
+    Annotated[FunctionTool, Tag("function")]
+    | Annotated[CustomTool, Tag("custom")]
+    | Annotated[NamespaceTool, Tag("namespace")]
+    | Annotated[HostedTool, Tag("hosted")],
+    Discriminator(_kind),
+]
+
+
+class OfferedTool(FunctionSpec):
+    """A tool as the model sees it.
+
+    Attributes:
+        kind, own_name, namespace: of the tool that the client sent.
+    """
+
+    kind: Literal["function", "custom"]
+    own_name: str
+    namespace: str | None = None
+
+
+def joined(namespace: str | None, name: str) -> str:
+    """What the model calls a tool of a group."""
+    if not namespace:
+        return name
+    return namespace + name if namespace.endswith("__") else f"{namespace}__{name}"
+
+
+def offered(tools: Sequence[AnyTool]) -> list[OfferedTool]:
+    """All tools that the model may call.
+
+    Raises:
+        ApiError: two have the same name.
+    """
+    found = list(_offered(tools))
+    names = [tool.name for tool in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise bad_request(f"`tools` has two tools with the name {twice}; rename one", "tools")
+    return found
+
+
+def _offered(tools: Sequence[AnyTool]) -> Iterator[OfferedTool]:
+    for tool in tools:
+        if isinstance(tool, NamespaceTool):
+            for index, inner in enumerate(tool.tools):
+                yield _offer(inner, tool.name, tool.description if index == 0 else None)
+        elif not isinstance(tool, HostedTool):
+            yield _offer(tool)
+
+
+def _offer(
+    tool: FunctionTool | CustomTool, namespace: str | None = None, group: str | None = None
+) -> OfferedTool:
+    text = tool.description
+    parameters = _one_text(tool) if isinstance(tool, CustomTool) else tool.parameters
+    if isinstance(tool, CustomTool) and tool.format is not None and tool.format.type == "grammar":
+        text = (
+            f"{text or ''}\n\n`{INPUT}` follows this {tool.format.syntax} grammar:\n{tool.format.definition}"
+        )
+    return OfferedTool.model_construct(
+        name=joined(namespace, tool.name),
+        description="\n\n".join(filter(None, (group, text))) or None,
+        parameters=parameters,
+        strict=None if isinstance(tool, CustomTool) else tool.strict,
+        kind=tool.type,
+        own_name=tool.name,
+        namespace=namespace,
+    )
+
+
+def _one_text(tool: CustomTool) -> dict[str, Any]:
+    wanted: dict[str, Any] = {"type": "string"}
+    if tool.format is not None and tool.format.syntax == "regex":
+        wanted["pattern"] = f"^(?:{tool.format.definition})$"
+    return {
+        "type": "object",
+        "properties": {INPUT: wanted},
+        "required": [INPUT],
+        "additionalProperties": False,
+    }
+
+
+def is_known(kind: str) -> bool:
+    """Whether there are tools of this type, be it that they are left out."""
+    return kind in ("function", "custom", "namespace") or _HOSTED.fullmatch(kind) is not None
+
+
+def left_out(tools: Sequence[AnyTool]) -> list[str]:
+    """The types of tools that are not offered."""
+    return sorted({tool.type for tool in tools if isinstance(tool, HostedTool)})
+
+
+def echoed(tools: Sequence[AnyTool]) -> list[dict[str, Any]]:
+    """The tools as a response tells them."""
+    return [_echo(tool) for tool in tools if not isinstance(tool, HostedTool)]
+
+
+def _echo(tool: FunctionTool | CustomTool | NamespaceTool) -> dict[str, Any]:
+    if isinstance(tool, NamespaceTool):
+        inner = [_echo(one) for one in tool.tools]
+        return {"type": "namespace", "name": tool.name, "description": tool.description or "", "tools": inner}
+    if isinstance(tool, CustomTool):
+        return tool.model_dump(exclude_none=True)
+    return {
+        "type": "function",
+        "name": tool.name,
+        "description": tool.description,
+        "parameters": tool.parameters,
+        "strict": bool(tool.strict),
+    }
+
+
+class CallText:
+    """What a client gets of the arguments of a call, while they come.
+
+    A function's arguments are JSON as the model wrote it. Of a tool that takes one text, it is that text.
+    """
+
+    _OPENS = re.compile(rf'\s*\{{\s*"{INPUT}"\s*:\s*"')
+    #: A text in JSON up to its end, without an escape that is cut off or half of a surrogate pair.
+    _BODY = re.compile(
+        r'(?:[^"\\]|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}'
+        r"|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4}|\\[\"\\/bfnrt])*"
+    )
+
+    def __init__(self, *, custom: bool) -> None:
+        self._custom = custom
+        self._raw = ""
+        self._place = -1  # up to where the text is given out
+
+    def push(self, arguments: str) -> str:
+        """What is certain with a further part of the arguments."""
+        if not self._custom:
+            return arguments
+        self._raw += arguments
+        if self._place < 0:
+            if (opened := self._OPENS.match(self._raw)) is None:
+                return ""
+            self._place = opened.end()
+        body = self._BODY.match(self._raw, self._place)
+        self._place += len(part := body[0] if body else "")
+        text: str = json.loads(f'"{part}"', strict=False)
+        return text
+
+    def flush(self) -> str:
+        """What is left at the end: where nothing could be read as the text, the arguments as they are."""
+        if not self._custom or self._place >= 0:
+            return ""
+        try:
+            value = parse_json(self._raw)
+        except ValueError:
+            return self._raw
+        text = value.get(INPUT) if isinstance(value, Mapping) else None
+        return text if isinstance(text, str) else self._raw

@@ -1,0 +1,51 @@
+"""What ends an answer, and from where on it may, in sessions and in the engine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from godwit.engine import Engine, GenerationRequest, SamplingParams, Session
+from godwit.engine.ending import Ending
+from godwit.engine.stream import Finish
+from tests.engine.tiny import tiny_model, tiny_tokenizer
+
+
+def test_stop_tokens_are_the_models_and_those_asked_for() -> None:
+    assert [Ending(SamplingParams(), {3}, 10).ends(token) for token in (3, 4)] == [True, False]
+    both = Ending(SamplingParams(stop_token_ids=(4,)), {3}, 10)
+    assert both.ends(3) and both.ends(4)
+    own = Ending(SamplingParams(stop_token_ids=(4,), ignore_eos=True), {3}, 10)
+    assert not own.ends(3) and own.ends(4)
+
+
+def test_no_stop_token_comes_too_early() -> None:
+    ending = Ending(SamplingParams(min_tokens=2, stop_token_ids=(1, 99)), {3}, 5)
+    left = ending.allowed(1, None)
+    assert left is not None and left.tolist() == [True, False, True, False, True]
+    assert ending.allowed(2, None) is None
+    form = torch.tensor([False, True, True, False, False])
+    kept = ending.allowed(0, form)
+    assert kept is not None and kept.tolist() == [False, False, True, False, False]
+    assert form.tolist() == [False, True, True, False, False]
+
+
+def test_a_form_that_has_ended_ends_the_answer() -> None:
+    ending = Ending(SamplingParams(min_tokens=9), {3}, 5)
+    only_end = torch.tensor([False, False, False, True, False])
+    assert ending.allowed(0, only_end) is only_end
+
+
+@pytest.mark.parametrize(
+    "more", [{"ignore_eos": True}, {"min_tokens": 6}, {"stop_token_ids": (101,)}], ids=str
+)
+def test_an_engine_and_a_session_end_alike(more: dict[str, object]) -> None:
+    model, tokenizer = tiny_model("hybrid"), tiny_tokenizer()
+    params = SamplingParams(temperature=3.0, seed=5, max_tokens=12, **more)  # type: ignore[arg-type]
+    ids = tuple(tokenizer.encode("Hello"))
+    *_, alone = Session(model, tokenizer, 64).stream(ids, params)
+    with Engine(model, tokenizer, max_context=64, max_bytes=16 << 20, max_sequences=2) as engine:
+        *_, served = engine.submit(GenerationRequest(ids, params))
+    assert isinstance(alone, Finish) and isinstance(served, Finish)
+    assert (alone.reason, alone.token_ids) == (served.reason, served.token_ids)
+    assert served.reason == "length" or len(served.token_ids) > params.min_tokens
