@@ -7,7 +7,6 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,7 +14,7 @@ import pytest
 
 from godwit.errors import UsageError
 from godwit.server.app import ROUTES
-from godwit.server.auth import OPEN_PATHS, read_keys
+from godwit.server.auth import OPEN_PATHS
 from godwit.server.body import parse_object
 from godwit.server.errors import INTERNAL, ApiError, failed_answer, from_engine
 from godwit.server.run import is_loopback, listen
@@ -83,32 +82,6 @@ def test_keys_do_not_share_caches(locked: Running) -> None:
             usage = client.post(CHAT, json=text | {"cache_salt": salt}).json()["usage"]
         cached.append(usage["prompt_tokens_details"]["cached_tokens"])
     assert cached == [0, cached[1], 0, 0, cached[1]] and cached[1] > 0
-
-
-def test_key_files(tmp_path: Path) -> None:
-    file = tmp_path / "keys"
-    file.write_text("# a remark\n  first-key-1  \n\nsecond-key-2\nfirst-key-1\n")
-    assert read_keys(file, {"GODWIT_API_KEY": "third-key-3"}) == (
-        "first-key-1",
-        "second-key-2",
-        "third-key-3",
-    )
-    assert read_keys(None, {}) == ()
-    for content in (
-        b"",
-        b"# none\n",
-        b"short\n",
-        b"two words here\n",
-        "schl\u00fcssel-1".encode(),
-        b"\0" * 20,
-    ):
-        file.write_bytes(content)
-        with pytest.raises(UsageError):
-            read_keys(file, {})
-    with pytest.raises(UsageError):
-        read_keys(tmp_path / "absent", {})
-    with pytest.raises(UsageError):
-        read_keys(None, {"GODWIT_API_KEY": ""})
 
 
 def test_without_keys_only_local_names_are_answered(servers: Servers) -> None:
@@ -189,7 +162,7 @@ def test_heads_have_a_size_and_a_time(locked: Running) -> None:
     address = ("127.0.0.1", httpx.URL(locked.url).port or 0)
     with socket.create_connection(address, timeout=10) as large:
         large.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 40_000)
-        assert b" 400 " in large.recv(4096)
+        assert b" 431 " in large.recv(4096)
     for start in (b"", b"GET /health HTTP/1.1\r\nHost"):
         with socket.create_connection(address, timeout=10) as slow:
             slow.sendall(start)
