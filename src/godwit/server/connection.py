@@ -40,6 +40,7 @@ class Parser(h11.Connection):
         self._limits = limits
         self._deadlines = deadlines
         self._body_bytes = 0
+        self._chunked = False
         self.num_chunks = 0
         self.fault = 400
 
@@ -84,17 +85,17 @@ class Parser(h11.Connection):
         if size > self._limits.head_bytes:
             raise h11.RemoteProtocolError("large head", error_status_hint=431)
         names = {name for name, _ in request.headers}
-        if b"transfer-encoding" in names and (
-            b"content-length" in names or request.http_version < b"1.1"
-        ):  # which of them counts is understood differently, and so the end of the request
+        self._chunked = b"transfer-encoding" in names
+        if self._chunked and (b"content-length" in names or request.http_version < b"1.1"):
+            # Which of them counts, and so where the request ends, is understood differently by others.
             raise h11.RemoteProtocolError("contradicting lengths")
 
     def _count(self, data: h11.Data) -> None:
-        if data.chunk_start:
-            self.num_chunks += 1
-            self._body_bytes += self._limits.chunk_bytes
-        self._body_bytes += len(data.data)
-        if self._body_bytes > self._limits.body_bytes and self.num_chunks:
+        if not self._chunked:  # the application knows its length
+            return
+        self.num_chunks += 1  # or parts of chunks, which cost as much
+        self._body_bytes += self._limits.chunk_bytes + len(data.data)
+        if self._body_bytes > self._limits.body_bytes:
             raise h11.RemoteProtocolError("large body", error_status_hint=413)
 
 
@@ -222,6 +223,8 @@ class LimitedProtocol(H11Protocol):
         self._next_parse = None
         if self.transport.is_closing() or "application" in self.transport.objections:
             return
+        if not self._unparsed:  # it only had to wait; to the parser nothing would mean the end
+            return self.transport.agree("parser")
         piece = bytes(self._unparsed[:SLICE_BYTES])
         del self._unparsed[:SLICE_BYTES]
         chunks = self.conn.num_chunks
@@ -259,8 +262,7 @@ class LimitedProtocol(H11Protocol):
     # the end of a response, and of the connection
 
     def on_response_complete(self) -> None:
-        if not self.transport.is_closing():
-            self.deadlines.answered()
+        self.deadlines.answered()
         super().on_response_complete()
         self._unset_keepalive_if_required()  # the deadlines see to that
         if self.conn.trailing_data[0] or self._unparsed:

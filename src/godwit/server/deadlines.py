@@ -47,11 +47,11 @@ class Deadlines:
         self._clock = clock
         self._stalled_since: float | None = None
         self._stalled_at = 0
-        self._enter(Phase.HEAD)
+        self.phase, self.since = Phase.HEAD, clock()
 
     def _enter(self, phase: Phase) -> None:
-        self.phase = phase
-        self.since = self._clock()
+        if self.phase is not Phase.CLOSING:
+            self.phase, self.since = phase, self._clock()
 
     @property
     def waiting(self) -> bool:
@@ -86,8 +86,7 @@ class Deadlines:
 
     def closing(self) -> None:
         """Nothing more is read or answered."""
-        if self.phase is not Phase.CLOSING:
-            self._enter(Phase.CLOSING)
+        self._enter(Phase.CLOSING)
 
     def write_paused(self, num_waiting: int) -> None:
         """The client does not take what is sent; so many bytes wait for it."""
