@@ -185,11 +185,14 @@ def test_chunks_count_more_than_their_bytes(small: Running) -> None:
 
 def test_many_chunks_are_taken_slice_by_slice(few: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that no one connection keeps the event loop for long."""
-    sizes = []
+    sizes: list[int] = []
     receive = Parser.receive_data
-    monkeypatch.setattr(
-        Parser, "receive_data", lambda self, data: (sizes.append(len(data)), receive(self, data))[1]
-    )
+
+    def counted(self: Parser, data: bytes) -> None:
+        sizes.append(len(data))
+        receive(self, data)
+
+    monkeypatch.setattr(Parser, "receive_data", counted)
     text = json.dumps({"prompt": "a" * 5000}).encode()
     chunks = b"".join(b"1\r\n%c\r\n" % letter for letter in text) + b"0\r\n\r\n"
     with connected(few) as client:

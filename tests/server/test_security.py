@@ -11,14 +11,18 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.responses import JSONResponse
+from starlette.testclient import TestClient
 
 from godwit.errors import UsageError
 from godwit.server.app import ROUTES
-from godwit.server.auth import OPEN_PATHS
+from godwit.server.auth import OPEN_PATHS, Guard
 from godwit.server.body import parse_object
 from godwit.server.errors import INTERNAL, ApiError, failed_answer, from_engine
+from godwit.server.journal import Journal, Metrics
+from godwit.server.keys import Key
 from godwit.server.run import is_loopback, listen
-from godwit.server.settings import Limits
+from godwit.server.settings import Limits, Settings
 from tests.server.conftest import Engines, Running, Servers, running
 
 KEYS = ("first-key-12345", "second-key-6789")
@@ -99,6 +103,32 @@ def test_without_keys_only_local_names_are_answered(servers: Servers) -> None:
         ):
             response = client.post(CHAT, json=HELLO, headers={"Host": host})
             assert response.status_code == 403, host
+
+
+@pytest.mark.parametrize(
+    ("keys", "hosts", "status"),
+    [
+        ((), (), (200, 403, 403)),
+        ((), ("llm.example",), (200, 200, 403)),
+        ((), ("*",), (200, 200, 200)),
+        (KEYS, (), (200, 200, 200)),
+        (KEYS, ("llm.example",), (200, 200, 403)),
+    ],
+)
+def test_which_hosts_are_answered(
+    keys: tuple[str, ...], hosts: tuple[str, ...], status: tuple[int, ...]
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await JSONResponse({})(scope, receive, send)
+
+    labelled = tuple(Key(key, key[:5]) for key in keys)
+    settings = Settings(keys=labelled, hosts=hosts)
+    guarded = Journal(Guard(app, settings), Metrics(lambda: None))
+    client = TestClient(guarded)
+    for host, wanted in zip(("localhost:80", "LLM.example:8000", "evil.example"), status, strict=True):
+        headers = {"Host": host, "x-api-key": KEYS[0]}
+        assert client.get("/v1/models", headers=headers).status_code == wanted
+        assert client.get("/ready", headers={"Host": host}).status_code == 200  # probes use any address
 
 
 def test_web_pages_elsewhere_are_not_let_in(servers: Servers, locked: Running, http: httpx.Client) -> None:
