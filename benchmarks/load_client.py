@@ -1,22 +1,17 @@
-"""Clients for a server under load: a small HTTP client, well-behaved requests, and hostile ones.
-
-The client speaks plain HTTP/1.1 over asyncio's streams, one connection a request: it costs little beside the
-server that it measures, and can do what well-made libraries refuse to, such as sending half a body.
-"""
+"""Well-behaved clients for a server under load, and what came of their requests."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
-from urllib.parse import urlsplit
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+from benchmarks.attacks import ATTACKS, CHAT, TEXT
+from benchmarks.plain_http import request
+
 MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
 _SCHEMA = {
     "type": "object",
@@ -37,89 +32,6 @@ _TOOL = {
         },
     },
 }
-
-
-@dataclass
-class Reply:
-    """The head of a response; its body is read by :meth:`lines` or :meth:`body`."""
-
-    status: int
-    headers: Mapping[str, str]
-    reader: asyncio.StreamReader
-
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """The body as it comes."""
-        if self.headers.get("transfer-encoding") == "chunked":
-            while size := int(await self.reader.readline() or b"0", 16):
-                yield (await self.reader.readexactly(size + 2))[:-2]
-        elif length := int(self.headers.get("content-length", "0")):
-            yield await self.reader.readexactly(length)
-
-    async def body(self) -> bytes:
-        return b"".join([chunk async for chunk in self.chunks()])
-
-    async def events(self) -> AsyncIterator[Any]:
-        """The data of server-sent events, parsed; that of the last one may be the text [DONE]."""
-        rest = b""
-        async for chunk in self.chunks():
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                if line.startswith(b"data: "):
-                    data = line[6:].strip()
-                    yield "[DONE]" if data == b"[DONE]" else json.loads(data)
-
-
-@asynccontextmanager
-async def request(
-    url: str,
-    path: str,
-    body: bytes | None = None,
-    *,
-    method: str = "POST",
-    headers: Mapping[str, str] | None = None,
-    pause: float = 0.0,
-) -> AsyncIterator[Reply]:
-    """Send a request; the connection is closed at the end, whatever was read by then.
-
-    Args:
-        url: of the server.
-        path: on it.
-        body: of JSON, unless the headers say otherwise.
-        method: of HTTP.
-        headers: in addition.
-        pause: seconds between pieces of 16 bytes in which the body is sent; 0: all at once.
-
-    Raises:
-        OSError, EOFError: the server closed the connection.
-    """
-    place = urlsplit(url)
-    reader, writer = await asyncio.open_connection(place.hostname, place.port, limit=1 << 22)
-    try:
-        lines = {"Host": place.netloc, "Content-Type": "application/json", "Connection": "close"}
-        if body is not None:
-            lines["Content-Length"] = str(len(body))
-        head = "".join(f"{name}: {value}\r\n" for name, value in {**lines, **(headers or {})}.items())
-        writer.write(f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode())
-        for start in range(0, len(body or b""), 16) if pause else ():
-            writer.write((body or b"")[start : start + 16])
-            await writer.drain()
-            await asyncio.sleep(pause)
-        if body and not pause:
-            writer.write(body)  # not drained: the server may answer before it has read all
-        yield await _head(reader)
-    finally:
-        writer.transport.abort()
-
-
-async def _head(reader: asyncio.StreamReader) -> Reply:
-    status = (await reader.readline()).split()
-    if len(status) < 2:
-        raise EOFError("the connection was closed without an answer")
-    headers = {}
-    while line := (await reader.readline()).strip():
-        name, _, value = line.decode("latin-1").partition(":")
-        headers[name.lower()] = value.strip().lower()
-    return Reply(int(status[1]), headers, reader)
 
 
 @dataclass
@@ -300,107 +212,3 @@ def error_in(event: Any) -> str | None:
     if isinstance(event, dict) and (event.get("error") or event.get("type") == "response.failed"):
         return json.dumps(event)[:200]
     return None
-
-
-# hostile requests
-
-
-@dataclass(frozen=True)
-class Attack:
-    """A request that deserves no answer.
-
-    Attributes:
-        statuses: what may come of it; 0: the server closed the connection.
-    """
-
-    name: str
-    run: Callable[[str, random.Random], Any]
-    statuses: Sequence[int] = (400,)
-
-
-def _posting(path: str, make: Callable[[random.Random], bytes], **how: Any) -> Callable[..., Any]:
-    async def post(url: str, rng: random.Random) -> int:
-        try:
-            async with request(url, path, make(rng), **how) as reply:
-                await reply.body()
-                return reply.status
-        except (OSError, EOFError):
-            return 0
-
-    return post
-
-
-def _chat(**fields: Any) -> Callable[[random.Random], bytes]:
-    body = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 8, **fields}
-    data = json.dumps(body).encode()
-    return lambda rng: data
-
-
-def _slowly(pieces: int, pause: float) -> Callable[..., Any]:
-    """Sends a body a few bytes at a time, and leaves before its end."""
-
-    async def send(url: str, rng: random.Random) -> int:
-        data = _chat()(rng)
-        headers = {"Content-Length": str(10 * len(data))}
-        try:
-            async with asyncio.timeout(1 + pieces * pause):
-                async with request(url, CHAT, data[: 16 * pieces], headers=headers, pause=pause) as reply:
-                    return reply.status
-        except (TimeoutError, OSError, EOFError):
-            return 0
-
-    return send
-
-
-def _raw(data: bytes) -> Callable[..., Any]:
-    """Sends bytes that are no request."""
-
-    async def send(url: str, rng: random.Random) -> int:
-        place = urlsplit(url)
-        reader, writer = await asyncio.open_connection(place.hostname, place.port)
-        try:
-            writer.write(data)
-            async with asyncio.timeout(30):
-                return (await _head(reader)).status
-        except (OSError, EOFError):
-            return 0
-        finally:
-            writer.transport.abort()
-
-    return send
-
-
-def _costly_schema(rng: random.Random) -> bytes:
-    """Forms that grow without end when they are worked out."""
-    if rng.random() < 0.5:
-        schema: dict[str, Any] = {"type": "string", "pattern": "((((a{1,99}){1,99}){1,99}){1,99}){1,99}"}
-    else:
-        schema = {"type": "string", "pattern": "(a|aa|aaa){1,900}(b{1,900}c{1,900}){1,900}"}
-        for level in range(8):
-            schema = {"allOf": [{"properties": {f"p{level}": schema}}, {"anyOf": [schema, {"not": schema}]}]}
-    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    return _chat(response_format=form)(rng)
-
-
-_NESTED = b'{"messages": ' + b"[" * 5000 + b"]" * 5000 + b"}"
-ATTACKS = (
-    Attack("body of 5 MiB", _posting(CHAT, lambda rng: b" " * (5 << 20)), (413, 0)),
-    Attack("no JSON", _posting(CHAT, lambda rng: b'{"messages": [' + rng.randbytes(40))),
-    Attack("nested JSON", _posting(CHAT, lambda rng: _NESTED)),
-    Attack("NaN", _posting(CHAT, lambda rng: b'{"messages": [], "top_p": NaN}')),
-    Attack("10^6 answers", _posting(CHAT, _chat(n=10**6))),
-    Attack("temperature of 10^300", _posting(CHAT, _chat(temperature=1e300))),
-    Attack("-5 tokens", _posting(CHAT, _chat(max_tokens=-5))),
-    Attack("logit_bias of no token", _posting(CHAT, _chat(logit_bias={"999999999": 5}))),
-    Attack("20 stop texts", _posting(CHAT, _chat(stop=["x" * i for i in range(1, 21)]))),
-    Attack("unknown field", _posting(CHAT, _chat(exec="rm"))),
-    Attack("900,000 letters", _posting(TEXT, lambda rng: b'{"prompt": "' + b"x" * 900_000 + b'"}')),
-    Attack("wrong method", _posting(CHAT, _chat(), method="DELETE"), (405,)),
-    Attack("unknown path", _posting("/v1/%00/../etc/passwd", _chat()), (404, 400)),
-    Attack("form of a web page", _posting(CHAT, _chat(), headers={"Content-Type": "text/plain"}), (415,)),
-    Attack("foreign host", _posting(CHAT, _chat(), headers={"Host": "evil.example"}), (403,)),
-    Attack("costly schema", _posting(CHAT, _costly_schema), (400, 200)),
-    Attack("slow body", _slowly(6, 0.4), (0,)),
-    Attack("head of 100 KB", _raw(b"GET / HTTP/1.1\r\nX: " + b"a" * 100_000 + b"\r\n\r\n"), (400, 431, 0)),
-    Attack("no HTTP", _raw(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 9 + b"\r\n\r\n"), (400, 0)),
-)  # fmt: skip

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.load_client import request
+from benchmarks.plain_http import request
 
 START_SECONDS, IDLE_SECONDS = 180.0, 60.0
 PAGE = 4096

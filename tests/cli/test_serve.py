@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from godwit.cli.main import app
-from godwit.cli.serve import shares, shown_name
+from godwit.cli.serve import checked_hosts, shares, shown_name
 from godwit.engine.engine import DEFAULT_SNAPSHOT_BYTES
 from tests.cli.conftest import Models
 from tests.engine.tiny import tiny_model
@@ -42,7 +42,7 @@ def serving(*args: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
 
 def test_a_server_from_its_start_to_its_end(models: Models, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
-    keys.write_text("a-key-of-mine\n")
+    keys.write_text("a-key-of-mine alice rpm=100 tpm=100000\n")
     arguments = (models("hello"), "--api-key-file", str(keys), "--name", "mine", "--memory", "0.05")
     with serving(*arguments, "--cache-dir", str(tmp_path / "cache"), "--context", "256") as (url, process):
         with httpx.Client(base_url=url, headers={"x-api-key": "a-key-of-mine"}, trust_env=False) as client:
@@ -53,8 +53,31 @@ def test_a_server_from_its_start_to_its_end(models: Models, tmp_path: Path) -> N
         process.send_signal(signal.SIGINT)
         _, log = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert re.search(r"POST /v1/chat/completions 200 .* prompt=\d+ cached=\d+ generated=3 ", log)
+    assert re.search(r"POST /v1/chat/completions 200 .* key=alice prompt=\d+ cached=\d+ generated=3 ", log)
+    assert re.search(r"ending, told by SIGINT: .* 0 answers under way .*\n.* ended\n", log)
     assert "Traceback" not in log and "a-key-of-mine" not in log
+
+
+def test_sigterm_is_logged_and_ends_the_server(models: Models) -> None:
+    arguments = ("--host", "0.0.0.0", "--allow-host", "llm.example", "--memory", "0.05")
+    with serving(models("hello"), *arguments) as (url, process):
+        url = url.replace("0.0.0.0", "127.0.0.1")
+        for host, status in (("llm.example", 200), ("localhost", 200), ("evil.example", 403)):
+            assert (
+                httpx.get(f"{url}/v1/models", headers={"Host": host}, trust_env=False).status_code == status
+            )
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGTERM, 143)
+    assert "told by SIGTERM" in log and "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [("llm.example.org", "llm.example.org"), ("*", "*"), ("::1", "[::1]"), ("[::1]", "[::1]")],
+)
+def test_hosts_as_clients_name_them(given: str, kept: str) -> None:
+    assert checked_hosts([given]) == (kept,)
 
 
 def invoke(*args: Any) -> Any:
@@ -68,6 +91,8 @@ def test_what_is_wrong_is_said_at_once(models: Models, tmp_path: Path) -> None:
         (("--host", "192.0.2.1"), "take another --host"),
         (("--cors-origin", "example.org"), "is no origin"),
         (("--cors-origin", "https://example.org/path"), "is no origin"),
+        (("--host", "0.0.0.0"), "--allow-host"),
+        (("--allow-host", "http://llm.example"), "is no host name"),
         (("--context", 10**9), "not possible"),
         (("--memory", 0), "allow more memory"),
     ):

@@ -18,6 +18,7 @@ from godwit.cli import common
 from godwit.engine import Engine
 from godwit.server.app import make_app
 from godwit.server.host import EngineHost
+from godwit.server.keys import Key
 from godwit.server.run import Server, listen, make_server
 from godwit.server.service import Service
 from godwit.server.settings import Settings
@@ -68,8 +69,10 @@ class Running:
 
 @contextmanager
 def running(engine: Engine, **settings: Any) -> Iterator[Running]:
-    """A server with an engine, both ended at the end."""
-    options = Settings(**settings)
+    """A server with an engine, both ended at the end; keys may be given without labels."""
+    given = settings.pop("keys", ())
+    keys = tuple(Key(one, f"key{n}") if isinstance(one, str) else one for n, one in enumerate(given, 1))
+    options = Settings(keys=keys, **settings)
     service = Service(EngineHost(lambda: engine), options)
     listener = listen("127.0.0.1", 0)
     server = make_server(make_app(service), options)

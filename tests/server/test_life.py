@@ -13,7 +13,6 @@ import httpx
 import pytest
 
 from godwit.engine import Engine
-from godwit.server.run import make_server
 from tests.server.conftest import Engines, Running, Servers, running
 
 CHAT = "/v1/chat/completions"
@@ -187,7 +186,6 @@ def test_the_line_and_the_numbers_of_a_request(servers: Servers, caplog: Any) ->
     assert "godwit_completion_tokens_total" in numbers and "godwit_engine_num_running 0.0" in numbers
 
 
-def test_a_server_knows_its_limits(servers: Servers) -> None:
-    config = make_server(servers("hello").server.config.app, servers("hello").service.settings).config  # type: ignore[arg-type]
-    assert config.limit_concurrency == servers("hello").service.settings.limits.connections
+def test_a_server_trusts_no_proxy_and_says_nothing_of_itself(servers: Servers) -> None:
+    config = servers("hello").server.config
     assert not config.proxy_headers and not config.server_header

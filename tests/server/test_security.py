@@ -7,19 +7,22 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from starlette.responses import JSONResponse
+from starlette.testclient import TestClient
 
 from godwit.errors import UsageError
 from godwit.server.app import ROUTES
-from godwit.server.auth import OPEN_PATHS, read_keys
+from godwit.server.auth import OPEN_PATHS, Guard
 from godwit.server.body import parse_object
 from godwit.server.errors import INTERNAL, ApiError, failed_answer, from_engine
+from godwit.server.journal import Journal, Metrics
+from godwit.server.keys import Key
 from godwit.server.run import is_loopback, listen
-from godwit.server.settings import Limits
+from godwit.server.settings import Limits, Settings
 from tests.server.conftest import Engines, Running, Servers, running
 
 KEYS = ("first-key-12345", "second-key-6789")
@@ -85,32 +88,6 @@ def test_keys_do_not_share_caches(locked: Running) -> None:
     assert cached == [0, cached[1], 0, 0, cached[1]] and cached[1] > 0
 
 
-def test_key_files(tmp_path: Path) -> None:
-    file = tmp_path / "keys"
-    file.write_text("# a remark\n  first-key-1  \n\nsecond-key-2\nfirst-key-1\n")
-    assert read_keys(file, {"GODWIT_API_KEY": "third-key-3"}) == (
-        "first-key-1",
-        "second-key-2",
-        "third-key-3",
-    )
-    assert read_keys(None, {}) == ()
-    for content in (
-        b"",
-        b"# none\n",
-        b"short\n",
-        b"two words here\n",
-        "schl\u00fcssel-1".encode(),
-        b"\0" * 20,
-    ):
-        file.write_bytes(content)
-        with pytest.raises(UsageError):
-            read_keys(file, {})
-    with pytest.raises(UsageError):
-        read_keys(tmp_path / "absent", {})
-    with pytest.raises(UsageError):
-        read_keys(None, {"GODWIT_API_KEY": ""})
-
-
 def test_without_keys_only_local_names_are_answered(servers: Servers) -> None:
     with servers("hello").client() as client:
         port = client.base_url.port
@@ -126,6 +103,32 @@ def test_without_keys_only_local_names_are_answered(servers: Servers) -> None:
         ):
             response = client.post(CHAT, json=HELLO, headers={"Host": host})
             assert response.status_code == 403, host
+
+
+@pytest.mark.parametrize(
+    ("keys", "hosts", "status"),
+    [
+        ((), (), (200, 403, 403)),
+        ((), ("llm.example",), (200, 200, 403)),
+        ((), ("*",), (200, 200, 200)),
+        (KEYS, (), (200, 200, 200)),
+        (KEYS, ("llm.example",), (200, 200, 403)),
+    ],
+)
+def test_which_hosts_are_answered(
+    keys: tuple[str, ...], hosts: tuple[str, ...], status: tuple[int, ...]
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await JSONResponse({})(scope, receive, send)
+
+    labelled = tuple(Key(key, key[:5]) for key in keys)
+    settings = Settings(keys=labelled, hosts=hosts)
+    guarded = Journal(Guard(app, settings), Metrics(lambda: None))
+    client = TestClient(guarded)
+    for host, wanted in zip(("localhost:80", "LLM.example:8000", "evil.example"), status, strict=True):
+        headers = {"Host": host, "x-api-key": KEYS[0]}
+        assert client.get("/v1/models", headers=headers).status_code == wanted
+        assert client.get("/ready", headers={"Host": host}).status_code == 200  # probes use any address
 
 
 def test_web_pages_elsewhere_are_not_let_in(servers: Servers, locked: Running, http: httpx.Client) -> None:
@@ -189,7 +192,7 @@ def test_heads_have_a_size_and_a_time(locked: Running) -> None:
     address = ("127.0.0.1", httpx.URL(locked.url).port or 0)
     with socket.create_connection(address, timeout=10) as large:
         large.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 40_000)
-        assert b" 400 " in large.recv(4096)
+        assert b" 431 " in large.recv(4096)
     for start in (b"", b"GET /health HTTP/1.1\r\nHost"):
         with socket.create_connection(address, timeout=10) as slow:
             slow.sendall(start)

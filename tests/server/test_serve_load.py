@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from benchmarks import serve_load
-from benchmarks.load_client import ATTACKS, Attack, Client, Mix, Tally, error_in, is_end, is_token, request
+from benchmarks.attacks import ATTACKS, Attack
+from benchmarks.load_client import Client, Mix, Tally, error_in, is_end, is_token
+from benchmarks.plain_http import request
 from tests.server.conftest import Engines, running
 
 PIECES = [b'data: {"choices": [{"delta": {"con', b'tent": "a"}}]}\n\nda', b"ta: [DONE]\n\n"]
@@ -76,7 +78,9 @@ def test_a_server_bears_all_of_it(engines: Engines) -> None:
 
 
 #: The costly ones take the seconds that they are given.
-QUICK: list[Attack] = [attack for attack in ATTACKS if attack.name not in ("costly schema", "slow body")]
+SLOW = {"costly schema", "slow body", "chunks of one byte", "a letter at a time", "chunks after a refusal"}
+SLOW |= {"one letter on 50 connections", "300 pages unread"}
+QUICK: list[Attack] = [attack for attack in ATTACKS if attack.name not in SLOW]
 
 
 async def several(client: Client, count: int) -> None:

@@ -158,8 +158,23 @@ def serve(
     ] = None,
     api_key_file: Annotated[
         Path | None,
-        typer.Option(help="Ask for one of the keys in this file, one a line; or set GODWIT_API_KEY."),
+        typer.Option(
+            help="Ask for one of the keys in this file, one a line: KEY [LABEL] [rpm=N] [tpm=N], with limits "
+            "of requests and tokens a minute; or set GODWIT_API_KEY."
+        ),
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A host name by which clients may address the server besides those of this machine; may be "
+            "repeated, * is any. Needed beyond this machine where there are no keys.",
+            metavar="NAME",
+        ),
+    ] = None,
+    connections_per_address: Annotated[
+        int,
+        typer.Option(min=1, help="Connections from one address other than this machine's, of 1,024 in all."),
+    ] = 256,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(help="A web page's origin that may use the server; may be repeated.", metavar="URL"),
@@ -206,6 +221,8 @@ def serve(
             api_key_file=api_key_file,
             cors_origins=cors_origin or [],
             refuse_media=refuse_media,
+            hosts=allow_host or [],
+            per_address=connections_per_address,
             engine=EngineOptions(
                 context=context,
                 memory_gib=memory,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import re
@@ -45,6 +46,8 @@ def run(
     api_key_file: Path | None,
     cors_origins: Sequence[str],
     refuse_media: bool,
+    hosts: Sequence[str],
+    per_address: int,
     engine: EngineOptions,
     thinking: ServedThinkingOptions,
     threads: int | None,
@@ -57,9 +60,9 @@ def run(
     """
     try:
         from godwit.server.app import make_app
-        from godwit.server.auth import read_keys
         from godwit.server.host import EngineHost
-        from godwit.server.run import is_loopback, listen, make_server
+        from godwit.server.keys import read_keys
+        from godwit.server.run import allow_open_files, is_loopback, listen, make_server
         from godwit.server.service import Service
         from godwit.server.settings import Limits, Settings
     except ModuleNotFoundError as error:
@@ -68,10 +71,16 @@ def run(
         ) from None
 
     keys, origins = read_keys(api_key_file, os.environ), checked_origins(cors_origins)
+    allowed = checked_hosts(hosts)
     opened = common.open_model(model)
     sampling = common.recommended(opened.tokenizer.generation_defaults)
     common.sampling_params(SamplingOptions(), opened.tokenizer.generation_defaults)
     with listen(host, port) as listener:  # before the weights are read: a port that is taken is known at once
+        if not (keys or allowed or is_loopback(listener)):
+            raise UsageError(
+                f"everyone who reaches {host} could use this server: set keys with --api-key-file, or say "
+                "with --allow-host by which names clients may address it"
+            )
         num_threads = common.use_threads(threads)
         with common.loading(opened.name) as progress:
             weights = common.load_weights(opened.source, dtype, quantize, progress)
@@ -83,17 +92,18 @@ def run(
             keys=keys,
             origins=origins,
             refuse_media=refuse_media,
-            loopback=is_loopback(listener),
-            limits=Limits.of(engines.context),
+            hosts=allowed,
+            limits=Limits.of(engines.context, per_address=per_address),
         )
         service = Service(engines, settings)
         log_to_stderr()
         threads_used = f"{num_threads} thread{'s' * (num_threads > 1)}"
         _log.info("%s: %s, %s", opened.name, common.described(weights), threads_used)
-        if not keys and not settings.loopback:
+        if not keys and not is_loopback(listener):
             _log.warning(
-                "warning: everyone who can reach this address may use it; --api-key-file asks for keys"
+                "warning: everyone who reaches this address may use it; --api-key-file asks for keys"
             )
+        allow_open_files(settings.limits)
         address, bound = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         place = f"http://{shown}:{bound}"
@@ -133,6 +143,27 @@ def checked_origins(origins: Sequence[str]) -> tuple[str, ...]:
                 f"--cors-origin {origin!r:.100} is no origin; give one such as https://example.org"
             )
     return tuple(origins)
+
+
+def checked_hosts(hosts: Sequence[str]) -> tuple[str, ...]:
+    """Host names as they stand in the Host header without a port, an IPv6 address in brackets; or ``*``.
+
+    Raises:
+        UsageError: one that could never be there, which would silently allow nothing.
+    """
+    return tuple(_checked_host(host) for host in hosts)
+
+
+def _checked_host(host: str) -> str:
+    try:
+        address = ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        if host == "*" or re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252})", host):
+            return host
+        raise UsageError(
+            f"--allow-host {host!r:.100} is no host name; give one such as llm.example.org, without a port"
+        ) from None
+    return f"[{address}]" if address.version == 6 else str(address)
 
 
 def make_engine(model: CausalLM, opened: common.OpenedModel, options: EngineOptions) -> Engine:
@@ -180,11 +211,15 @@ def shown_name(name: str) -> str:
 
 
 def log_to_stderr() -> None:
-    """One line for each request and event, on stderr."""
+    """One line for each request and event, on stderr; what anyone can cause, at a bounded rate."""
+    from godwit.server.journal import OneLine
+    from godwit.server.pace import BoundedRate
+
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    for name, level in (("godwit", logging.INFO), ("uvicorn.error", logging.WARNING)):
+    handler.setFormatter(OneLine("%(asctime)s %(message)s", "%H:%M:%S"))
+    for name, level in (("godwit", logging.INFO), ("uvicorn.error", logging.ERROR)):
         logger = logging.getLogger(name)
         logger.setLevel(level)
         logger.addHandler(handler)
         logger.propagate = False
+    logging.getLogger("godwit.server.connections").addFilter(BoundedRate())

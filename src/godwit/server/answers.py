@@ -203,6 +203,7 @@ class Answers:
         if index in self._satisfied:
             return None
         self.record.note_first()
+        self.record.note_generated(len(event.token_ids))
         self.answers[index].num_tokens += len(event.token_ids)
         logprobs = event.logprobs or ()
         if parser is None:
@@ -213,6 +214,7 @@ class Answers:
 
     def _end(self, index: int, finish: Finish, parser: AnswerParser | None) -> Update:
         self.record.finishes.append(finish)
+        self.record.note_generated(finish.completion_tokens - self.answers[index].num_tokens)  # without text
         if finish.reason == "error":
             self.record.error = finish.error or INTERNAL
             raise failed_answer(finish.error)

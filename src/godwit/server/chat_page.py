@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from godwit.server.auth import OPEN_PREFIX
 from godwit.server.errors import ApiError
+from godwit.server.journal import STATIC
 
 DIRECTORY = Path(__file__).with_name("static")
 _PLACE = b"__STATIC__"
@@ -59,7 +59,7 @@ class ChatPage:
         """Where the page and its files are served."""
         return [
             Route("/", self._page, methods=["GET"]),
-            Route(OPEN_PREFIX + "{digest}/{name:path}", self._file, methods=["GET"]),
+            Route(STATIC + "{digest}/{name:path}", self._file, methods=["GET"]),
         ]
 
     async def _page(self, request: Request) -> Response:
@@ -89,4 +89,4 @@ def read_chat_page(directory: Path = DIRECTORY) -> ChatPage:
     for name, content in files.items():
         hashed.update(name.encode() + b"\0" + hashlib.sha256(content).digest())
     digest = hashed.hexdigest()[:16]
-    return ChatPage(html.replace(_PLACE, f"{OPEN_PREFIX[1:]}{digest}".encode()), digest, files)
+    return ChatPage(html.replace(_PLACE, f"{STATIC[1:]}{digest}".encode()), digest, files)

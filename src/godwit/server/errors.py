@@ -16,6 +16,7 @@ _ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    429: "rate_limit_error",
     413: "request_too_large",
     529: "overloaded_error",
 }
@@ -82,6 +83,16 @@ def overloaded(message: str) -> ApiError:
     return ApiError(503, message, code="overloaded", headers={"Retry-After": "1"})
 
 
+def rate_limited(what: str, seconds: int) -> ApiError:
+    """429: a key has used up its ``what`` ("requests" or "tokens") of this minute."""
+    return ApiError(
+        429,
+        f"this API key has used up its {what} per minute; send the request again in {seconds} s",
+        code="rate_limit_exceeded",
+        headers={"Retry-After": str(seconds)},
+    )
+
+
 def from_engine(error: Exception) -> ApiError:
     """What a client may know of an error from below."""
     if isinstance(error, ApiError):
@@ -110,6 +121,7 @@ def speaks_anthropic(path: str) -> bool:
 def openai_body(error: ApiError) -> dict[str, Any]:
     """The error as OpenAI's API has it, which tells kinds of faulty requests apart by status and code."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
+    kind = "rate_limit_error" if error.status == 429 else kind
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import secrets
 from collections.abc import Callable, Iterator
@@ -16,12 +17,28 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from godwit.engine import EngineStats
 from godwit.engine.stream import Finish
-from godwit.server.auth import OPEN_PREFIX
+from godwit.server.pace import Sieve
 
 _log = logging.getLogger("godwit.server")
 _QUIET = frozenset({"/", "/health", "/ready", "/metrics"})
+#: The files that the chat page loads lie below it.
+STATIC = "/static/"
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+
+
+def new_id() -> str:
+    """An id for a request."""
+    return secrets.token_hex(12)
+
+
+def id_headers(id: str) -> list[tuple[bytes, bytes]]:
+    """Headers of every response: the request's id, also where Anthropic's clients look for it."""
+    return [
+        (b"x-request-id", id.encode()),
+        (b"request-id", id.encode()),
+        (b"x-content-type-options", b"nosniff"),
+    ]
 
 
 @dataclass
@@ -29,7 +46,12 @@ class Record:
     """One request: what came of it.
 
     Attributes:
+        path: as it was sent, so without spaces or control characters.
         id: shown in the log, and to the client as ``x-request-id``.
+        key: label of the API key; "" where there is none.
+        spend: takes tokens from what the key may use.
+        num_prompt, num_generated: tokens that the key was charged for.
+        refused: it was turned away before anything was done for it.
         first: seconds until the first part of an answer.
         finishes: how each of its answers ended.
         reasons: the same in the words of its API.
@@ -39,7 +61,7 @@ class Record:
 
     method: str
     path: str
-    id: str = field(default_factory=lambda: secrets.token_hex(12))
+    id: str = field(default_factory=new_id)
     status: int = 0
     began: float = field(default_factory=perf_counter)
     first: float | None = None
@@ -48,15 +70,32 @@ class Record:
     reasons: list[str] = field(default_factory=list)
     left: tuple[int, int] | None = None
     error: str = ""
+    key: str = ""
+    spend: Callable[[int], None] = lambda num_tokens: None
+    num_prompt: int = 0
+    num_generated: int = 0
+    refused: bool = False
+
+    def note_prompts(self, num_tokens: int) -> None:
+        """Prompts of so many tokens are about to be read."""
+        self.num_prompt += num_tokens
+        self.spend(num_tokens)
 
     def note_first(self) -> None:
         """A part of an answer is there."""
         if self.first is None:
             self.first = perf_counter() - self.began
 
-    def line(self) -> str:
-        """The line in the log."""
+    def note_generated(self, num_tokens: int) -> None:
+        """So many tokens of an answer have come."""
+        self.num_generated += num_tokens
+        self.spend(num_tokens)
+
+    def line(self, held_back: int = 0) -> str:
+        """The line in the log; ``held_back`` requests before it were refused without one."""
         parts = [f"{self.id} {self.method} {self.path} {self.status} {self.seconds:.3f}s"]
+        if self.key:
+            parts.append(f"key={self.key}")
         if self.finishes:
             first, total = self.finishes[0], [f.completion_tokens for f in self.finishes]
             parts.append(f"prompt={first.prompt_tokens} cached={first.cached_tokens} generated={sum(total)}")
@@ -71,7 +110,9 @@ class Record:
         elif self.left is not None:
             parts.append(f"prompt={self.left[0]} generated={self.left[1]} finish=cancelled")
         if self.error:
-            parts.append(f"error: {self.error}")
+            parts.append(f"error={json.dumps(self.error, ensure_ascii=False)}")
+        if held_back:
+            parts.append(f"({held_back} more refused requests were not logged)")
         return printable(" ".join(parts))
 
 
@@ -80,28 +121,38 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+class OneLine(logging.Formatter):
+    """Writes each event on a line of its own, whatever the texts in it; a traceback follows, indented."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line of an event."""
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        """The lines of a traceback."""
+        lines = super().formatException(ei).splitlines()
+        return "\n".join("    " + printable(line) for line in lines)
+
+
 class Journal:
     """Notes every request when it is over, and answers with its id in a header."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
         self._metrics = metrics
+        self._refusals = Sieve()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        record = Record(scope["method"][:16], scope["path"][:200])
+        record = Record(scope["method"][:16], (scope.get("raw_path") or b"?").decode("latin-1")[:200])
         scope.setdefault("state", {})["record"] = record
 
         async def note(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                message["headers"] = [
-                    *message.get("headers", ()),
-                    (b"x-request-id", record.id.encode()),
-                    (b"request-id", record.id.encode()),  # the same, as Anthropic's clients look for it
-                    (b"x-content-type-options", b"nosniff"),
-                ]
+                message["headers"] = [*message.get("headers", ()), *id_headers(record.id)]
             await send(message)
 
         try:
@@ -114,8 +165,18 @@ class Journal:
             record.seconds = perf_counter() - record.began
             route = scope.get("route")
             self._metrics.observe(record, getattr(route, "path", "other"))
-            if record.path not in _QUIET and not record.path.startswith(OPEN_PREFIX):
-                _log.info(record.line())
+            if not _is_quiet(scope["path"]) or record.refused:
+                self._write(record)
+
+    def _write(self, record: Record) -> None:
+        """Log a request; those that were refused, who may come from anyone, at a bounded rate."""
+        held_back = self._refusals.passes() if record.refused else 0
+        if held_back is not None:
+            _log.info("%s", record.line(held_back))
+
+
+def _is_quiet(path: str) -> bool:
+    return path in _QUIET or path.startswith(STATIC)
 
 
 class Metrics:
@@ -136,6 +197,12 @@ class Metrics:
             )
         }
         self._answers = self._counter("answers", "Answers by the reason of their end.", ["reason"])
+        self._key_requests = self._counter(
+            "key_requests", "Requests by API key and status.", ["key", "status"]
+        )
+        self._key_tokens = self._counter(
+            "key_tokens", "Tokens charged to API keys, of prompts and of answers.", ["key", "kind"]
+        )
         self.restarts = self._counter("engine_restarts", "Engines that ended and were replaced.")
         self._first = self._histogram("time_to_first_token_seconds", "From request to first token.", _SECONDS)
         self._each = self._histogram("time_per_output_token_seconds", "Of the others, mean.", _TOKEN_SECONDS)
@@ -147,6 +214,10 @@ class Metrics:
         """Count a request that is over."""
         self._requests.labels(route, str(record.status)).inc()
         self._whole.observe(record.seconds)
+        if record.key:
+            self._key_requests.labels(record.key, str(record.status)).inc()
+            self._key_tokens.labels(record.key, "prompt").inc(record.num_prompt)
+            self._key_tokens.labels(record.key, "completion").inc(record.num_generated)
         if record.first is not None:
             self._first.observe(record.first)
         if record.left is not None:

@@ -5,46 +5,29 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import resource
+import signal
 import socket
+from types import FrameType
 from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from godwit.errors import UsageError
+from godwit.server.connection import LimitedProtocol
+from godwit.server.errors import overloaded, respond
+from godwit.server.journal import Journal, Record
+from godwit.server.places import MAX_REFUSED, Places
 from godwit.server.service import Service
-from godwit.server.settings import Settings
+from godwit.server.settings import Limits, Settings
 
 #: After the last answers were told to end, they get so long to say so.
 LAST_SECONDS = 5.0
-#: An idle connection stays open longer than proxies and clients keep theirs (60 s are common).
-KEEP_ALIVE_SECONDS = 75
+#: Open files besides connections: listeners, pipes to workers, cache files, the log.
+OTHER_FILES = 256
 _log = logging.getLogger("godwit.server")
-
-
-class PatientlessProtocol(H11Protocol):
-    """Closes a connection that does not send a whole head of a request in time."""
-
-    head_seconds = 20.0
-    _waiting: asyncio.TimerHandle | None = None
-
-    @property
-    def _asked(self) -> bool:
-        return bool(self.cycle)
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._waiting = self.loop.call_later(self.head_seconds, self._give_up)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
-        super().connection_lost(exc)
-
-    def _give_up(self) -> None:
-        if not self._asked and not self.transport.is_closing():
-            self.transport.close()
 
 
 class Server(uvicorn.Server):
@@ -53,40 +36,78 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self.service = service
+        self._told_by = "its program"
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Note a signal that ends the server; a second SIGINT ends it at once."""
+        self._told_by = signal.Signals(sig).name  # written to the log later: a handler must not write
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.service.draining = True
         limit = self.service.settings.drain_seconds
+        stats = self.service.host.stats()
+        count = 0 if stats is None else stats.num_running + stats.num_waiting
+        _log.info(
+            "ending, told by %s: no new requests; %d answers under way have %g s; %d connections are open",
+            self._told_by,
+            count,
+            limit,
+            len(self.server_state.connections),
+        )
         timer = asyncio.get_running_loop().call_later(limit, self._end_answers)
         try:
             await super().shutdown(sockets)
         finally:
             timer.cancel()
+            _log.info("ended%s", " at once, told by a second signal" if self.force_exit else "")
 
     def _end_answers(self) -> None:
         _log.warning("answers are still under way; they are ended now")
         asyncio.get_running_loop().run_in_executor(None, self.service.host.close)
 
 
+async def refuse_connection(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers requests on connections for which there is no place."""
+    error = overloaded("too many connections are open; send the request again in a moment")
+    error.headers["Connection"] = "close"
+    record: Record = scope["state"]["record"]
+    record.refused, record.error = True, error.message
+    await respond(error, scope["path"])(scope, receive, send)
+
+
 def make_server(app: Starlette, settings: Settings) -> Server:
     """A server for the application, which knows its own limits."""
-    limits = settings.limits
-    protocol = type("Protocol", (PatientlessProtocol,), {"head_seconds": limits.head_seconds})
+    service: Service = app.state.service
     config = uvicorn.Config(
         app,
-        http=protocol,
+        http=limited_protocol(settings.limits, Journal(refuse_connection, service.metrics)),
         ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        limit_concurrency=limits.connections,
-        h11_max_incomplete_event_size=limits.head_bytes,
+        timeout_keep_alive=int(settings.limits.idle_seconds),
         timeout_graceful_shutdown=int(settings.drain_seconds + LAST_SECONDS),
     )
-    return Server(config, app.state.service)
+    return Server(config, service)
+
+
+def limited_protocol(limits: Limits, full: ASGIApp) -> type[LimitedProtocol]:
+    """The protocol of a server's connections, which share its places."""
+    more = {"limits": limits, "places": Places(limits), "full": staticmethod(full)}
+    return type("Protocol", (LimitedProtocol,), more)
+
+
+def allow_open_files(limits: Limits) -> None:
+    """Raise this process's limit of open files, often 1,024, so that all connections fit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = limits.connections + MAX_REFUSED + OTHER_FILES
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def listen(host: str, port: int) -> socket.socket:

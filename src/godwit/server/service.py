@@ -320,6 +320,7 @@ class Service:
                 stream.cancel()
             raise from_engine(error) from error
         record: Record = request.state.record
+        record.note_prompts(sum({id(prompt): len(prompt.ids) for prompt in prompts}.values()))
         return Answers(
             streams,
             record=record,

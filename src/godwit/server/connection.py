@@ -1,0 +1,324 @@
+"""One HTTP connection: uvicorn's, held to deadlines and limits."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any, cast
+
+import h11
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+
+from godwit.server.deadlines import Deadlines, Phase
+from godwit.server.errors import ApiError, respond
+from godwit.server.journal import id_headers, new_id
+from godwit.server.places import Places
+from godwit.server.settings import Limits
+
+CLOSE = (b"connection", b"close")
+#: Bytes that are parsed at a time; then others have their turn.
+SLICE_BYTES = 8 << 10
+#: After a slice with more chunks than these, which cost far more than they bring, the connection has to wait.
+MANY_CHUNKS = 64
+PAUSE_SECONDS = 0.02
+#: What comes after the last response is taken and thrown away so often, all that is there at once.
+THROW_AWAY_SECONDS = 0.05
+_log = logging.getLogger("godwit.server.connections")
+_REASONS = {
+    400: "the request is not valid HTTP",
+    413: "the body of the request is too large, or sent in too many small pieces",
+    431: "the head of the request is too large",
+}
+
+
+class Parser(h11.Connection):
+    """h11's, made stricter, and telling the deadlines how far a request has come."""
+
+    def __init__(self, limits: Limits, deadlines: Deadlines) -> None:
+        super().__init__(h11.SERVER, limits.head_bytes)
+        self._limits = limits
+        self._deadlines = deadlines
+        self._body_bytes = 0
+        self._chunked = False
+        self.num_chunks = 0
+        self.fault = 400
+
+    def next_event(self) -> Any:
+        """As h11's.
+
+        Raises:
+            h11.RemoteProtocolError: the request is refused; ``fault`` is the status that says so.
+        """
+        try:
+            event = super().next_event()
+            self._take(event)
+        except h11.RemoteProtocolError as error:
+            self.fault = error.error_status_hint
+            raise
+        return event
+
+    def _take(self, event: Any) -> None:
+        if isinstance(event, h11.Request):
+            self._check_head(event)
+            self._body_bytes = 0
+            self._deadlines.head_read()
+        elif isinstance(event, h11.Data):
+            self._count(event)
+        elif isinstance(event, h11.EndOfMessage):
+            self._deadlines.body_read()
+
+    def send(self, event: Any) -> Any:
+        """As h11's; a response that overtakes its request's body says that it is the last one."""
+        if (
+            isinstance(event, h11.Response)
+            and self.their_state is h11.SEND_BODY
+            and CLOSE not in event.headers
+        ):
+            headers = [*event.headers.raw_items(), CLOSE]
+            event = h11.Response(status_code=event.status_code, headers=headers, reason=event.reason)
+        return super().send(event)
+
+    def _check_head(self, request: h11.Request) -> None:
+        size = len(request.method) + len(request.target)
+        size += sum(len(name) + len(value) + 4 for name, value in request.headers.raw_items())
+        if size > self._limits.head_bytes:
+            raise h11.RemoteProtocolError("large head", error_status_hint=431)
+        names = {name for name, _ in request.headers}
+        self._chunked = b"transfer-encoding" in names
+        if self._chunked and (b"content-length" in names or request.http_version < b"1.1"):
+            # Which of them counts, and so where the request ends, is understood differently by others.
+            raise h11.RemoteProtocolError("contradicting lengths")
+
+    def _count(self, data: h11.Data) -> None:
+        if not self._chunked:  # the application knows its length
+            return
+        self.num_chunks += 1  # or parts of chunks, which cost as much
+        self._body_bytes += self._limits.chunk_bytes + len(data.data)
+        if self._body_bytes > self._limits.body_bytes:
+            raise h11.RemoteProtocolError("large body", error_status_hint=413)
+
+
+class GentleTransport(asyncio.Transport):
+    """A transport that leaves the end of the connection to the protocol, and that is read from only if nobody
+    objects."""
+
+    def __init__(self, transport: asyncio.Transport, protocol: LimitedProtocol) -> None:
+        super().__init__()
+        self.inner = transport
+        self.objections: set[str] = set()
+        self._protocol = protocol
+
+    def close(self) -> None:
+        """End the connection once the client can have read what was sent."""
+        self._protocol.finish()
+
+    def is_closing(self) -> bool:
+        return self.inner.is_closing() or self._protocol.deadlines.phase is Phase.CLOSING
+
+    def write(self, data: Any) -> None:
+        self.inner.write(data)
+
+    def abort(self) -> None:
+        self.inner.abort()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self.inner.get_extra_info(name, default)
+
+    def get_write_buffer_size(self) -> int:
+        return self.inner.get_write_buffer_size()
+
+    def pause_reading(self) -> None:
+        self.object("application")
+
+    def resume_reading(self) -> None:
+        self.agree("application")
+        self._protocol.parse_soon()
+
+    def object(self, who: str) -> None:
+        """Do not read for now."""
+        if not self.objections and not self.inner.is_closing():
+            self.inner.pause_reading()
+        self.objections.add(who)
+
+    def agree(self, who: str) -> None:
+        """Read again, if nobody else objects."""
+        self.objections.discard(who)
+        if not self.objections and not self.inner.is_closing():
+            self.inner.resume_reading()
+
+
+class LimitedProtocol(H11Protocol):
+    """A connection with deadlines and a place; a subclass for each server says how many there are.
+
+    Attributes:
+        limits, places: the server's.
+        full: answers requests on connections for which there is no place.
+    """
+
+    limits: Limits
+    places: Places
+    full: ASGIApp
+    transport: GentleTransport
+    conn: Parser
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.deadlines = Deadlines(self.limits, self.loop.time)
+        self.conn = Parser(self.limits, self.deadlines)
+        self._unparsed = bytearray()
+        self._dropped_bytes = 0
+        self._next_parse: asyncio.Handle | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    # what asyncio calls
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(GentleTransport(transport, self))
+        address = "" if self.client is None else self.client[0]
+        place = self.places.enter(self, address)
+        if place is None:
+            return self.drop()
+        if not place:
+            self.app = cast(Any, self.full)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.places.leave(self)
+        self.deadlines.closing()
+        for handle in (self._timer, self._next_parse):
+            if handle is not None:
+                handle.cancel()
+        self._timer = self._next_parse = None
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.deadlines.phase is Phase.CLOSING:
+            return self._throw_away(len(data))
+        self.deadlines.received()
+        self._unparsed += data
+        if self._next_parse is None:
+            self._parse()
+
+    def eof_received(self) -> None:
+        """The client has ended its side, which counts as leaving: asyncio closes the connection."""
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.deadlines.write_paused(self.transport.get_write_buffer_size())
+        self._watch()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.deadlines.write_resumed()
+
+    # reading
+
+    def parse_soon(self) -> None:
+        """Go on with what has come already."""
+        if self._unparsed and self._next_parse is None:
+            self._next_parse = self.loop.call_soon(self._parse)
+
+    def _parse(self) -> None:
+        self._next_parse = None
+        if self.transport.is_closing() or "application" in self.transport.objections:
+            return
+        if not self._unparsed:  # it only had to wait; to the parser nothing would mean the end
+            return self.transport.agree("parser")
+        piece = bytes(self._unparsed[:SLICE_BYTES])
+        del self._unparsed[:SLICE_BYTES]
+        chunks = self.conn.num_chunks
+        super().data_received(piece)
+        self._watch()
+        if self.transport.is_closing():
+            return
+        costly = self.conn.num_chunks - chunks > MANY_CHUNKS
+        if not self._unparsed and not costly:
+            return self.transport.agree("parser")
+        self.transport.object("parser")
+        self._next_parse = self.loop.call_later(PAUSE_SECONDS if costly else 0, self._parse)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what the parser could not take; the response under way, if there is one, ends here."""
+        error = ApiError(self.conn.fault, _REASONS.get(self.conn.fault, _REASONS[400]))
+        id, cycle = new_id(), self.cycle
+        _log.warning("%s %d: %s", id, error.status, error.message)
+        under_way = cycle is not None and not cycle.response_complete
+        if under_way:
+            cycle.disconnected = True
+            cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            response = respond(error, self.scope["path"] if under_way else "")
+            headers = [*response.raw_headers, *id_headers(id), CLOSE]
+            reason = STATUS_PHRASES[response.status_code]
+            events = (
+                h11.Response(status_code=response.status_code, headers=headers, reason=reason),
+                h11.Data(data=bytes(response.body)),
+                h11.EndOfMessage(),
+            )
+            self.transport.write(b"".join(self.conn.send(event) for event in events))
+        self.finish()
+
+    # the end of a response, and of the connection
+
+    def on_response_complete(self) -> None:
+        self.deadlines.answered()
+        super().on_response_complete()
+        self._unset_keepalive_if_required()  # the deadlines see to that
+        if self.conn.trailing_data[0] or self._unparsed:
+            self.deadlines.received()
+        self._watch()
+
+    def shutdown(self) -> None:
+        if not self.transport.is_closing():
+            super().shutdown()
+
+    def finish(self) -> None:
+        """Close the connection. A client that still sends may read its response first: closing at once would
+        have its system throw away what it has not read yet."""
+        if self.deadlines.phase is Phase.CLOSING:
+            return
+        still_sends = self.conn.their_state in (h11.SEND_BODY, h11.ERROR) or bool(self._unparsed)
+        self.deadlines.closing()
+        self._unparsed.clear()
+        if still_sends and self.transport.inner.can_write_eof():
+            self.transport.inner.write_eof()
+            self._throw_away(0)
+        else:
+            self.transport.inner.close()
+        self._watch()
+
+    def _throw_away(self, num_bytes: int) -> None:
+        self._dropped_bytes += num_bytes
+        if self._dropped_bytes > self.limits.body_bytes:
+            return self.drop()
+        self.transport.objections.clear()
+        self.transport.object("closing")
+        self._next_parse = self.loop.call_later(THROW_AWAY_SECONDS, self.transport.agree, "closing")
+
+    def drop(self) -> None:
+        """Cut the connection."""
+        self.transport.abort()
+
+    # time
+
+    def _watch(self) -> None:
+        """Look at the deadlines again when one is due; a timer that is early costs less than new ones."""
+        due = self.deadlines.due
+        idle = not self.transport.get_write_buffer_size()
+        if due is None or (idle and self.transport.inner.is_closing()):
+            return
+        if self._timer is not None:
+            if self._timer.when() <= due:
+                return
+            self._timer.cancel()
+        self._timer = self.loop.call_at(due, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        missed = self.deadlines.missed(self.transport.get_write_buffer_size())
+        if missed is None:
+            return self._watch()
+        if self.deadlines.phase in (Phase.BODY, Phase.ANSWER):
+            _log.warning("a connection was cut: %s", missed)
+        self.drop()

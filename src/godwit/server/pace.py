@@ -1,0 +1,81 @@
+"""Rates: how often something may happen, with a clock that tests can turn."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from time import monotonic
+
+
+class Bucket:
+    """A token bucket: fills steadily up to its size; what is taken beyond what it holds is a debt.
+
+    Args:
+        rate: units that flow in a second.
+        size: units it holds at most, and at first.
+        clock: seconds.
+    """
+
+    def __init__(self, rate: float, size: float, clock: Callable[[], float] = monotonic) -> None:
+        self._rate = rate
+        self._size = size
+        self._clock = clock
+        self._level = float(size)
+        self._then = clock()
+
+    def wait(self) -> float:
+        """Seconds until a unit is there; 0 if one is there now."""
+        self._fill()
+        return max(0.0, (1 - self._level) / self._rate)
+
+    def take(self, count: float) -> None:
+        """Take units, whether they are there or not."""
+        self._fill()
+        self._level -= count
+
+    def _fill(self) -> None:
+        now = self._clock()
+        self._level = min(self._size, self._level + self._rate * (now - self._then))
+        self._then = now
+
+
+class Sieve:
+    """Lets a burst of events through, then so many a second, and counts those it holds back. For any thread.
+
+    Args:
+        rate: events a second.
+        burst: events at once.
+        clock: seconds.
+    """
+
+    def __init__(self, rate: float = 1, burst: int = 10, clock: Callable[[], float] = monotonic) -> None:
+        self._bucket = Bucket(rate, burst, clock)
+        self._lock = threading.Lock()
+        self._held_back = 0
+
+    def passes(self) -> int | None:
+        """None: this event is held back. Otherwise how many were held back since the last that passed."""
+        with self._lock:
+            if self._bucket.wait() > 0:
+                self._held_back += 1
+                return None
+            self._bucket.take(1)
+            count, self._held_back = self._held_back, 0
+            return count
+
+
+class BoundedRate(logging.Filter):
+    """Keeps a logger from writing warnings faster than a sieve lets through; errors always pass."""
+
+    def __init__(self, sieve: Sieve | None = None) -> None:
+        super().__init__()
+        self._sieve = sieve or Sieve()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR:
+            return True
+        count = self._sieve.passes()
+        if count:
+            record.msg, record.args = f"{record.getMessage()} ({count} more like this were not logged)", ()
+        return count is not None
