@@ -45,7 +45,10 @@ _TAG_CALLS = """
     {%- endfor %}
 {%- endmacro %}
 """
-_RESULT = """
+_RESULTS = """
+{%- if tools %}{{- list_tools(head) }}{% endif %}
+{%- for m in messages %}
+    {%- if m.role == 'tool' %}
         {{- '<|im_start|>user' if loop.first or messages[loop.index0 - 1].role != 'tool' }}
         {{- '\\n<tool_response>\\n' ~ m.content ~ '\\n</tool_response>' }}
         {{- '<|im_end|>\\n' if loop.last or messages[loop.index0 + 1].role != 'tool' }}
@@ -61,11 +64,7 @@ _LAST_QUERY = """
 """
 
 _PLAIN_TURNS = (
-    """
-{%- if tools %}{{- list_tools(head) }}{% endif %}
-{%- for m in messages %}
-    {%- if m.role == 'tool' %}"""
-    + _RESULT
+    _RESULTS
     + """
     {%- elif not (tools and loop.first and m.role == 'system') %}
         {{- '<|im_start|>' ~ m.role ~ '\\n' ~ (m.content or '') ~ calls(m) ~ '<|im_end|>\\n' }}
@@ -75,11 +74,7 @@ _PLAIN_TURNS = (
 """
 )
 _THINKING_TURNS = (
-    """
-{%- if tools %}{{- list_tools(head) }}{% endif %}
-{%- for m in messages %}
-    {%- if m.role == 'tool' %}"""
-    + _RESULT
+    _RESULTS
     + """
     {%- elif m.role in ('system', 'user') %}
         {%- if not (tools and loop.first and m.role == 'system') %}
