@@ -132,7 +132,7 @@ def test_what_is_no_markdown_is_shown_as_it_was_written(canvas: Page, source: st
 def test_blocks_of_code(canvas: Page, close: str) -> None:
     code = "if a < b:\n\n    **no**\n~~~"
     button = '<button type="button" class="small">Copy</button>'
-    kept = f'<pre tabindex="0"><code>{code.replace("<", "&lt;")}</code></pre>'
+    kept = f'<pre tabindex="0" role="group" aria-label="Code"><code>{code.replace("<", "&lt;")}</code></pre>'
     bar = f'<div class="bar"><span class="quiet">none</span>{button}</div>'
     assert drawing(canvas, f"```none\n{code}{close}") == f'<div class="block">{bar}{kept}</div>'
 

@@ -301,7 +301,7 @@ def test_the_order_and_the_names_of_what_takes_the_focus(page: Page, server: Ser
         *("Skip to the message box", "New conversation", "Search conversations"),
         *("Hello", "Rename", "Export as JSON", "Delete", "Import", "Export all"),
         *("Conversations", "Model", "Light or dark", "Settings"),
-        *("Edit", "Copy", "Copy", "code", "Copy", "Regenerate", "Message"),
+        *("Edit", "Copy", "Copy", "Code", "Copy", "Regenerate", "Message"),
     ]
     assert page.get_by_role("button", name="Send", exact=True).evaluate(FOCUSED)
 

@@ -5,6 +5,7 @@ import { copyButton, h } from "./dom.js";
 
 const MAX_LENGTH = 100_000; // characters that are coloured
 const MAX_GROWING = 20_000; // the same while the block still grows
+const SCROLLS = { tabIndex: 0, role: "group", "aria-label": "Code" }; // also by keyboard
 const PIECES = /<span class="([^"]*)">|(<\/span>)|([^<]+)/g;
 const ENTITIES = { "&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&#x27;": "'" };
 
@@ -15,7 +16,7 @@ export function codeBlock(text, info, growing) {
   // The block may be drawn anew around the button, so the button looks for its code when it is used.
   const button = copyButton(() => button.closest(".block").querySelector("code").textContent);
   const bar = h("div", { className: "bar" }, h("span", { className: "quiet" }, info.trim()), button);
-  return h("div", { className: "block" }, bar, h("pre", { tabIndex: 0 }, code));
+  return h("div", { className: "block" }, bar, h("pre", SCROLLS, code));
 }
 
 /** Nodes for code, with colours where the language is known. */
