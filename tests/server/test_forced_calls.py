@@ -159,7 +159,8 @@ def test_a_tool_without_parameters_takes_none(form: Format, parameters: Any) -> 
 
 
 def test_objects_are_closed_only_where_one_schema_knows_all_properties() -> None:
-    a, b = {"properties": {"a": {}}}, {"properties": {"b": {}}}
+    a: dict[str, Any] = {"properties": {"a": {}}}
+    b: dict[str, Any] = {"properties": {"b": {}}}
     closed = {"additionalProperties": False}
     for schema, expected in (
         (a, {**a, **closed}),
