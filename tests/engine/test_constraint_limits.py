@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from godwit.engine import constraint as module
-from godwit.engine.constraint import Constraints, GrammarConstraint, explained
+from godwit.engine.constraint import Constraints, GrammarConstraint, Tags, explained
 from godwit.engine.constraint_grammar import MAX_REGEX_CHARS, MAX_SCHEMA_CHARS
 from godwit.engine.constraint_schema import MAX_DEPTH
 from godwit.errors import BusyError, GodwitError, UsageError
@@ -151,7 +151,7 @@ def test_a_panic_of_the_library_is_an_ordinary_error() -> None:
         def consume_token(self, token: int) -> bool:
             raise KeyboardInterrupt
 
-    form = GrammarConstraint(Matcher(), 10)
+    form = GrammarConstraint(Matcher(), 10, Tags({}, None))
     with pytest.raises(GodwitError, match=r"\(index out of bounds\)$"):
         form.allowed()
     with pytest.raises(KeyboardInterrupt):
