@@ -204,3 +204,11 @@ def test_files_that_cannot_be_mapped(
     monkeypatch.setattr(mmap, "mmap", refuse)
     with pytest.raises(kind, match=r"m\.safetensors"):
         SafetensorsFile(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": None}, {"format": "pt", "step": None}])
+def test_metadata_may_be_null(pack: Pack, metadata: object, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    entry = {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}
+    path.write_bytes(pack({"__metadata__": metadata, "a": entry}, b"\7"))
+    assert SafetensorsFile(path).tensor("a").tolist() == [7]
