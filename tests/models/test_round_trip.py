@@ -14,7 +14,7 @@ from godwit.config import ModelConfig
 from godwit.models.causal_lm import CausalLM
 from godwit.models.loader import load_model, save_model
 from tests.models.families import BY_NAME, FAMILIES, Family
-from tests.models.harness import Pair, load_reference, randomize, reference_logits, tokens
+from tests.models.harness import Pair, error, limit, load_reference, randomize, reference_logits, tokens
 
 
 def assert_equal_parameters(a: CausalLM, b: CausalLM) -> None:
@@ -34,8 +34,20 @@ def fresh_model(family: Family, num_mtp: int = 0) -> CausalLM:
 def test_transformers_sees_the_same_model(pair: Pair, tmp_path: Path) -> None:
     save_model(pair.model, tmp_path / "saved")
     reference = load_reference(pair, tmp_path / "saved")
+    wanted = {text_name(name): value for name, value in pair.reference.named_parameters()}
+    found = dict(reference.named_parameters())
+    assert found.keys() == {name for name in wanted if not name.startswith("model.visual.")}
+    for name, parameter in found.items():
+        assert torch.equal(parameter, wanted[name]), name
+    # Where the weights lie in memory may decide how a CPU adds, so the logits need not be equal to the bit.
     ids = tokens(30)
-    assert torch.equal(reference_logits(reference, ids), reference_logits(pair.reference, ids))
+    apart = error(reference_logits(reference, ids), reference_logits(pair.reference, ids))
+    assert apart <= limit("saved")
+
+
+def text_name(name: str) -> str:
+    """A wrapper's parameter as the text model names it."""
+    return name.replace("model.language_model.", "model.", 1)
 
 
 WITH_MTP = [f for f in FAMILIES if f.model_type.startswith(("qwen3_next", "qwen3_5"))]
