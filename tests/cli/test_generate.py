@@ -173,7 +173,7 @@ def test_system_and_tools_reach_the_prompt(models: Models, tmp_path: Path) -> No
     [
         (["-p", " "], 2, "the prompt is empty"),
         (["-p", "x", "--raw", "--system", "s"], 2, "--raw continues a text as it is"),
-        (["-p", "x", "--top-p", "0"], 2, "top_p has to be more than 0"),
+        (["-p", "x", "--frequency-penalty", "inf"], 2, "frequency_penalty has to be a number"),
         (["-p", "x", "--presence-penalty", "nan"], 2, "presence_penalty has to be a number"),
         (["-p", "x" * 5000], 2, "tokens and the context 4096"),
         (["-p", "x", "--tools", "/nowhere"], 2, "/nowhere: cannot be read (No such file or directory)"),
@@ -265,8 +265,8 @@ def test_the_user_comes_before_the_model_and_the_model_before_us(
 def test_wrong_settings_of_a_model_are_not_blamed_on_the_user() -> None:
     with pytest.raises(CheckpointError, match=r"generation_config\.json: temperature"):
         common.sampling_params(SamplingOptions(), {"temperature": math.nan})
-    with pytest.raises(UsageError, match="top_p has to"):
-        common.sampling_params(SamplingOptions(top_p=0.0), {"temperature": 0.5})
+    with pytest.raises(UsageError, match="temperature has to"):
+        common.sampling_params(SamplingOptions(temperature=math.inf), {"temperature": 0.5})
 
 
 @pytest.mark.parametrize(
