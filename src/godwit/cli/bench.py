@@ -218,8 +218,12 @@ def _decode(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _speed(row: dict[str, Any]) -> tuple[str, str]:
-    speed = row["tokens_per_second"]
-    return f"{speed['median']:,.1f}", f"{speed['min']:,.1f}-{speed['max']:,.1f}"
+    median, low, high = (_rate(row["tokens_per_second"][name]) for name in ("median", "min", "max"))
+    return median, f"{low}-{high}"
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
 
 
 def _profile(found: dict[str, Any]) -> Table:
