@@ -88,13 +88,13 @@ async def tokenize(request: Request) -> Response:
         service.prompts.check_size(text)
         add = asked.add_special_tokens
         parse = asked.parse_special
-        prompt = await service.prompt_threads.run(
-            lambda: service.prompts.text(text, add_special_tokens=add, parse_special=parse)
+        prompt = await service.prepare(
+            request, lambda: service.prompts.text(text, add_special_tokens=add, parse_special=parse)
         )
     else:
         tools = [tool.function.tool() for tool in asked.tools]
         variables = service.thinking.variables(ThinkingWish(), asked.chat_template_kwargs)
-        prompt = await service.make_prompt(asked.conversation_of(asked.messages, tools, variables))
+        prompt = await service.make_prompt(request, asked.conversation_of(asked.messages, tools, variables))
     ids = list(prompt.ids)
     return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.context})
 
@@ -109,9 +109,7 @@ async def detokenize(request: Request) -> Response:
         raise bad_request(
             f"there is no token {unknown[0]}: the ids end at {service.tokenizer.vocab_size - 1}"
         )
-    text = await service.prompt_threads.run(
-        lambda: service.tokenizer.decode(asked.tokens, skip_special=False)
-    )
+    text = await service.prepare(request, lambda: service.tokenizer.decode(asked.tokens, skip_special=False))
     return JSONResponse({"prompt": text})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from godwit.chat_template import Effort
 from godwit.server.errors import bad_request
@@ -15,6 +15,7 @@ from godwit.server.fields import (
     Content,
     FunctionSpec,
     Ignored,
+    Items,
     Mode,
     Name,
     Part,
@@ -42,9 +43,18 @@ MAX_STOP_IDS = 1024
 
 NumChoices = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
 NumLogprobs = Annotated[int, Field(ge=0, le=20)]
+
+
+def _few(biases: Any) -> Any:
+    if isinstance(biases, dict) and len(biases) > MAX_BIASES:
+        raise ValueError(f"there may be {MAX_BIASES} biases, and there are {len(biases)}")
+    return biases
+
+
 Bias = Annotated[
     dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
     Field(max_length=MAX_BIASES),
+    BeforeValidator(_few),  # a dict's length is only checked behind its entries
 ]
 
 
@@ -62,6 +72,11 @@ class CalledTool(Part):
     type: Literal["function"] = "function"
     function: CalledFunction
 
+    def call(self) -> dict[str, Any]:
+        """In the shape of chat templates."""
+        function = {"name": self.function.name, "arguments": self.function.arguments}
+        return ({} if self.id is None else {"id": self.id}) | {"type": self.type, "function": function}
+
 
 class ChatMessage(Part):
     """A message.
@@ -75,7 +90,7 @@ class ChatMessage(Part):
     content: Content | None = None
     reasoning_content: str | None = None
     reasoning: Any = None
-    tool_calls: list[CalledTool] | None = Field(default=None, max_length=256)
+    tool_calls: Items[CalledTool] | None = Field(default=None, max_length=256)
     tool_call_id: str | None = None
     name: str | None = None
     prefix: bool = False
@@ -108,7 +123,7 @@ class ChatMessage(Part):
         if self.role == "assistant" and isinstance(thoughts, str) and thoughts:
             message["reasoning_content"] = thoughts
         if self.role == "assistant" and self.tool_calls:
-            message["tool_calls"] = [call.model_dump(exclude_none=True) for call in self.tool_calls]
+            message["tool_calls"] = [call.call() for call in self.tool_calls]
         if self.role == "tool":
             message |= {"tool_call_id": self.tool_call_id or "", "name": self.name or ""}
         return message
@@ -142,7 +157,7 @@ class AllowedFunctions(Part):
     """Those of the tools that may be called now, and whether one has to be."""
 
     mode: Literal["auto", "required"]
-    tools: list[NamedTool] = Field(min_length=1, max_length=256)
+    tools: Items[NamedTool] = Field(min_length=1, max_length=256)
 
 
 class AllowedTools(Part):
@@ -189,7 +204,7 @@ class StructuredOutputs(Part):
 
     json_: dict[str, Any] | None = Field(default=None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Items[str] | None = None
     grammar: str | None = None
     json_object: Literal[True] | None = None
 
@@ -231,7 +246,7 @@ class SharedFields(NeutralFields):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     ignore_eos: bool = Field(default=False, description="The model's own stop tokens do not end the answer.")
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_IDS)] | None = None
+    stop_token_ids: Annotated[Items[TokenId], Field(max_length=MAX_STOP_IDS)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] = 0
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -301,11 +316,11 @@ class Continuing(Request):
 class ChatRequest(SharedFields, Continuing, ThinkingFields):
     """A body for /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=4096)
+    messages: Items[ChatMessage] = Field(min_length=1, max_length=4096)
     max_completion_tokens: TokenLimit | None = None
     logprobs: bool = False
     top_logprobs: NumLogprobs | None = None
-    tools: list[Tool] = Field(default=[], max_length=256)
+    tools: Items[Tool] = Field(default=[], max_length=256)
     tool_choice: Mode | NamedTool | AllowedTools = "auto"
     parallel_tool_calls: bool = True
     response_format: ResponseFormat | None = None
@@ -313,7 +328,7 @@ class ChatRequest(SharedFields, Continuing, ThinkingFields):
         default=None, description="How much to think; none turns thinking off where the template can."
     )
     chat_template_kwargs: dict[str, Any] = Field(default={}, max_length=16)
-    modalities: list[Literal["text"]] | None = None
+    modalities: Items[Literal["text"]] | None = None
     add_special_tokens: Literal[False] | None = None
     verbosity: Literal["low", "medium", "high"] | None = Field(
         default=None, description="A hint that changes nothing."
@@ -363,13 +378,29 @@ class ChatRequest(SharedFields, Continuing, ThinkingFields):
         return value
 
 
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[Items[TokenId], Field(min_length=1)]
+
+
+def _one_kind(prompt: Any) -> str:
+    return "Ids" if isinstance(prompt, list) else "Text"
+
+
+def _kind(prompt: Any) -> str:
+    first = prompt[0] if isinstance(prompt, list) and prompt else None
+    return "Prompts" if isinstance(first, str | list) else _one_kind(prompt)
+
+
+_Text = Annotated[str, Tag("Text")]
+_Ids = Annotated[TokenIds, Tag("Ids")]
+#: Each form is recognised by its beginning, so that a wrong prompt is not held against all of them.
+OnePrompt = Annotated[_Text | _Ids, Discriminator(_one_kind)]
+Prompts = Annotated[Items[OnePrompt], Field(min_length=1, max_length=MAX_CHOICES), Tag("Prompts")]
 
 
 class CompletionRequest(SharedFields):
     """A body for /v1/completions; texts hold control tokens only where ``parse_special`` says so."""
 
-    prompt: str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1, max_length=MAX_CHOICES)]
+    prompt: Annotated[_Text | _Ids | Prompts, Discriminator(_kind)]
     max_tokens: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
     logprobs: NumLogprobs | None = None
     echo: bool = Field(default=False, description="With logprobs, the prompt's tokens have theirs too.")
@@ -403,8 +434,8 @@ class TokenizeRequest(Continuing):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(default=None, min_length=1, max_length=4096)
-    tools: list[Tool] = Field(default=[], max_length=256)
+    messages: Items[ChatMessage] | None = Field(default=None, min_length=1, max_length=4096)
+    tools: Items[Tool] = Field(default=[], max_length=256)
     add_special_tokens: bool = True
     parse_special: bool = Field(
         default=True, description="Control tokens that `prompt` spells out are read as such."
@@ -422,4 +453,4 @@ class DetokenizeRequest(Request):
     """A body for /detokenize."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Items[TokenId]
