@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -28,6 +29,7 @@ from godwit.server.service import Service
 from godwit.server.settings import Settings
 from godwit.server.thinking import ThinkingWish
 
+_PIECE = 4096
 _METHODS = re.compile(r"[A-Z, ]+")
 
 
@@ -95,8 +97,15 @@ async def tokenize(request: Request) -> Response:
         tools = [tool.function.tool() for tool in asked.tools]
         variables = service.thinking.variables(ThinkingWish(), asked.chat_template_kwargs)
         prompt = await service.make_prompt(request, asked.conversation_of(asked.messages, tools, variables))
-    ids = list(prompt.ids)
-    return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.context})
+    rest = {"count": len(prompt.ids), "max_model_len": service.context}
+    ids = await service.prepare(request, lambda: _as_json(prompt.ids))
+    return Response(f'{{"tokens":{ids},{json.dumps(rest)[1:]}', media_type="application/json")
+
+
+def _as_json(ids: Sequence[int]) -> str:
+    """Piece by piece, since writing a million of them at once would keep the interpreter busy for long."""
+    pieces = (ids[start : start + _PIECE] for start in range(0, len(ids), _PIECE))
+    return f"[{','.join(','.join(map(str, piece)) for piece in pieces)}]"
 
 
 async def detokenize(request: Request) -> Response:

@@ -289,6 +289,9 @@ class ResponsesRequest(ThinkingFields):
         items = [InputMessage(role="user", content=self.input)] if isinstance(self.input, str) else self.input
         for item in items:
             _append(result, item)
+        for message in result:
+            if isinstance(message["content"], list):
+                message["content"] = "\n".join(message["content"])
         return result
 
     def form(self) -> Form | None:
@@ -308,7 +311,10 @@ class ResponsesRequest(ThinkingFields):
 
 
 def _append(messages: list[Message], item: Item) -> None:
-    """Add an item; what one answer had thought, said and called becomes one message again."""
+    """Add an item; what one answer had thought, said and called becomes one message again.
+
+    What it said is kept in parts, which are joined at the end.
+    """
     if isinstance(item, ItemReference):
         raise bad_request(f"the item {item.id[:80]!r} is not at hand", "input")
     if isinstance(item, FunctionOutput):
@@ -319,8 +325,9 @@ def _append(messages: list[Message], item: Item) -> None:
         messages.append({"role": role, "content": item.content})
         return
     last = messages[-1] if messages and messages[-1]["role"] == "assistant" else None
-    if last is None or (isinstance(item, ReasoningItem) and (last["content"] or last.get("tool_calls"))):
-        last = {"role": "assistant", "content": ""}
+    spoke = last is not None and (bool(last["content"]) or "tool_calls" in last)
+    if last is None or (isinstance(item, ReasoningItem) and spoke):
+        last = {"role": "assistant", "content": []}
         messages.append(last)
     if isinstance(item, ReasoningItem):
         thoughts = "\n".join(part.text for part in item.content or item.summary or ())
@@ -332,5 +339,5 @@ def _append(messages: list[Message], item: Item) -> None:
         last.setdefault("tool_calls", []).append(
             {"id": item.call_id, "type": "function", "function": function}
         )
-    else:
-        last["content"] = "\n".join(filter(None, [last["content"], item.content]))
+    elif item.content:
+        last["content"].append(item.content)
