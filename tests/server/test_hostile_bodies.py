@@ -20,15 +20,10 @@ from godwit.server.body import LONG, parse_object
 from godwit.server.errors import ApiError
 from godwit.server.fields import Reading
 from godwit.server.prompts import RESERVED, Conversation, PromptMaker, check_variables, num_chars
-from godwit.server.protocol import (
-    MAX_BIASES,
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-)
+from godwit.server.protocol import MAX_BIASES, ChatRequest
 from godwit.server.protocol_messages import MessagesRequest
 from godwit.server.protocol_responses import ResponsesRequest
+from godwit.server.protocol_texts import CompletionRequest, DetokenizeRequest, TokenizeRequest
 from godwit.server.response_tools import offered
 from godwit.server.service import explain
 from godwit.server.settings import Limits
@@ -77,7 +72,7 @@ CASES: dict[str, Case] = {
     "thoughts": (ResponsesRequest, {"input": [{"type": "reasoning", "content": [{"text": 1}] * N}]}),
     "tools in groups": (
         ResponsesRequest,
-        {"input": "x", "tools": [{"type": "namespace", "name": "n", "tools": [{"type": "custom"}] * 256}] * 99},
+        {"input": "x", "tools": [{"type": "namespace", "name": "n", "tools": [{}] * 256}] * 99},
     ),
     "what to include": (ResponsesRequest, {"input": "x", "include": [""] * N}),
 }  # fmt: skip

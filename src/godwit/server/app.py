@@ -24,7 +24,7 @@ from godwit.server.errors import INTERNAL, ApiError, bad_request, respond
 from godwit.server.host import EngineHost
 from godwit.server.journal import Journal, Record
 from godwit.server.openapi import describe
-from godwit.server.protocol import DetokenizeRequest, TokenizeRequest
+from godwit.server.protocol_texts import DetokenizeRequest, TokenizeRequest
 from godwit.server.service import Service
 from godwit.server.settings import Settings
 from godwit.server.thinking import ThinkingWish

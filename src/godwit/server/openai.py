@@ -23,7 +23,8 @@ from godwit.server.openai_bodies import (
     usage_of,
 )
 from godwit.server.prompts import Prompt
-from godwit.server.protocol import ChatRequest, CompletionRequest, SharedFields
+from godwit.server.protocol import ChatRequest, SharedFields
+from godwit.server.protocol_texts import CompletionRequest
 from godwit.server.service import Chat, Service, allowed_tools
 from godwit.server.sse import DONE, KEEP_ALIVE, EventStream, event
 
