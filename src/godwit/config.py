@@ -18,6 +18,7 @@ from godwit.config_fields import Fields
 from godwit.config_rotary import RotarySpec, read_rotary
 from godwit.errors import CheckpointError, UnsupportedModelError
 from godwit.file_kinds import kind_of, refusal
+from godwit.safe_files import check_json, read_bounded
 
 __all__ = [
     "FAMILIES", "AttentionSpec", "DenseSpec", "Family", "FfnSpec", "GatedDeltaNetSpec", "LayerSpec",
@@ -199,16 +200,16 @@ def read_config_json(path: str | Path) -> dict[str, Any]:
     """Parse a ``config.json`` with a size limit.
 
     Raises:
-        CheckpointError: no such file, too large, or not a JSON object.
+        CheckpointError: no such file, no regular one, too large, a link out of its folder, or not a JSON object.
     """
     file = Path(path)
     if file.is_dir():
         file = file / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file; give a model directory or its config.json")
-    if file.stat().st_size > MAX_CONFIG_BYTES:
-        raise CheckpointError(f"{file}: larger than {MAX_CONFIG_BYTES >> 20} MiB, so not a model config")
-    data = file.read_bytes()
+    try:
+        data = read_bounded(file, MAX_CONFIG_BYTES, folder=file.parent)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{file}: no such file; give a model directory or its config.json") from None
+    check_json(data, file)
     try:
         raw = json.loads(data.decode())
     except (ValueError, RecursionError) as error:

@@ -51,7 +51,7 @@ def server(
     folder = tmp_path_factory.mktemp(request.param)
     for file in PACKAGED.iterdir():
         if file.suffix != ".jinja":
-            (folder / file.name).symlink_to(file)
+            (folder / file.name).hardlink_to(file)
     (folder / "chat_template.jinja").write_text(TEMPLATES[request.param])
     opened = common.open_model(str(folder))
     engine = Engine(weights, opened.tokenizer, max_context=2048, max_bytes=128 << 20, max_sequences=4)
