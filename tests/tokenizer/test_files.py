@@ -70,7 +70,7 @@ class TestFiles:
     def test_broken_files_are_named(self, tmp_path: Path, name: str, content: str) -> None:
         self.write(tmp_path, **{name: content})
         with pytest.raises(CheckpointError, match=rf"{name}\.json"):
-            Tokenizer.from_dir(tmp_path)
+            Tokenizer.from_dir(tmp_path, trusted=True)
 
     def test_files_in_memory_are_read_alike(self, tmp_path: Path) -> None:
         settings = {"eos_token": "<|im_end|>", "chat_template": "{{ eos_token }}"}
