@@ -106,6 +106,25 @@ def test_hostile_files(tmp_path: Path, content: bytes, sentence: str) -> None:
     assert sentence in str(caught.value)
 
 
+def test_long_names_and_headers_of_many_parts(tmp_path: Path, pack: Pack) -> None:
+    path = tmp_path / "model.safetensors"
+    entry = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+    path.write_bytes(pack({"x" * 1000: entry}))
+    assert len(SafetensorsFile(path).entries) == 1
+    path.write_bytes(pack({"x" * 5000: entry}))
+    with pytest.raises(CheckpointError, match="has 5000 letters, more than 1000") as caught:
+        SafetensorsFile(path)
+    assert len(str(caught.value)) < 400
+    path.write_bytes(pack(b'{"a":[' + b"[]," * (1 << 20) + b"[]]}"))
+    with pytest.raises(CheckpointError, match="lists and objects"):
+        SafetensorsFile(path)
+    with path.open("wb") as file:  # one of 95 MB is not even read
+        file.write((95_000_000).to_bytes(8, "little") + b"{")
+        file.truncate(96_000_000)
+    with pytest.raises(CheckpointError, match="claims a header of 95000000 bytes"):
+        SafetensorsFile(path)
+
+
 def test_a_named_pipe_is_refused_and_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="not a regular file"):
