@@ -8,8 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent / "src" / "godwit"
 # The rooms of each floor, and the modules of a room that has several. The ground, below all floors, is what
-# everyone may import: the package itself (it holds the version), errors, kinds of files and how they are opened,
-# child processes, pages of memory, the native module.
+# everyone may import: the package itself (it holds the version), errors, kinds of files and how they are
+# opened, child processes, pages of memory, the native module.
 FLOORS = (
     ("errors", "child", "file_kinds", "pages", "safe_files", "_native"),
     ("config", "qtensor", "tokenizer"),

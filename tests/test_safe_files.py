@@ -46,7 +46,9 @@ def test_holes_are_not_read(folder: Path) -> None:
         read_bounded(folder / "hole", 1 << 20)
 
 
-def test_pipes_sockets_devices_and_folders(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipes_sockets_devices_and_folders(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)  # addresses of sockets are short
     os.mkfifo("pipe")
     with socket.socket(socket.AF_UNIX) as server:

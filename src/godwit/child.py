@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-
-#: Variables that a process may need to start and to write the time; no other is passed on, least of all a key.
+#: Variables that a process may need to start and to write the time; no other, such as a key, is passed on.
 _PASSED_ON = (
     "PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR", "TEMP", "TZ",
     "LANG", "LC_ALL", "LC_CTYPE", "LC_TIME",

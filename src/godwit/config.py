@@ -204,7 +204,8 @@ def read_config_json(path: str | Path) -> dict[str, Any]:
     """Parse a ``config.json`` with a size limit.
 
     Raises:
-        CheckpointError: no such file, no regular one, too large, a link out of its folder, or not a JSON object.
+        CheckpointError: no such file, no regular one, too large, a link out of its folder, or not a JSON
+            object.
     """
     file = Path(path)
     if file.is_dir():
@@ -327,7 +328,9 @@ class _Reader:
         kv_heads = fields.integer("num_key_value_heads", high=65536, null=heads)
         head_dim = fields.integer("head_dim", high=65536, null=max(1, hidden // heads))
         if heads * head_dim > MAX_WIDTH:
-            raise CheckpointError(f"{heads} attention heads of {head_dim} are wider than {MAX_WIDTH} together")
+            raise CheckpointError(
+                f"{heads} attention heads of {head_dim} are wider than {MAX_WIDTH} together"
+            )
         if heads % kv_heads:
             raise CheckpointError(f"{kv_heads} num_key_value_heads do not divide {heads} num_attention_heads")
         if self.model_type == "llama" and hidden % heads:
@@ -347,7 +350,9 @@ class _Reader:
             conv_kernel=self.fields.integer("linear_conv_kernel_dim", high=1024),
         )
         if spec.conv_dim > MAX_WIDTH:
-            raise CheckpointError(f"the linear attention heads are {spec.conv_dim} wide, more than {MAX_WIDTH}")
+            raise CheckpointError(
+                f"the linear attention heads are {spec.conv_dim} wide, more than {MAX_WIDTH}"
+            )
         if spec.num_v_heads % spec.num_k_heads:
             heads = f"{spec.num_k_heads} linear_num_key_heads", f"{spec.num_v_heads} linear_num_value_heads"
             raise CheckpointError(" do not divide ".join(heads))

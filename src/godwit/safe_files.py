@@ -1,8 +1,8 @@
 """Opening files that strangers made: regular files only, bounded reads, no links out of a model's folder.
 
-A downloaded model may hold a named pipe, which would keep a reader waiting for ever, a link to a device without
-an end, or a link to a private file of the user, whose content would end up in a packed model. Every reader of
-such files opens them here.
+A downloaded model may hold a named pipe, which would keep a reader waiting for ever, a link to a device
+without an end, or a link to a private file of the user, whose content would end up in a packed model. Every
+reader of such files opens them here.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def check_json(data: bytes, path: object) -> None:
     """
     if data.count(b"[") + data.count(b"{") > MAX_JSON_PARTS:
         raise CheckpointError(
-            f"{path}: refused, since it has more than {MAX_JSON_PARTS:,} lists and objects, more than any needs"
+            f"{path}: refused, since it has more than {MAX_JSON_PARTS:,} lists and objects, and none needs them"
         )
 
 
@@ -82,7 +82,8 @@ def _inside(path: Path, folder: Path) -> str:
     in_cache = home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
     if not target.is_relative_to(home) and not in_cache:
         raise CheckpointError(
-            f"{path}: a link that leads out of the model's folder, so it is not followed; put the file itself there"
+            f"{path}: a link that leads out of the model's folder, so it is not followed; put the file itself "
+            "there"
         )
     return str(target)
 

@@ -46,7 +46,7 @@ def in_memory(files: Mapping[str, bytes], where: str) -> ReadText:
     def read(name: str, limit: int) -> str | None:
         if name not in files:
             return None
-        _check_size(len(files[name]), limit, f"{where}/{name}")
+        check_size(len(files[name]), limit, f"{where}/{name}")
         try:
             return files[name].decode()
         except UnicodeDecodeError as error:
@@ -55,7 +55,8 @@ def in_memory(files: Mapping[str, bytes], where: str) -> ReadText:
     return read
 
 
-def _check_size(size: int, limit: int, name: object) -> None:
+def check_size(size: int, limit: int, name: object) -> None:
+    """Raises CheckpointError for a file of more than ``limit`` bytes."""
     if size > limit:
         raise CheckpointError(f"{name} is refused: it is larger than {limit >> 20} MiB, more than any needs")
 

@@ -1,7 +1,7 @@
 """Trying a stranger's tokenizer in a process with limits before it is read in this one.
 
-A `tokenizer.json` is data, but it says what is done to every text: steps that double it thirty times, or tokens
-of a megabyte, take all memory, and some contents make the native library abort the whole program.
+A `tokenizer.json` is data, but it says what is done to every text: steps that double it thirty times, or
+tokens of a megabyte, take all memory, and some contents make the native library abort the whole program.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 from . import errors
 from .child import run_once
 from .errors import BusyError, CheckpointError
-from .tokenizer_files import FILES
+from .tokenizer_files import FILES, check_size
 
-#: Seconds of processor time, and bytes of address space, for a small tokenizer and for each byte of its files. One of
-#: 18 MB and 270,000 tokens takes 3 s and 340 MiB.
+#: Seconds of processor time, and bytes of address space, for a small tokenizer and more for each byte of its
+#: files. One of 18 MB and 270,000 tokens takes 3 s and 340 MiB.
 SECONDS, SECONDS_PER_BYTE = 10.0, 1e-6
 MEMORY_BYTES, MEMORY_PER_BYTE = 1 << 30, 32
 #: How much longer by the clock, on a machine that is busy.
@@ -37,6 +37,8 @@ def try_out(files: Mapping[str, bytes], where: str) -> None:
         BusyError: the process cannot be started.
     """
     used = {name: files[name] for name in FILES if name in files}
+    for name, content in used.items():
+        check_size(len(content), FILES[name], f"{where}/{name}")
     digest = _digest(used)
     if digest in _passed:
         return
@@ -71,9 +73,8 @@ def check_growth(raw: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: there are too many steps, or they multiply a text by too much.
     """
-    growth, count = 1, 0
-    for step in _steps([raw.get("normalizer"), raw.get("pre_tokenizer")]):
-        count += 1
+    growth = 1
+    for count, step in enumerate(_steps([raw.get("normalizer"), raw.get("pre_tokenizer")]), 1):
         if step.get("type") == "Replace":
             growth *= _growth(step)
         if count > MAX_STEPS or growth > MAX_GROWTH:

@@ -1,8 +1,8 @@
 """A separate process that reads a tokenizer and uses it a little, within limits of time and memory.
 
-It is started by path. On stdin it gets a line of JSON (`sys_path`, `where`, `sizes` of the files by their names,
-`seconds`, `memory_bytes`) and then the files' bytes one after the other. On stdout it writes `{}`, or `{"kind": class
-of godwit.errors, "error": text}`. A process that ends without an answer has run into a limit.
+It is started by path. On stdin it gets a line of JSON (`sys_path`, `where`, `sizes` of the files by their
+names, `seconds`, `memory_bytes`) and then the files' bytes one after the other. On stdout it writes `{}`, or
+`{"kind": class of godwit.errors, "error": text}`. A process that ends without an answer has run into a limit.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ TEXTS = (
     "",
     "a",
     "The quick brown fox's 1,234 dogs didn't mind:\n\n\tdef f(x): return {'a': [x ** 2]}  # ...\r\n",
-    "Größe é e\u0301 \u4f60\u597d \u0417\u0434\u0440\u0430 \u0645\u0631\u062d\u0628\u0627 \U0001f469\u200d\U0001f4bb \ufdfa \u00a0 <|im_start|><s>[INST]",
+    "Größe é e\u0301 \u4f60\u597d \u0417\u0434\u0440\u0430 \u0645\u0631\u062d\u0628\u0627 \ufdfa \u00a0",
+    "\U0001f469\u200d\U0001f4bb <|im_start|><s>[INST]",
     "".join(map(chr, range(1, 256))),
     "a" * 2000 + " " * 2000 + "\n" * 500 + "1" * 500 + "!?" * 500,
 )
 
 
 def use(tokenizer: Any) -> None:
-    """What is later done with texts of users; some vocabularies cannot write all of them, which is an error only."""
+    """What is later done with texts of users; that a vocabulary cannot write one of them does no harm."""
     from godwit.errors import GodwitError
 
     for text in TEXTS:

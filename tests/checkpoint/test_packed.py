@@ -478,7 +478,7 @@ def test_damaged_data_are_named(sample: bytes, place: Callable[[bytes], Path]) -
 
 
 def test_every_byte_counts(sample: bytes, place: Callable[[bytes], Path]) -> None:
-    """Whatever byte is changed, verifying the file says so: header, padding, parts and the gaps between them."""
+    """Whatever byte is changed, verifying says so: header, padding, parts and the gaps between them."""
     end, path = header_end(sample), place(sample)
     start = -(-end // 4096) * 4096
     steps = [*range(0, 64), *range(64, end, 97), *range(end, start, 61), start - 1]

@@ -1,4 +1,4 @@
-"""Random damage to files of the disk cache: each is read whole, or there is one of the faults that drop it."""
+"""Random damage to files of the disk cache: they are read whole, or there is a fault that drops them."""
 
 from __future__ import annotations
 

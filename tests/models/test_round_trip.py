@@ -102,7 +102,7 @@ def test_companions_do_not_lead_elsewhere(tmp_path: Path, target: str) -> None:
     (tmp_path / "secret").write_text("secret")
     os.mkfifo(folder / "pipe")
     (folder / "vocab.json").symlink_to(target)
-    with pytest.raises(CheckpointError, match="vocab.json: (a link that leads out|not a regular file)"):
+    with pytest.raises(CheckpointError, match=r"vocab\.json: (a link that leads out|not a regular file)"):
         read_companions(folder)
 
 

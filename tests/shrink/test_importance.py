@@ -200,7 +200,9 @@ HOSTILE = {
 @pytest.mark.parametrize("tensors", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_importances_are_one_sentence(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, tmp_path / "i.safetensors")
-    with pytest.raises(CheckpointError, match=r"i\.safetensors: 'a' .*run 'godwit calibrate' again$") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"i\.safetensors: 'a' .*run 'godwit calibrate' again$"
+    ) as caught:
         read_importance(tmp_path / "i.safetensors")
     assert "\n" not in str(caught.value)
 
@@ -208,7 +210,9 @@ def test_hostile_importances_are_one_sentence(tmp_path: Path, tensors: dict[str,
 def test_files_that_are_no_importances(tmp_path: Path) -> None:
     path = tmp_path / "file"
     torch.save({"a": torch.ones(3)}, path)
-    with pytest.raises(UnsupportedModelError, match="a PyTorch pickle, which can run code and is never opened"):
+    with pytest.raises(
+        UnsupportedModelError, match="a PyTorch pickle, which can run code and is never opened"
+    ):
         read_importance(path)
     path.write_bytes(b"")
     with pytest.raises(CheckpointError, match="too short"):

@@ -92,7 +92,10 @@ def test_as_transformers(
     raw = make(kind)
     raw = {**raw, "normalizer": normalizer} if normalizer else raw
     folder = write(tmp_path, raw, added, settings)
-    ours, theirs = Tokenizer.from_dir(folder, trusted=True), library.PreTrainedTokenizerFast.from_pretrained(folder)
+    ours, theirs = (
+        Tokenizer.from_dir(folder, trusted=True),
+        library.PreTrainedTokenizerFast.from_pretrained(folder),
+    )
     assert ours.vocab_size == len(theirs) or kind == "legacy"
     for text in TEXTS:
         assert ours.encode(text, allow_special=True) == theirs(text)["input_ids"], text

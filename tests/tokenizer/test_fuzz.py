@@ -75,7 +75,9 @@ def test_the_samples_themselves_work(kind: str) -> None:
 @quick
 @given(kinds, st.sampled_from(("tokenizer", "tokenizer_config", "generation_config")), st.data())
 def test_replaced_values(kind: str, name: str, data: st.DataObject) -> None:
-    changed = copy.deepcopy({"tokenizer": RAW[kind], "tokenizer_config": SETTINGS, "generation_config": GENERATION}[name])
+    changed = copy.deepcopy(
+        {"tokenizer": RAW[kind], "tokenizer_config": SETTINGS, "generation_config": GENERATION}[name]
+    )
     *way, last = data.draw(st.sampled_from(list(places(changed))))
     target: Any = changed
     for key in way:
@@ -94,6 +96,8 @@ def test_changed_bytes(kind: str, at: int, value: int, behind: bool) -> None:
 
 
 @quick
-@given(st.sampled_from(("tokenizer", "tokenizer_config", "generation_config", "config")), st.binary(max_size=60))
+@given(
+    st.sampled_from(("tokenizer", "tokenizer_config", "generation_config", "config")), st.binary(max_size=60)
+)
 def test_noise(name: str, content: bytes) -> None:
     check(contents("bytes") | {f"{name}.json": content})

@@ -17,6 +17,7 @@ from godwit.child import run_once
 from godwit.errors import CheckpointError
 from godwit.tokenizer import Tokenizer
 from godwit.tokenizer_worker import TEXTS, use
+
 Make = Callable[..., dict[str, Any]]
 
 
@@ -87,7 +88,7 @@ def test_a_limit_of_memory_ends_the_trial(make: Make, monkeypatch: pytest.Monkey
     before = resource.getrusage(resource.RUSAGE_SELF)
     raw = make("bytes")
     many = [{**raw["added_tokens"][0], "id": i, "content": f"<{i}{'x' * 900}"} for i in range(500)]
-    with pytest.raises(CheckpointError, match="^here: its tokenizer was stopped"):
+    with pytest.raises(CheckpointError, match=r"^here: its tokenizer was stopped"):
         Tokenizer.from_files(files(raw | {"added_tokens": many}), "here")
     after = resource.getrusage(resource.RUSAGE_SELF)
     assert after.ru_maxrss - before.ru_maxrss < 64 << 10  # KiB
@@ -120,7 +121,7 @@ def test_a_failed_trial_is_one_sentence(make: Make, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(tokenizer_trial, "_passed", set())
     monkeypatch.setattr(tokenizer_trial, "run_once", lambda *args: None)
     for _ in range(2):  # what failed is tried again
-        with pytest.raises(CheckpointError, match="^here: its tokenizer was stopped: .*; use another one$"):
+        with pytest.raises(CheckpointError, match=r"^here: its tokenizer was stopped: .*; use another one$"):
             Tokenizer.from_files(files(make("bytes")), "here")
 
 

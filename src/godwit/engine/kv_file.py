@@ -1,9 +1,9 @@
 """The files of the disk cache: a stretch of text, its keys and values, and the state at its end.
 
 Layout: magic, length of the header (8 bytes, little-endian), header (JSON), BLAKE2b of all that, the tensors'
-bytes, BLAKE2b of the whole. Both sums are made with the secret key of the cache, so nobody without it can plant a
-file, and nothing of a file is parsed before the sum of its header is right. Reading a damaged or planted one raises
-one of :data:`FAULTS`, whatever the damage.
+bytes, BLAKE2b of the whole. Both sums are made with the secret key of the cache, so nobody without it can
+plant a file, and nothing of a file is parsed before the sum of its header is right. Reading a damaged or
+planted one raises one of :data:`FAULTS`, whatever the damage.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """DiskCache: what the prefix index knows, kept in files, so that conversations survive a restart.
 
 A file holds a stretch of text: the blocks after those that another file holds, and the state at its end. It
-is written under a temporary name and renamed, and carries checksums made with a secret key; what is damaged or
-was planted is dropped when it is read, what lacks its beginning when an engine starts. What memory has no room for is read when it is wanted.
+is written under a temporary name and renamed, and carries checksums made with a secret key; what is damaged
+or was planted is dropped when it is read, what lacks its beginning when an engine starts. What memory has no
+room for is read when it is wanted.
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ class DiskCache:
             self._drop(path)
 
     def _files(self) -> list[tuple[int, Path]]:
-        """Size and path of each file, the oldest first; what is no regular file or cannot be looked at is not ours."""
+        """Size and path of each regular file, the oldest first; whatever else there is is not ours."""
         found = []
         for path in self.folder.glob("*.kv"):
             with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""The folder of a disk cache: nobody else may write to it, and it holds the key that authenticates its files."""
+"""The folder of a disk cache: nobody else may write to it, and it holds the key to its checksums."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def open_folder(folder: Path, name: str) -> bytes:
         secret = _read_key(folder / KEY_FILE) or _make_key(folder / KEY_FILE)
     except OSError as error:
         raise UsageError(f"{folder} cannot keep a cache: {error.strerror or error}") from None
-    # Of each model another one: a file that is moved to another model's folder is not taken for one of that model.
+    # A key for each model: a file that is moved to another model's folder is not taken for one of its own.
     return hashlib.blake2b(name.encode(), key=secret, digest_size=KEY_BYTES).digest()
 
 
@@ -48,7 +48,9 @@ def _refuse_others(path: Path, state: os.stat_result) -> None:
     if not stat.S_ISDIR(state.st_mode):
         raise UsageError(f"{path} cannot keep a cache: it is no directory; choose another one")
     if state.st_uid != os.geteuid():
-        raise UsageError(f"{path} cannot keep a cache: it belongs to another user; choose a directory of your own")
+        raise UsageError(
+            f"{path} cannot keep a cache: it belongs to another user; choose a directory of your own"
+        )
     if state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise UsageError(f"{path} cannot keep a cache: other users may write to it; run 'chmod go-w' on it")
 
@@ -63,7 +65,9 @@ def _read_key(path: Path) -> bytes | None:
     except (OSError, CheckpointError):
         state, data = None, b""
     if state is None or len(data) != KEY_BYTES or state.st_mode & 0o077 or state.st_uid != os.geteuid():
-        _log.warning("%s is no key that only this user can read; it is replaced, and the cache begins anew", path)
+        _log.warning(
+            "%s is no key that only this user can read; it is replaced, and the cache begins anew", path
+        )
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
         return None

@@ -108,21 +108,23 @@ def read_importance(path: Path) -> dict[str, Tensor]:
     file = SafetensorsFile(path)
     size = sum(entry.nbytes for entry in file.entries.values())
     if size > MAX_BYTES:
-        raise CheckpointError(f"{path}: holds {size / 2**30:,.1f} GiB, more than the importances of any model")
+        raise CheckpointError(
+            f"{path}: holds {size / 2**30:,.1f} GiB, more than the importances of any model"
+        )
     return {name: _checked(file.tensor(name), name, path) for name in file.entries}
 
 
 def _checked(values: Tensor, name: str, path: Path) -> Tensor:
     if not values.is_floating_point() or values.dim() not in (1, 2) or not values.numel():
         raise CheckpointError(
-            f"{path}: {shown(name)} is {str(values.dtype).removeprefix('torch.')} {list(values.shape)}, no importance: "
-            "it should be [cols] or [num_experts, cols] numbers with a fraction; run 'godwit calibrate' again"
+            f"{path}: {shown(name)} is {str(values.dtype).removeprefix('torch.')} {list(values.shape)} and should "
+            "be [cols] or [num_experts, cols] of a floating-point type; run 'godwit calibrate' again"
         )
     found = values.float()
     if not bool(((found >= 0) & (found <= MAX_VALUE)).all()):
         raise CheckpointError(
-            f"{path}: {shown(name)} has values that are negative, no numbers or larger than {MAX_VALUE:g}; run 'godwit "
-            "calibrate' again"
+            f"{path}: {shown(name)} has values that are negative, not numbers or larger than {MAX_VALUE:g}; "
+            "run 'godwit calibrate' again"
         )
     return values
 
