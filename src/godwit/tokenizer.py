@@ -22,22 +22,24 @@ from .chat_template import ROLE_OTHER, TOOL_RESULT, ChatTemplate, RoleTracker, S
 from .detokenizer import DecodePlan, StreamDecoder
 from .errors import CheckpointError, GodwitError, TemplateError
 from .tokenizer_files import (
+    MAX_TOKENIZER_BYTES,
     ReadText,
     eos_ids,
-    in_folder,
+    files_in,
     in_memory,
     read_json,
     read_template,
     token_text,
 )
+from .tokenizer_trial import check_growth, try_out
 
 __all__ = ["AddedToken", "ChatTemplate", "StreamDecoder", "Tokenizer"]
 
-MAX_TOKENIZER_BYTES = 256 << 20
 _SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "max_new_tokens", "do_sample",
 )  # fmt: skip
+MAX_AROUND = 64  # tokens that the post-processor puts around a text
 #: Parts of a text by which the words of a template are told from those of an assistant.
 _LOOKAHEAD = 8
 #: Longer texts are encoded without the interpreter's lock, which is not worth its cost for shorter ones.
@@ -94,17 +96,20 @@ class Tokenizer:
         self.named_tokens = dict(named_tokens or {})
 
     @classmethod
-    def from_dir(cls, path: str | Path) -> Tokenizer:
+    def from_dir(cls, path: str | Path, *, trusted: bool = False) -> Tokenizer:
         """The tokenizer in a directory. Raises CheckpointError, or TemplateError for an oversized template.
 
         Reads `tokenizer.json` and, where they exist, `tokenizer_config.json`, `chat_template.jinja`,
-        `generation_config.json` and `config.json`.
+        `generation_config.json` and `config.json`; links must not lead out of the directory. Unless it is
+        `trusted`, a tokenizer is first tried in a process with limits of time and memory.
         """
-        return cls._read(in_folder(Path(path)), str(path))
+        return cls.from_files(files_in(Path(path)), str(path), trusted=trusted)
 
     @classmethod
-    def from_files(cls, files: Mapping[str, bytes], where: str) -> Tokenizer:
+    def from_files(cls, files: Mapping[str, bytes], where: str, *, trusted: bool = False) -> Tokenizer:
         """The tokenizer in files that were read from what errors call `where`. Raises as `from_dir`."""
+        if not trusted:
+            try_out(files, where)
         return cls._read(in_memory(files, where), where)
 
     @classmethod
@@ -329,6 +334,8 @@ class Tokenizer:
         full: list[int] = self._run("a", True, around=True).ids
         for start in range(len(full) - len(plain) + 1):
             if full[start : start + len(plain)] == plain:
+                if len(full) - len(plain) > MAX_AROUND:
+                    raise CheckpointError(f"it puts more than {MAX_AROUND} tokens around each text")
                 return full[:start], full[start + len(plain) :]
         return [], []
 
@@ -375,6 +382,7 @@ def _load(raw: Mapping[str, Any]) -> tokenizers.Tokenizer:
         # No language model has one, and a wrong one makes the library abort the whole program.
         raise CheckpointError("its continuing_subword_prefix is not supported")
     plain = {**raw, "model": model, "added_tokens": [], "truncation": None, "padding": None}
+    check_growth(plain)
     with _library_errors():
         return tokenizers.Tokenizer.from_str(json.dumps(plain))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import torch
 
 from godwit.checkpoint import open_checkpoint
 from godwit.config import ModelConfig
+from godwit.errors import CheckpointError
 from godwit.models.causal_lm import CausalLM
-from godwit.models.loader import load_model, save_model
+from godwit.models.loader import load_model, read_companions, save_model
 from tests.models.families import BY_NAME, FAMILIES, Family
 from tests.models.harness import Pair, error, limit, load_reference, randomize, reference_logits, tokens
 
@@ -103,6 +105,17 @@ def test_a_wrapper_is_saved_as_its_text_model(tmp_path: Path) -> None:
     assert raw["model_type"] == "qwen3_5_moe_text"
     assert "vision_config" not in raw and "text_config" not in raw
     assert raw["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("target", ["../secret", "/dev/zero", "pipe"])
+def test_companions_do_not_lead_elsewhere(tmp_path: Path, target: str) -> None:
+    folder = tmp_path / "from"
+    folder.mkdir()
+    (tmp_path / "secret").write_text("secret")
+    os.mkfifo(folder / "pipe")
+    (folder / "vocab.json").symlink_to(target)
+    with pytest.raises(CheckpointError, match=r"vocab\.json: (a link that leads out|not a regular file)"):
+        read_companions(folder)
 
 
 def test_companions_and_extra_files_travel_along(tmp_path: Path) -> None:
