@@ -71,9 +71,7 @@ def check_json(data: bytes, path: object) -> None:
         CheckpointError: it has too many lists and objects.
     """
     if data.count(b"[") + data.count(b"{") > MAX_JSON_PARTS:
-        raise CheckpointError(
-            f"{path}: refused, since it has more than {MAX_JSON_PARTS:,} lists and objects, and none needs them"
-        )
+        raise CheckpointError(f"{path}: refused, since it has more than {MAX_JSON_PARTS:,} lists and objects")
 
 
 def _inside(path: Path, folder: Path) -> str:
@@ -82,8 +80,8 @@ def _inside(path: Path, folder: Path) -> str:
     in_cache = home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
     if not target.is_relative_to(home) and not in_cache:
         raise CheckpointError(
-            f"{path}: a link that leads out of the model's folder, so it is not followed; put the file itself "
-            "there"
+            f"{path}: a link that leads out of the model's folder, so it is not followed; put the file "
+            "itself there"
         )
     return str(target)
 

@@ -43,13 +43,13 @@ def try_out(files: Mapping[str, bytes], where: str) -> None:
     if digest in _passed:
         return
     size = sum(map(len, used.values()))
-    seconds = SECONDS + size * SECONDS_PER_BYTE
+    seconds, memory_bytes = SECONDS + size * SECONDS_PER_BYTE, MEMORY_BYTES + size * MEMORY_PER_BYTE
     setup = {
         "sys_path": sys.path,
         "where": where,
         "sizes": {name: len(data) for name, data in used.items()},
         "seconds": seconds,
-        "memory_bytes": MEMORY_BYTES + size * MEMORY_PER_BYTE,
+        "memory_bytes": memory_bytes,
     }
     data = b"".join([json.dumps(setup).encode(), b"\n", *used.values()])
     try:
@@ -59,7 +59,7 @@ def try_out(files: Mapping[str, bytes], where: str) -> None:
     if output is None:
         raise CheckpointError(
             f"{where}: its tokenizer was stopped: it ends the program that reads it, or takes more than "
-            f"{seconds:.0f} s or {setup['memory_bytes'] >> 20} MiB; use another one"
+            f"{seconds:.0f} s or {memory_bytes >> 20} MiB; use another one"
         )
     answer = json.loads(output)
     if answer:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from godwit import tokenizer_trial
 from godwit.checkpoint import TensorInfo, open_checkpoint
 from godwit.cli import common, doctor
 from godwit.cli.generate import write
@@ -323,3 +324,22 @@ def test_as_a_program(models: Models) -> None:
     command = [sys.executable, "-c", "from godwit.cli.main import main; main()", "generate", models("hello")]
     done = subprocess.run(command, input=b"caf\xe9?\n", capture_output=True, check=False)
     assert (done.returncode, done.stdout) == (0, b"Hello there.\n")
+
+
+def test_only_the_built_in_tokenizer_is_not_tried_first(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[object] = []
+
+    def run_once(*args: object) -> bytes:
+        tried.append(args)
+        return b"{}"
+
+    monkeypatch.setattr(tokenizer_trial, "run_once", run_once)
+    monkeypatch.setattr(tokenizer_trial, "_passed", set())
+    for name in (None, "built-in"):
+        common.open_model(name)
+    assert not tried
+    common.open_model(models("hello"))
+    common.open_model(str(common.built_in()))
+    assert len(tried) == 2

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,7 @@ def key_of(path: Path) -> bytes:
     return open_folder(path.parent.parent, path.parent.name)
 
 
-def rewritten(path: Path, *, key: bytes | None = None, **changes: object) -> None:
+def rewritten(path: Path, changes: Mapping[str, object], key: bytes | None = None) -> None:
     """The file with another header and right checksums."""
     content = path.read_bytes()
     start = len(kv_file.MAGIC) + 8
@@ -180,7 +180,7 @@ def test_hostile_headers_are_dropped(
 ) -> None:
     restarts.ask(HYBRID, text(50))
     for path in restarts.files():
-        rewritten(path, **changes)
+        rewritten(path, changes)
     with caplog.at_level(logging.WARNING, "godwit.engine.spill"):
         finish = restarts.ask(HYBRID, [*text(50), 7])[0]
     assert finish.cached_tokens == 0 and "is damaged and is dropped" in caplog.text
@@ -189,7 +189,7 @@ def test_hostile_headers_are_dropped(
 def test_planted_files_are_dropped(restarts: Restarts, caplog: pytest.LogCaptureFixture) -> None:
     restarts.ask(HYBRID, text(50))
     for path in restarts.files():
-        rewritten(path, key=bytes(32))
+        rewritten(path, {}, bytes(32))
     with caplog.at_level(logging.WARNING, "godwit.engine.spill"):
         assert restarts.ask(HYBRID, [*text(50), 7])[0].cached_tokens == 0
     assert "not one made with the key of this cache" in caplog.text
@@ -200,14 +200,14 @@ def test_files_of_another_model_or_name_are_dropped(
 ) -> None:
     restarts.ask(HYBRID, text(50))
     for path in restarts.files():
-        rewritten(path, key=open_folder(restarts.folder, "another model"))
+        rewritten(path, {}, open_folder(restarts.folder, "another model"))
     with caplog.at_level(logging.WARNING, "godwit.engine.spill"):
         assert restarts.ask(HYBRID, [*text(50), 7])[0].cached_tokens == 0
     assert "not one made with the key of this cache" in caplog.text
     real = max(restarts.files(), key=lambda path: path.stat().st_size)
     real.with_name("00" * 20 + ".kv").write_bytes(real.read_bytes())
     with caplog.at_level(logging.WARNING, "godwit.engine.spill"):
-        restarts.ask(HYBRID, text(5))
+        restarts.ask(HYBRID, text(50, 4))
     assert "another one under its name" in caplog.text
 
 
@@ -271,7 +271,7 @@ def test_the_key_of_the_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
 def test_files_that_go_on_from_each_other_are_no_trap(restarts: Restarts) -> None:
     restarts.ask(HYBRID, text(50))
     for path in restarts.files():
-        rewritten(path, parent=path.stem)
+        rewritten(path, {"parent": path.stem})
     assert restarts.ask(HYBRID, [*text(50), 7])[0].cached_tokens == 0
 
 

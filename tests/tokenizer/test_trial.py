@@ -105,8 +105,13 @@ def test_the_limits_of_the_worker(tmp_path: Path, work: str) -> None:
 
 def test_a_trial_is_made_once_for_the_same_files(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
+
+    def run(*args: object) -> bytes:
+        calls.append(args)
+        return b"{}"
+
     monkeypatch.setattr(tokenizer_trial, "_passed", set())
-    monkeypatch.setattr(tokenizer_trial, "run_once", lambda *args: calls.append(args) or b"{}")
+    monkeypatch.setattr(tokenizer_trial, "run_once", run)
     content = files(make("bytes"), tokenizer_config={"a": 1})
     for _ in range(2):
         Tokenizer.from_files(content, "here")

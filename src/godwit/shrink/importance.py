@@ -117,8 +117,8 @@ def read_importance(path: Path) -> dict[str, Tensor]:
 def _checked(values: Tensor, name: str, path: Path) -> Tensor:
     if not values.is_floating_point() or values.dim() not in (1, 2) or not values.numel():
         raise CheckpointError(
-            f"{path}: {shown(name)} is {str(values.dtype).removeprefix('torch.')} {list(values.shape)} and should "
-            "be [cols] or [num_experts, cols] of a floating-point type; run 'godwit calibrate' again"
+            f"{path}: {shown(name)} is {values.dtype} {list(values.shape)} and should be [cols] or "
+            "[num_experts, cols] of a floating-point type; run 'godwit calibrate' again"
         )
     found = values.float()
     if not bool(((found >= 0) & (found <= MAX_VALUE)).all()):
