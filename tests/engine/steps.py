@@ -73,7 +73,7 @@ class Core(EngineCore):
         seq = Sequence(number, list(ids), len(ids), limit, asked.salt, asked.priority, list(cuts))
         seq.scored = asked.score_prompt
         sampler = Sampler(params, min(VOCAB, self.model.config.vocab_size), ids)
-        generation = Generation(asked, seq, sampler, TOKENIZER, Channel(lambda: None))
+        generation = Generation(asked, seq, sampler, TOKENIZER, Channel(lambda: None), self.masks)
         self.add(generation)
         return Run(generation)
 
