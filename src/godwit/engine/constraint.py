@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from time import thread_time
 from typing import Any, Literal
@@ -34,6 +33,7 @@ from godwit.engine.constraint_grammar import (
 )
 from godwit.engine.constraint_known import KnownTexts
 from godwit.engine.constraint_trial import Abandon, Trials
+from godwit.engine.constraint_vocabulary import Tags, Vocabulary
 from godwit.errors import GodwitError, UsageError
 from godwit.tokenizer import Tokenizer
 
@@ -56,33 +56,11 @@ GRAMMAR_LIMITS = {**LIMITS, "step_max_items": 8000}
 #: CPU time of a token that is not counted, and what one answer may take beyond it, in seconds.
 FREE_SECONDS = 0.005
 ANSWER_SECONDS = 1.0
-_TAGS = (CALL, END_CALL, THINK, END_THINK)
 _PLACE = re.compile(r"^at \d+\(\d+\): ")
 _ANY_OBJECT = {"type": "object"}
 _EXCEEDED = re.compile(r"too many|limit|fuel|max is|too (large|complex|big)", re.IGNORECASE)
 Limits = Mapping[str, Any]
 Kind = Literal["object", "schema", "regex", "grammar", "choice"]
-
-
-@dataclass(frozen=True)
-class Tags:
-    """The tokens that stand for tags in a vocabulary; those that are not single tokens are absent.
-
-    Attributes:
-        ids: the id of each tag.
-        letter: the id of an ordinary letter, allowed wherever any text is.
-    """
-
-    ids: Mapping[str, int]
-    letter: int | None
-
-    @staticmethod
-    def of(tokenizer: Tokenizer, vocab_size: int) -> Tags:
-        known = {
-            tag: id for tag in _TAGS if (id := tokenizer.token_to_id(tag)) is not None and id < vocab_size
-        }
-        letter = tokenizer.encode("~", add_special_tokens=False)[-1:]
-        return Tags(known, letter[0] if letter else None)
 
 
 class GrammarConstraint:
@@ -221,7 +199,7 @@ class Constraints:
         stops = sorted(id for id in tokenizer.stop_ids if id < self.vocab_size)
         if not stops:
             raise UsageError("this model has no stop token, so its answers cannot be held to a form")
-        vocabulary = _Vocabulary(tokenizer, self.vocab_size, stops[0])
+        vocabulary = Vocabulary(tokenizer, self.vocab_size, stops[0])
         self._special = {tokenizer.id_to_token(id): id for id in vocabulary.special_token_ids}
         self._tags = Tags.of(tokenizer, self.vocab_size)
         try:
@@ -377,33 +355,6 @@ class Constraints:
         return library.LLMatcher(
             self._tokenizer, grammar, log_level=0, limits=library.LLParserLimits(**limits)
         )
-
-
-class _Vocabulary:
-    """A tokenizer as the library wants to have it: control tokens are never a way to write a text."""
-
-    bos_token_id = None
-
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop: int) -> None:
-        self.eos_token_id = stop
-        self.tokens = [tokenizer.token_bytes(id) or b"" for id in range(vocab_size)]
-        self.special_token_ids = sorted(
-            id for id in tokenizer.special_ids | tokenizer.stop_ids if id < vocab_size
-        )
-        self._tokenizer = tokenizer
-        tags = [tag for tag in _TAGS if tokenizer.token_to_id(tag) not in (None, *self.special_token_ids)]
-        self._tags = re.compile(f"({'|'.join(map(re.escape, tags))})") if tags else None
-
-    def __call__(self, text: bytes | str) -> list[int]:
-        """How the model would write a text that a grammar forces."""
-        if isinstance(text, bytes):
-            text = text.decode("utf-8", "replace")
-        parts = [text] if self._tags is None else self._tags.split(text)
-        return [id for part in parts for id in self._part(part)]
-
-    def _part(self, part: str) -> list[int]:
-        tag = self._tokenizer.token_to_id(part) if part in _TAGS else None
-        return self._tokenizer.encode(part, add_special_tokens=False) if tag is None else [tag]
 
 
 def explained(error: str) -> str:

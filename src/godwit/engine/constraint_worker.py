@@ -7,7 +7,7 @@ and imports nothing of godwit.
 
 Protocol on stdin and stdout: lines of JSON. The first is the set-up (`sys_path`, `memory_bytes`,
 `walk_seconds`, and of the vocabulary `tokens` in hexadecimal digits, `special_ids`, `stop_ids`), answered by
-`{}`. Each later line `{"grammar": text, "limits": {...}}` is answered by `{"error": text}`, empty where all is
+`{}`. Each later line `{"grammar": text, "limits": {}}` is answered by `{"error": text}`, empty where all is
 well, and `{"convert": text}`, a grammar in Lark's form or llama.cpp's, by the former or an error:
 `{"lark": text}`.
 """
@@ -75,18 +75,19 @@ def walk(
     """
     end = clock() + seconds
     for number in range(NUM_WALKS):
-        chance, copy = random.Random(number), matcher.deep_copy()
-        for step in range(WALK_TOKENS):
+        chance, copy, begun = random.Random(number), matcher.deep_copy(), False
+        for _ in range(WALK_TOKENS):
             mask = copy.compute_bitmask()
             token = None if copy.is_error() else pick(mask, stop_ids, chance)
             if token is None:
                 break
             copy.consume_token(token)
+            begun = True
             if clock() > end:
                 return "it takes too much time to follow"
-        error = copy.get_error()
-        if error and (not step or not error.startswith("NoExtension")):  # a later dead end is no great matter
-            return str(error)
+        error = str(copy.get_error())
+        if error and not (begun and error.startswith("NoExtension")):  # chance may run into a dead end
+            return error
     return ""
 
 

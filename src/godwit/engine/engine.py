@@ -176,7 +176,9 @@ class Engine:
                 next(self._numbers), ids, len(ids), limit, request.salt, request.priority, cuts
             )
             sequence.scored = request.score_prompt
-            self._inbox.append(Generation(request, sequence, sampler, self.tokenizer, channel, self.core.masks))
+            self._inbox.append(
+                Generation(request, sequence, sampler, self.tokenizer, channel, self.core.masks)
+            )
             self._changed.notify_all()
         return Stream(channel)
 

@@ -108,9 +108,7 @@ class Generation:
         """
         mask, guide = None if self.masks is None else self.masks.take(), self._guide
         token = (
-            self._sample(logits, mask)
-            if guide is None
-            else guide.choose(lambda: self._sample(logits, mask))
+            self._sample(logits, mask) if guide is None else guide.choose(lambda: self._sample(logits, mask))
         )
         self._sampler.record(token)
         self._last = perf_counter()

@@ -31,7 +31,7 @@ class MaskPool:
         self._numbers = count()
 
     def submit(self, spent: float, work: Callable[[], _Mask]) -> _Job:
-        """Run ``work`` in a thread; ``spent`` is the CPU time, in seconds, that its answer has used so far."""
+        """Run ``work`` in a thread; ``spent``: the seconds of CPU time that its answer has used so far."""
         job: _Job = Future()
         with self._lock:
             heappush(self._waiting, (spent, next(self._numbers), job, work))

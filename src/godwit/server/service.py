@@ -18,6 +18,7 @@ from starlette.requests import Request
 
 import godwit
 from godwit.engine import Constraint, GenerationRequest, SamplingParams, Stream, ThinkingRules
+from godwit.engine.constraint_trial import Abandon
 from godwit.errors import GodwitError, UsageError
 from godwit.server.answers import Answers, check_choices
 from godwit.server.body import read_json
@@ -263,11 +264,16 @@ class Service:
         """
         if form is None:
             return [None] * count
+        abandon = Abandon()
         try:
-            return await self._form_threads.run(lambda: self._forms.make(form, thinking, count))
+            if (known := await run_sync(self._forms.known, form, thinking, count)) is not None:
+                return known
+            return await self._form_threads.run(lambda: self._forms.make(form, thinking, count, abandon))
         except ApiError as error:
             error.param = error.param or form.field
             raise
+        finally:
+            abandon.give_up()
 
     def _thinking(self, chat: Chat, prompt: Prompt) -> Thinking:
         if prompt.thinking:
