@@ -28,7 +28,7 @@ BOTH = pytest.mark.parametrize("model", [HYBRID, ATTENTION], ids=["hybrid", "att
 
 
 class Some:
-    """One of two letters may come next, which depends on the last one, so that texts soon repeat themselves."""
+    """Two letters may come next; which ones depends on the last, so that texts soon repeat themselves."""
 
     def __init__(self) -> None:
         self.last = 0

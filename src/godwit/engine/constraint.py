@@ -52,10 +52,12 @@ LIMITS = {
     "verbose_errors": False,
 }
 #: Grammars from clients may be ambiguous, and then each item takes much longer.
-GRAMMAR_LIMITS = {**LIMITS, "step_max_items": 8000}
+GRAMMAR_LIMITS = {**LIMITS, "step_max_items": 6000}
 #: CPU time of a token that is not counted, and what one answer may take beyond it, in seconds.
 FREE_SECONDS = 0.005
 ANSWER_SECONDS = 1.0
+#: CPU time that a form may take to be followed on trial.
+WALK_SECONDS = 2.0
 _PLACE = re.compile(r"^at \d+\(\d+\): ")
 _ANY_OBJECT = {"type": "object"}
 _EXCEEDED = re.compile(r"too many|limit|fuel|max is|too (large|complex|big)", re.IGNORECASE)
@@ -217,7 +219,7 @@ class Constraints:
             "tokens": [token.hex() for token in vocabulary.tokens],
             "special_ids": vocabulary.special_token_ids,
             "stop_ids": stops,
-            "walk_seconds": ANSWER_SECONDS,
+            "walk_seconds": WALK_SECONDS,
             "memory_bytes": COMPILE_BYTES,
         }
         self._trials = Trials(setup, seconds, NUM_WORKERS)

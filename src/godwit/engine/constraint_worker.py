@@ -27,8 +27,8 @@ from typing import Any
 #: As little as any thread may have in which the grammar is compiled later.
 STACK_BYTES = 512 << 10
 #: Random answers that a grammar has to get through, and tokens of each.
-NUM_WALKS = 3
-WALK_TOKENS = 24
+NUM_WALKS = 2
+WALK_TOKENS = 64
 
 
 class Vocabulary:
