@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 from godwit.engine.core import CoreSettings, Drafter, EngineCore
@@ -73,7 +74,7 @@ class Core(EngineCore):
         seq = Sequence(number, list(ids), len(ids), limit, asked.salt, asked.priority, list(cuts))
         seq.scored = asked.score_prompt
         sampler = Sampler(params, min(VOCAB, self.model.config.vocab_size), ids)
-        generation = Generation(asked, seq, sampler, TOKENIZER, Channel(lambda: None))
+        generation = Generation(asked, seq, sampler, TOKENIZER, Channel(lambda: None), self.masks)
         self.add(generation)
         return Run(generation)
 
@@ -83,8 +84,12 @@ class Core(EngineCore):
 
     def run(self, most: int = 2000) -> int:
         """Turns until all is done."""
+        return self.run_until(lambda: not self.busy, most)
+
+    def run_until(self, done: Callable[[], bool], most: int = 2000) -> int:
+        """Turns until ``done``; how many it took."""
         for count in range(most):
-            if not self.busy:
+            if done():
                 return count
             self.turn()
         raise AssertionError(f"not done after {most} steps")

@@ -47,6 +47,7 @@ XML = (
     "<parameter=unit>\nC\n</parameter>\n</function>\n</tool_call>"
 )
 COSTLY = r"(?s:.*)a(?s:.{200})b(?s:.*)"  # has more states than an answer may take
+COSTLY_GRAMMAR = f"start: answer\nanswer: /{COSTLY}/"
 GREEDY = SamplingParams(temperature=0, max_tokens=300)
 
 
@@ -368,10 +369,15 @@ def test_a_form_that_gets_too_costly_ends_only_its_own_answer(
     forms: Constraints, ask: Any, engine: Engine
 ) -> None:
     alone = ask(held(forms, "schema", PERSON)).result()[0]
+    assert forms.rule("regex", COSTLY).text in COSTLY_GRAMMAR
+    forms._verdicts.put(COSTLY_GRAMMAR, "")  # as if the trial had not found out
     costly = ask(held(forms, "regex", COSTLY), SamplingParams(seed=1, max_tokens=600))
     other = ask(held(forms, "schema", PERSON))
     _, finish = costly.result()
     assert isinstance(finish, Finish) and finish.reason == "error" and finish.error is not None
-    assert "any longer (lexer error: too many states" in finish.error and "\n" not in finish.error
+    assert finish.error.startswith(
+        "the form of the answer is too costly to follow (lexer error: too many states"
+    )
+    assert finish.refused and "\n" not in finish.error
     assert other.result()[0] == alone
     assert engine.health.ok

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import sys
 from typing import Any
 
@@ -10,9 +11,22 @@ import pytest
 import torch
 
 from godwit.engine import constraint as module
-from godwit.engine.constraint import Constraints, GrammarConstraint, Tags, explained
+from godwit.engine import constraint_trial as trial
+from godwit.engine import constraint_worker as worker
+from godwit.engine.constraint import (
+    ANSWER_SECONDS,
+    FREE_SECONDS,
+    LIMITS,
+    Constraints,
+    GrammarConstraint,
+    UnknownForm,
+    explained,
+)
 from godwit.engine.constraint_grammar import MAX_REGEX_CHARS, MAX_SCHEMA_CHARS
+from godwit.engine.constraint_known import KnownTexts
 from godwit.engine.constraint_schema import MAX_DEPTH
+from godwit.engine.constraint_trial import Abandon
+from godwit.engine.constraint_vocabulary import Tags
 from godwit.errors import BusyError, GodwitError, UsageError
 from godwit.tokenizer import Tokenizer
 from tests.engine.forms import FLAG, TOOLS, held, walk
@@ -109,27 +123,180 @@ def test_trials_beyond_the_workers_are_refused_in_the_end(tokenizer: Tokenizer) 
     workers = [forms._trials._free.get() for _ in range(module.NUM_WORKERS)]
     with pytest.raises(BusyError, match="too many grammars"):
         held(forms, "object")
-    for worker in workers:
-        forms._trials._free.put(worker)
-        assert worker.child.process is None  # nothing was started for a form that was never tried
+    for one in workers:
+        forms._trials._free.put(one)
+        assert one.child.process is None  # nothing was started for a form that was never tried
 
 
-def test_a_form_is_compiled_once_and_not_kept_for_ever(
-    forms: Constraints, monkeypatch: pytest.MonkeyPatch
+COSTLY: list[tuple[Any, Any]] = [
+    ("grammar", "start: s\ns: s s | s s s | /[a-z ]/ |"),
+    ("grammar", "start: s\ns: s s | /(?s:.)/"),
+    ("regex", "(a{1,100}){1,100}"),
+    ("regex", "(([a-z ]{1,100}){1,100}){1,100}"),
+    (
+        "schema",
+        {"anyOf": [{"properties": {f"a{i}": {}, f"b{i * j}": {}}} for i in range(20) for j in range(20)]},
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "value"), COSTLY, ids=[str(number) for number in range(len(COSTLY))])
+def test_forms_that_are_too_costly_to_follow_are_refused(kind: Any, value: Any, forms: Constraints) -> None:
+    with pytest.raises(UsageError, match=r"cannot be used: .*[Tt]oo many") as refused:
+        held(forms, kind, value)
+    assert "\n" not in str(refused.value)
+
+
+def test_large_forms_that_are_cheap_to_follow_are_not_refused(
+    forms: Constraints, tokenizer: Tokenizer
 ) -> None:
-    first = held(forms, "schema", FLAG)
+    names = [f"choice number {number}" for number in range(10_000)]
+    assert walk(tokenizer, held(forms, "choice", names), names[7654]) == "complete"
+    properties = {"properties": {f"p{i}": {"type": "integer"} for i in range(400)}}
+    assert walk(tokenizer, held(forms, "schema", properties), '{"p3": 1, "p399": 5}') == "complete"
+    assert walk(tokenizer, held(forms, "schema", {"enum": names}), '"choice number 98"') == "complete"
+
+
+@pytest.mark.parametrize("text", ["a|b", "(a)[b]{2}.*+?^$/\\", "a\nb\tc", "1 & ~2", "日本 é 🎉", '"', "#-"])
+def test_any_text_can_be_a_choice(text: str, forms: Constraints, tokenizer: Tokenizer) -> None:
+    assert walk(tokenizer, held(forms, "choice", [text, "other"]), text) == "complete"
+    assert walk(tokenizer, held(forms, "choice", [text, "", "other"]), "") == "complete"
+    assert walk(tokenizer, held(forms, "choice", [text, "other"]), "zzz") == "zzz"
+
+
+def test_a_form_is_tried_once(forms: Constraints) -> None:
+    wanted: list[tuple[Any, Any]] = [("schema", FLAG), ("grammar", 'root ::= "a" | "b"')]
+    first = [held(forms, kind, value) for kind, value in wanted]
     with pytest.raises(UsageError, match="unclosed"):
         held(forms, "regex", "(b")
+    known = forms.only_known()
+    again = [held(known, kind, value) for kind, value in wanted]
+    with pytest.raises(UsageError, match="unclosed"):
+        held(known, "regex", "(b")
+    for kind in ("regex", "grammar"):
+        with pytest.raises(UnknownForm):
+            held(known, kind, 'root ::= "never seen"')
+    for one, other in zip(first, again, strict=True):
+        one.accept(int(one.allowed().nonzero()[0]))  # type: ignore[union-attr]
+        assert not torch.equal(one.allowed(), other.allowed())  # type: ignore[arg-type]
+
+
+def test_an_answer_uses_up_no_other_one_s_limits(forms: Constraints) -> None:
+    """Copies of a matcher would share the states of its lexer, which are limited."""
+    grammar = forms._make("start: answer\nanswer: /(?s:.*)a(?s:.{18})b(?s:.*)/", "it", LIMITS, "none")
+
+    def followed(form: GrammarConstraint) -> int:
+        chance = random.Random(5)
+        for count in range(400):
+            mask = form.allowed()
+            assert mask is not None
+            try:
+                form.accept(chance.choice(mask[97:500].nonzero().flatten().tolist()) + 97)
+            except UsageError:
+                return count
+        return 400
+
+    counts = {followed(form) for form in (grammar, grammar.again(), grammar.again())}
+    assert len(counts) == 1
+
+
+def test_what_is_kept_of_forms_is_bounded_by_number_and_by_size() -> None:
+    known = KnownTexts(max_entries=3, max_bytes=4000)
+    for name in "abcd":
+        known.put(name, name)
+        known.get("a")  # what is used stays
+    assert [name for name in "abcd" if known.get(name) is not None] == ["a", "c", "d"]
+    known.put("e", "x" * 3200)
+    assert len(known) < 3 and known.get("e") is not None and known.num_bytes <= 4000
+    known.put("f", "x" * 5000)
+    assert len(known) == 0 == known.num_bytes
+    known.put("g", "1")
+    before = known.num_bytes
+    known.put("g", "2")
+    assert known.get("g") == "2" and known.num_bytes == before
+
+
+def test_costly_masks_are_counted_against_their_answer(forms: Constraints) -> None:
+    def used(seconds: float, calls: int) -> None:
+        now = itertools.count()
+        form = GrammarConstraint(
+            lambda: forms._compile("start: /[a-z]*/", LIMITS),
+            forms.vocab_size,
+            Tags({}, None),
+            clock=lambda: (next(now) + 1) // 2 * seconds,
+        )
+        for _ in range(calls):
+            form.allowed()
+
+    used(FREE_SECONDS, 1000)
+    slow = 0.05
+    allowed = int(ANSWER_SECONDS / (slow - FREE_SECONDS))
+    used(slow, allowed)
+    with pytest.raises(UsageError, match="takes too much time to follow"):
+        used(slow, allowed + 1)
+
+
+class Walked:
+    """A grammar that allows three tokens at each step, 8 being a stop token, and goes wrong after some."""
+
+    def __init__(self, length: int, error: str) -> None:
+        self.length, self.error = length, error
+        self.taken: list[int] = []
+        self.copies: list[Walked] = []
+
+    def deep_copy(self) -> Walked:
+        self.copies.append(Walked(self.length, self.error))
+        return self.copies[-1]
+
+    def compute_bitmask(self) -> bytes:
+        return bytes([0b101, 0b1])
+
+    def consume_token(self, token: int) -> None:
+        self.taken.append(token)
+
+    def is_error(self) -> bool:
+        return len(self.taken) >= self.length
+
+    def get_error(self) -> str:
+        return self.error if self.is_error() else ""
+
+
+def test_a_trial_follows_a_form() -> None:
+    fine = Walked(10**6, "")
+    assert worker.walk(fine, [8], 1.0, lambda: 0.0) == ""
+    assert [len(one.taken) for one in fine.copies] == [worker.WALK_TOKENS] * worker.NUM_WALKS
+    assert all(set(one.taken) == {0, 2} for one in fine.copies)
+    assert worker.walk(Walked(5, "too many items"), [8], 1.0, lambda: 0.0) == "too many items"
+    assert worker.walk(Walked(5, "NoExtension"), [8], 1.0, lambda: 0.0) == ""
+    assert worker.walk(Walked(0, "NoExtension"), [8], 1.0, lambda: 0.0) == "NoExtension"
+    clock = itertools.count().__next__
+    assert "too much time" in worker.walk(Walked(10**6, ""), [8], 9.5, clock)
+    assert worker.pick(b"\0\1", [8], random.Random(1)) is None
+
+
+def test_a_trial_that_nobody_waits_for_is_ended(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forms = Constraints(tokenizer, seconds=60)
+    held(forms, "object")
+    abandon = Abandon()
+    exchange = trial._Worker._exchange
+
+    def leave(worker: Any, value: Any, seconds: float) -> Any:
+        if "grammar" in value:  # the client leaves while the process works
+            abandon.give_up()
+        return exchange(worker, value, seconds)
+
     with monkeypatch.context() as patch:
-        patch.setattr(forms._trials, "ask", lambda request: pytest.fail("it is known"))
-        again = held(forms, "schema", FLAG)
-        with pytest.raises(UsageError, match="unclosed"):
-            held(forms, "regex", "(b")
-    first.accept(int(first.allowed().nonzero()[0]))  # type: ignore[union-attr]
-    assert not torch.equal(first.allowed(), again.allowed())  # type: ignore[arg-type]
-    monkeypatch.setattr(module, "MAX_CACHED_CHARS", 40)
-    held(forms, "regex", "abc")
-    assert list(forms._known) == ["start: answer\nanswer: /abc/"]
+        patch.setattr(trial._Worker, "_exchange", leave)
+        with pytest.raises(BusyError, match="given up"):
+            held(forms.until(abandon), "regex", "abc")
+    with pytest.raises(BusyError, match="given up"):
+        held(forms.until(abandon), "regex", "abc")
+    with pytest.raises(UnknownForm):
+        held(forms.only_known(), "regex", "abc")
+    assert forms._trials._free.qsize() == module.NUM_WORKERS
+    assert held(forms, "regex", "abc").allowed() is not None
 
 
 def test_a_token_that_does_not_fit_is_an_error(forms: Constraints) -> None:
@@ -145,13 +312,16 @@ def test_a_panic_of_the_library_is_an_ordinary_error() -> None:
         pass
 
     class Matcher:
+        def is_error(self) -> bool:
+            return False
+
         def compute_bitmask(self) -> bytes:
             raise Panic("index out of bounds\nbacktrace")
 
         def consume_token(self, token: int) -> bool:
             raise KeyboardInterrupt
 
-    form = GrammarConstraint(Matcher(), 10, Tags({}, None))
+    form = GrammarConstraint(Matcher, 10, Tags({}, None))
     with pytest.raises(GodwitError, match=r"\(index out of bounds\)$"):
         form.allowed()
     with pytest.raises(KeyboardInterrupt):

@@ -6,11 +6,11 @@ thousandth of the time, its masks cost no more, and it has limits for both.
 
 from __future__ import annotations
 
+import copy
 import re
-import threading
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from time import thread_time
 from typing import Any, Literal
 
 import numpy as np
@@ -31,75 +31,72 @@ from godwit.engine.constraint_grammar import (
     quoted,
     whole,
 )
-from godwit.engine.constraint_trial import Trials
+from godwit.engine.constraint_known import KnownTexts
+from godwit.engine.constraint_trial import Abandon, Trials
+from godwit.engine.constraint_vocabulary import Tags, Vocabulary
 from godwit.errors import GodwitError, UsageError
 from godwit.tokenizer import Tokenizer
 
 COMPILE_SECONDS = 5.0
 COMPILE_BYTES = 2 << 30
 NUM_WORKERS = 2
-#: Of the texts of grammars that are kept; compiled, one takes up to some 30 times as much.
-MAX_CACHED_CHARS = 4 << 20
-#: The library's, of compiling, of one step of one answer, and of what its grammar may come to hold.
+#: The library's limits, of compiling, of one mask, and of what a grammar may come to hold. With these a mask
+#: takes about 50 ms at most; they count steps of work, so what is refused does not depend on the machine.
 LIMITS = {
-    "step_lexer_fuel": 100_000,
+    "step_lexer_fuel": 50_000,
     "step_max_items": 25_000,
-    "max_items_in_row": 2000,
+    "max_items_in_row": 10_000,
     "max_lexer_states": 20_000,
     "max_grammar_size": 200_000,
     "initial_lexer_fuel": 1_000_000,
     "verbose_errors": False,
 }
-_TAGS = (CALL, END_CALL, THINK, END_THINK)
+#: Grammars from clients may be ambiguous, and then each item takes much longer.
+GRAMMAR_LIMITS = {**LIMITS, "step_max_items": 6000}
+#: CPU time of a token that is not counted, and what one answer may take beyond it, in seconds.
+FREE_SECONDS = 0.005
+ANSWER_SECONDS = 1.0
+#: CPU time that a form may take to be followed on trial.
+WALK_SECONDS = 2.0
 _PLACE = re.compile(r"^at \d+\(\d+\): ")
 _ANY_OBJECT = {"type": "object"}
+_EXCEEDED = re.compile(r"too many|limit|fuel|max is|too (large|complex|big)", re.IGNORECASE)
+Limits = Mapping[str, Any]
 Kind = Literal["object", "schema", "regex", "grammar", "choice"]
-
-
-@dataclass(frozen=True)
-class Tags:
-    """The tokens that stand for tags in a vocabulary; those that are not single tokens are absent.
-
-    Attributes:
-        ids: the id of each tag.
-        letter: the id of an ordinary letter, allowed wherever any text is.
-    """
-
-    ids: Mapping[str, int]
-    letter: int | None
-
-    @staticmethod
-    def of(tokenizer: Tokenizer, vocab_size: int) -> Tags:
-        known = {
-            tag: id for tag in _TAGS if (id := tokenizer.token_to_id(tag)) is not None and id < vocab_size
-        }
-        letter = tokenizer.encode("~", add_special_tokens=False)[-1:]
-        return Tags(known, letter[0] if letter else None)
 
 
 class GrammarConstraint:
     """Holds one answer to a grammar; see :class:`~godwit.engine.stream.Constraint`.
 
     Behind the thinking, tokens that stand for tags are no way to write a text, such as a string of JSON.
+    The matcher is made when it is first needed and shared with no other answer: matchers that were copied
+    from each other share the states of their lexer, and so its limits.
 
     Args:
-        matcher: llguidance's, at its start; used up.
+        make: makes llguidance's matcher.
         vocab_size: tokens of the mask.
         tags: those of the vocabulary.
         thinking: what may come before the form.
         calls_in_text: a call may begin anywhere in a text.
+        clock: tells CPU seconds of the thread.
     """
 
     def __init__(
         self,
-        matcher: Any,
+        make: Callable[[], Any],
         vocab_size: int,
         tags: Tags,
         thinking: Thinking = "none",
         *,
         calls_in_text: bool = False,
+        clock: Callable[[], float] = thread_time,
     ) -> None:
-        self._matcher = matcher
+        self._make = make
+        self._clock = clock
+        self._slow_seconds = 0.0
+        self._again = partial(
+            GrammarConstraint, make, vocab_size, tags, thinking, calls_in_text=calls_in_text, clock=clock
+        )
         self._vocab_size = vocab_size
         self._tags = tags
         self._thinking = thinking == "opened"
@@ -109,14 +106,18 @@ class GrammarConstraint:
             self._meant.add(CALL)
         self._calls_in_text = calls_in_text
 
+    def again(self) -> GrammarConstraint:
+        """Another one of the same form, at its start."""
+        return self._again()
+
     def allowed(self) -> Tensor | None:
         """Bool ``[vocab_size]``: which tokens may come next, stop tokens included.
 
         Raises:
-            GodwitError: the form is too costly to follow.
+            UsageError: the form is too costly to follow.
+            GodwitError: the answer does not fit the form.
         """
-        bits = np.frombuffer(_guarded(self._matcher.compute_bitmask), dtype=np.uint8)
-        self._check()
+        bits = np.frombuffer(self._guarded(self._matcher.compute_bitmask), dtype=np.uint8)
         mask = np.unpackbits(bits, count=self._vocab_size, bitorder="little")
         mask[self._banned(mask)] = 0
         return torch.from_numpy(mask.view(np.bool_))
@@ -124,11 +125,9 @@ class GrammarConstraint:
     def accept(self, token: int) -> None:
         """Go on by a token that was chosen.
 
-        Raises:
-            GodwitError: it does not fit the form, or the form is too costly to follow.
+        Raises: as :meth:`allowed`.
         """
-        _guarded(lambda: self._matcher.consume_token(token))
-        self._check()
+        self._guarded(lambda: self._matcher.consume_token(token))
         tag = next((tag for tag, id in self._tags.ids.items() if id == token), None)
         if tag == THINK and THINK in self._meant:
             self._thinking = True
@@ -151,17 +150,40 @@ class GrammarConstraint:
             return []
         return allowed
 
-    def _check(self) -> None:
-        if self._matcher.is_error():
-            reason = explained(self._matcher.get_error())
+    @cached_property
+    def _matcher(self) -> Any:
+        matcher = _without_panic(self._make)
+        self._check(matcher)
+        return matcher
+
+    def _guarded(self, work: Callable[[], Any]) -> Any:
+        """What ``work`` gives, unless it fails or takes too much time."""
+        matcher, began = self._matcher, self._clock()
+        result = _without_panic(work)
+        self._slow_seconds += max(0.0, self._clock() - began - FREE_SECONDS)
+        self._check(matcher)
+        if self._slow_seconds > ANSWER_SECONDS:
+            raise UsageError("the form of the answer takes too much time to follow; simplify it")
+        return result
+
+    def _check(self, matcher: Any) -> None:
+        if matcher.is_error():
+            reason = explained(matcher.get_error())
+            if _EXCEEDED.search(reason):
+                raise UsageError(f"the form of the answer is too costly to follow ({reason}); simplify it")
             raise GodwitError(f"the answer cannot be held to its form any longer ({reason}); simplify it")
+
+
+class UnknownForm(GodwitError):
+    """A form was not tried yet, and the one who asked does not want to wait for that."""
 
 
 class Constraints:
     """Makes constraints for the answers of one model. For several threads.
 
-    Each method blocks while a form that is not known yet is compiled, first of all on trial in a process of
-    its own that gets at most ``seconds``: they are for the thread of whoever asks, never for the engine's.
+    Each method blocks while a form that is not known yet is tried in a process of its own, which compiles it,
+    follows it for some tokens, and gets at most ``seconds``: call them from a thread of your own. Only the
+    verdict is kept; each answer's grammar is compiled again when the answer begins.
 
     Args:
         tokenizer: the model's.
@@ -179,7 +201,7 @@ class Constraints:
         stops = sorted(id for id in tokenizer.stop_ids if id < self.vocab_size)
         if not stops:
             raise UsageError("this model has no stop token, so its answers cannot be held to a form")
-        vocabulary = _Vocabulary(tokenizer, self.vocab_size, stops[0])
+        vocabulary = Vocabulary(tokenizer, self.vocab_size, stops[0])
         self._special = {tokenizer.id_to_token(id): id for id in vocabulary.special_token_ids}
         self._tags = Tags.of(tokenizer, self.vocab_size)
         try:
@@ -190,7 +212,6 @@ class Constraints:
                 "pip install 'godwit-llm[serve]'"
             ) from None
         self._library: Any = llguidance
-        self._limits = llguidance.LLParserLimits(**LIMITS)  # type: ignore[arg-type]
         self._tokenizer = llguidance.LLTokenizer(
             llguidance.TokenizerWrapper(vocabulary), n_vocab=self.vocab_size, eos_token=stops
         )
@@ -198,12 +219,30 @@ class Constraints:
             "tokens": [token.hex() for token in vocabulary.tokens],
             "special_ids": vocabulary.special_token_ids,
             "stop_ids": stops,
-            "limits": LIMITS,
+            "walk_seconds": WALK_SECONDS,
             "memory_bytes": COMPILE_BYTES,
         }
         self._trials = Trials(setup, seconds, NUM_WORKERS)
-        self._lock = threading.Lock()
-        self._known: OrderedDict[str, Any] = OrderedDict()  # a matcher at its start, or why there is none
+        self._ask: Callable[[Mapping[str, Any]], dict[str, str]] = self._trials.ask
+        self._verdicts = KnownTexts()  # why a grammar cannot be used; "" for one that can
+        self._conversions = KnownTexts()
+
+    def only_known(self) -> Constraints:
+        """The same, but a form that is not known yet raises :class:`UnknownForm`, so nothing blocks."""
+
+        def refuse(request: Mapping[str, Any]) -> dict[str, str]:
+            raise UnknownForm("the form is not known yet")
+
+        return self._asking(refuse)
+
+    def until(self, abandon: Abandon) -> Constraints:
+        """The same, but a trial under way is ended when ``abandon`` is set."""
+        return self._asking(partial(self._trials.ask, abandon=abandon))
+
+    def _asking(self, ask: Callable[[Mapping[str, Any]], dict[str, str]]) -> Constraints:
+        same = copy.copy(self)
+        same._ask = ask
+        return same
 
     def rule(self, kind: Kind, value: Any = None) -> Rule:
         """The form of an answer.
@@ -241,7 +280,7 @@ class Constraints:
         Raises:
             UsageError: it cannot be used, or costs too much.
         """
-        return self._make(whole(rule, thinking=thinking), rule.what, thinking)
+        return self._make(whole(rule, thinking=thinking), rule.what, _limits(rule), thinking)
 
     def tool_calls(
         self,
@@ -278,7 +317,7 @@ class Constraints:
         )
         what = "a tool's schema" if otherwise is None else f"{otherwise.what} or a tool's"
         calls_in_text = choice == "auto" and otherwise is None
-        return self._make(grammar, what, thinking, calls_in_text=calls_in_text)
+        return self._make(grammar, what, _limits(otherwise), thinking, calls_in_text=calls_in_text)
 
     def _mark(self, text: str) -> str:
         """A mark of calls in a grammar: as a token where it is one that no text can be, else as a text."""
@@ -287,66 +326,37 @@ class Constraints:
     def _converted(self, grammar: str) -> str:
         if len(grammar) > MAX_GRAMMAR_CHARS:
             raise UsageError(f"a grammar may have {MAX_GRAMMAR_CHARS} characters")
-        answer = self._trials.ask({"convert": grammar})
+        if (known := self._conversions.get(grammar)) is not None:
+            return known
+        answer = self._ask({"convert": grammar})
         if "lark" not in answer:
             raise UsageError(f"the grammar cannot be used: {explained(answer['error'])}")
+        self._conversions.put(grammar, answer["lark"])
         return answer["lark"]
 
     def _make(
-        self, grammar: str, what: str, thinking: Thinking, *, calls_in_text: bool = False
+        self, grammar: str, what: str, limits: Limits, thinking: Thinking, *, calls_in_text: bool = False
     ) -> GrammarConstraint:
-        with self._lock:
-            known = self._known.get(grammar)
-            if known is not None:
-                self._known.move_to_end(grammar)
-        if known is None:
-            known = self._compile(grammar)
-            self._keep(grammar, known)
-        if isinstance(known, str):
-            raise UsageError(f"{what} cannot be used: {known}")
-        with self._lock:
-            matcher = known.deep_copy()
-        return GrammarConstraint(matcher, self.vocab_size, self._tags, thinking, calls_in_text=calls_in_text)
-
-    def _keep(self, grammar: str, known: Any) -> None:
-        with self._lock:
-            self._known[grammar] = known
-            while sum(map(len, self._known)) > MAX_CACHED_CHARS:
-                self._known.popitem(last=False)
-
-    def _compile(self, grammar: str) -> Any:
-        """A matcher, or why there is none; what takes too long raises, and may be tried again."""
-        if error := self._trials.ask({"grammar": grammar}).get("error"):
-            return explained(error)
-        matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
-        return explained(matcher.get_error()) if matcher.is_error() else matcher
-
-
-class _Vocabulary:
-    """A tokenizer as the library wants to have it: control tokens are never a way to write a text."""
-
-    bos_token_id = None
-
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop: int) -> None:
-        self.eos_token_id = stop
-        self.tokens = [tokenizer.token_bytes(id) or b"" for id in range(vocab_size)]
-        self.special_token_ids = sorted(
-            id for id in tokenizer.special_ids | tokenizer.stop_ids if id < vocab_size
+        verdict = self._verdicts.get(grammar)
+        if verdict is None:
+            error = self._ask({"grammar": grammar, "limits": limits})["error"]
+            verdict = explained(error) if error else ""
+            self._verdicts.put(grammar, verdict)
+        if verdict:
+            raise UsageError(f"{what} cannot be used: {verdict}")
+        return GrammarConstraint(
+            partial(self._compile, grammar, limits),
+            self.vocab_size,
+            self._tags,
+            thinking,
+            calls_in_text=calls_in_text,
         )
-        self._tokenizer = tokenizer
-        tags = [tag for tag in _TAGS if tokenizer.token_to_id(tag) not in (None, *self.special_token_ids)]
-        self._tags = re.compile(f"({'|'.join(map(re.escape, tags))})") if tags else None
 
-    def __call__(self, text: bytes | str) -> list[int]:
-        """How the model would write a text that a grammar forces."""
-        if isinstance(text, bytes):
-            text = text.decode("utf-8", "replace")
-        parts = [text] if self._tags is None else self._tags.split(text)
-        return [id for part in parts for id in self._part(part)]
-
-    def _part(self, part: str) -> list[int]:
-        tag = self._tokenizer.token_to_id(part) if part in _TAGS else None
-        return self._tokenizer.encode(part, add_special_tokens=False) if tag is None else [tag]
+    def _compile(self, grammar: str, limits: Limits) -> Any:
+        library = self._library
+        return library.LLMatcher(
+            self._tokenizer, grammar, log_level=0, limits=library.LLParserLimits(**limits)
+        )
 
 
 def explained(error: str) -> str:
@@ -361,8 +371,12 @@ def explained(error: str) -> str:
     return point.rstrip(".:")[:300] or "it is not valid"
 
 
-def _guarded(work: Any) -> Any:
-    """Rust code that panics raises what is no Exception, which would end the engine."""
+def _limits(rule: Rule | None) -> Limits:
+    return GRAMMAR_LIMITS if rule is not None and rule.inner else LIMITS
+
+
+def _without_panic(work: Callable[[], Any]) -> Any:
+    """What ``work`` gives. Rust code that panics raises what is no Exception, which would end the engine."""
     try:
         return work()
     except (KeyboardInterrupt, SystemExit):

@@ -6,6 +6,7 @@ A grammar's rule ``answer`` is the form itself, and ``start`` may put thinking b
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +20,9 @@ MAX_SCHEMA_CHARS = 1 << 18
 MAX_REGEX_CHARS = 1 << 13
 MAX_GRAMMAR_CHARS = 1 << 16
 MAX_CHOICES = 10_000
+
+#: Characters that are themselves in a regular expression.
+_PLAIN = re.compile(r"[0-9A-Za-z ]|[^\W\d_]")
 
 THINK, END_THINK = "<think>", "</think>"
 #: Between the parts of a JSON text, besides nothing: one blank, or a new line, indented by up to eight steps.
@@ -70,7 +74,7 @@ def json_rule(schema: Mapping[str, Any], *, lenient: bool = False) -> str:
 
 
 def choice_rule(options: Sequence[str]) -> str:
-    """What matches one of some texts.
+    """What matches one of some texts: one expression, since thousands of rules make each mask costly.
 
     Raises:
         UsageError: there are none, or too many.
@@ -79,7 +83,13 @@ def choice_rule(options: Sequence[str]) -> str:
         raise UsageError(f"a choice is between 1 and {MAX_CHOICES} texts")
     if sum(map(len, options)) > MAX_SCHEMA_CHARS:
         raise UsageError(f"the texts of a choice may have {MAX_SCHEMA_CHARS} characters in all")
-    return " | ".join(map(quoted, options))
+    return f"/(?:{'|'.join(map(_literal, options))})/"
+
+
+def _literal(text: str) -> str:
+    """A text as a part of a regular expression."""
+    quoted(text)  # refuses what is no text
+    return "".join(sign if _PLAIN.fullmatch(sign) else f"\\x{{{ord(sign):x}}}" for sign in text)
 
 
 def whole(rule: Rule, more: Iterable[str] = (), *, thinking: Thinking = "none") -> str:

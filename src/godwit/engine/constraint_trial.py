@@ -6,7 +6,8 @@ import json
 import queue
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,41 @@ from godwit.errors import BusyError, UsageError
 START_SECONDS = 60.0
 
 
+class Abandon:
+    """Lets one thread end a trial that another one waits for, because nobody wants its result any more."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._end: Callable[[], object] | None = None
+        self.given_up = False
+
+    def give_up(self) -> None:
+        """End the trial under way, and let none begin."""
+        with self._lock:
+            self.given_up = True
+            if self._end is not None:
+                self._end()
+
+    @contextmanager
+    def calling(self, end: Callable[[], object]) -> Iterator[None]:
+        """Inside, :meth:`give_up` calls ``end``.
+
+        Raises:
+            BusyError: it was given up already.
+        """
+        with self._lock:
+            if self.given_up:
+                raise BusyError("the request was given up")
+            self._end = end
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._end = None
+
+
 class Trials:
-    """Processes that compile grammars on trial. For several threads, each of which waits for its answer.
+    """Processes that try grammars out. For several threads, each of which waits for its answer.
 
     Args:
         setup: see :mod:`godwit.engine.constraint_worker`.
@@ -33,21 +67,24 @@ class Trials:
         for _ in range(num_workers):
             self._free.put(_Worker(setup))
 
-    def ask(self, request: Mapping[str, str]) -> dict[str, str]:
+    def ask(self, request: Mapping[str, Any], abandon: Abandon | None = None) -> dict[str, str]:
         """The answer of a process.
 
         Raises:
             UsageError: it took too much time or memory.
-            BusyError: all processes are busy, or none can be started.
+            BusyError: all processes are busy, or none can be started, or the request was abandoned.
         """
+        abandon = abandon or Abandon()
         try:
             worker = self._free.get(timeout=2 * self.seconds)
         except queue.Empty:
             raise BusyError("too many grammars are being compiled; send the request again later") from None
         try:
-            answer = worker.ask(request, self.seconds)
+            answer = worker.ask(request, self.seconds, abandon)
         finally:
             self._free.put(worker)
+        if answer is None and abandon.given_up:
+            raise BusyError("the request was given up")
         if answer is None:
             raise UsageError(
                 f"the form takes more than {self.seconds:g} seconds or too much memory; simplify it"
@@ -62,10 +99,15 @@ class _Worker:
         self._setup = setup
         self.child = Child(Path(__file__).with_name("constraint_worker.py"))
 
-    def ask(self, request: Mapping[str, str], seconds: float) -> dict[str, str] | None:
+    def ask(self, request: Mapping[str, Any], seconds: float, abandon: Abandon) -> dict[str, str] | None:
         if not self.child.running:
             self._start()
-        return self._exchange(request, seconds)
+        with abandon.calling(self._kill):
+            return self._exchange(request, seconds)
+
+    def _kill(self) -> None:
+        if (process := self.child.process) is not None:
+            process.kill()
 
     def _start(self) -> None:
         try:

@@ -5,24 +5,30 @@ there is, where no check could interrupt it. So it is compiled here first, in a 
 any point; what gets through costs little and is then compiled where it is used. The file is started by path
 and imports nothing of godwit.
 
-Protocol on stdin and stdout: lines of JSON. The first is the set-up (`sys_path`, `memory_bytes`, `limits`,
-and of the vocabulary `tokens` in hexadecimal digits, `special_ids`, `stop_ids`), answered by `{}`. Each later
-line `{"grammar": text}` is answered by `{"error": text}`, empty where all is well, and `{"convert": text}`, a
-grammar in Lark's form or llama.cpp's, by the former or an error: `{"lark": text}`.
+Protocol on stdin and stdout: lines of JSON. The first is the set-up (`sys_path`, `memory_bytes`,
+`walk_seconds`, and of the vocabulary `tokens` in hexadecimal digits, `special_ids`, `stop_ids`), answered by
+`{}`. Each later line `{"grammar": text, "limits": {}}` is answered by `{"error": text}`, empty where all is
+well, and `{"convert": text}`, a grammar in Lark's form or llama.cpp's, by the former or an error:
+`{"lark": text}`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import random
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from time import thread_time
 from typing import Any
 
 #: As little as any thread may have in which the grammar is compiled later.
 STACK_BYTES = 512 << 10
+#: Random answers that a grammar has to get through, and tokens of each.
+NUM_WALKS = 2
+WALK_TOKENS = 64
 
 
 class Vocabulary:
@@ -60,17 +66,57 @@ def make_tokenizer(setup: Mapping[str, Any]) -> Any:
     return llguidance.LLTokenizer(vocabulary, n_vocab=len(setup["tokens"]), eos_token=setup["stop_ids"])
 
 
-def answer(request: Mapping[str, Any], tokenizer: Any, limits: Any) -> dict[str, str]:
+def walk(
+    matcher: Any, stop_ids: Sequence[int], seconds: float, clock: Callable[[], float] = thread_time
+) -> str:
+    """Follow a grammar on random ways, always the same ones.
+
+    Returns: what went wrong, "" if nothing did.
+    """
+    end = clock() + seconds
+    for number in range(NUM_WALKS):
+        chance, copy, begun = random.Random(number), matcher.deep_copy(), False
+        for _ in range(WALK_TOKENS):
+            mask = copy.compute_bitmask()
+            token = None if copy.is_error() else pick(mask, stop_ids, chance)
+            if token is None:
+                break
+            copy.consume_token(token)
+            begun = True
+            if clock() > end:
+                return "it takes too much time to follow"
+        error = str(copy.get_error())
+        if error and not (begun and error.startswith("NoExtension")):  # chance may run into a dead end
+            return error
+    return ""
+
+
+def pick(mask: bytes, stop_ids: Sequence[int], chance: random.Random) -> int | None:
+    """One of the ids whose bits are set, but not one that ends an answer; None if there is no other."""
+    bits = bytearray(mask)
+    for id in stop_ids:
+        bits[id // 8] &= ~(1 << id % 8) & 255
+    start = chance.randrange(len(bits))
+    turned = bytes(bits[start:] + bits[:start])
+    found = turned.lstrip(b"\0")
+    if not found:
+        return None
+    place = (start + len(turned) - len(found)) % len(bits)
+    return 8 * place + chance.choice([bit for bit in range(8) if found[0] >> bit & 1])
+
+
+def answer(request: Mapping[str, Any], tokenizer: Any, setup: Mapping[str, Any]) -> dict[str, str]:
     """What to say to one request."""
-    from llguidance import LLMatcher, gbnf_to_lark
+    from llguidance import LLMatcher, LLParserLimits, gbnf_to_lark
 
     try:
         if "convert" in request:
             return {"lark": gbnf_to_lark.any_to_lark(request["convert"])}
+        limits = LLParserLimits(**request["limits"])
         matcher = LLMatcher(tokenizer, request["grammar"], log_level=0, limits=limits)
-        if not matcher.is_error():
-            matcher.compute_bitmask()
-        return {"error": matcher.get_error()}
+        if matcher.is_error():
+            return {"error": matcher.get_error()}
+        return {"error": walk(matcher, setup["stop_ids"], setup["walk_seconds"])}
     except MemoryError:
         return {"error": "it needs too much memory"}
     except BaseException as error:  # where the library's Rust code panics, it is no Exception
@@ -90,14 +136,11 @@ def serve() -> None:
     """Answer requests until stdin ends."""
     setup = json.loads(sys.stdin.buffer.readline())
     sys.path[:] = setup["sys_path"]
-    from llguidance import LLParserLimits
-
-    limits = LLParserLimits(**setup["limits"])
     tokenizer = make_tokenizer(setup)
     limit_memory(setup["memory_bytes"])
     print("{}", flush=True)
     for line in sys.stdin.buffer:
-        print(json.dumps(answer(json.loads(line), tokenizer, limits)), flush=True)
+        print(json.dumps(answer(json.loads(line), tokenizer, setup)), flush=True)
 
 
 def main() -> None:

@@ -13,17 +13,20 @@ from torch import Tensor
 
 from godwit.engine.cache import CacheSize, num_blocks
 from godwit.engine.generation import Generation
+from godwit.engine.masks import MaskPool, wait_for_any
 from godwit.engine.runner import ModelRunner
 from godwit.engine.sampling import Row, as_rows
 from godwit.engine.scheduler import Scheduler, Sequence, Work
 from godwit.engine.spill import DiskCache
 from godwit.engine.stream import Reason
-from godwit.errors import GodwitError, MemoryBudgetError
+from godwit.errors import GodwitError, MemoryBudgetError, UsageError
 from godwit.models.batch import BLOCK_SIZE, ForwardBatch
 from godwit.models.causal_lm import CausalLM
 
 #: Tokens of prompts that a step may read in any case.
 MIN_PREFILL = 32
+#: Seconds that a step waits for the masks of forms; answers whose masks take longer miss steps.
+MASK_SECONDS = 0.05
 #: Share of the newest step in the measured time of a token.
 _NEWEST = 0.25
 
@@ -111,10 +114,13 @@ class EngineCore:
         )
         if drafter is not None:
             drafter.start(self.runner)
+        self.masks = MaskPool()
         self.counts = Counts()
         self.last_error: str | None = None
         self.ok = True
         self._generations: dict[Sequence, Generation] = {}
+        self._late: dict[Sequence, Tensor] = {}  # scores [V] of the next tokens, whose masks are not ready
+        self._mask_deadline = 0.0
         self._seconds_per_token = 0.0
 
     @property
@@ -165,19 +171,23 @@ class EngineCore:
     # a step
 
     def _step(self) -> None:
+        self._answer_late()
         began = perf_counter()
         drafts = self._drafts()
         draft = (lambda seq: drafts.get(seq, [])) if drafts else None
         plan = self.scheduler.plan(self.runner, self._budget(), draft)
         for seq in plan.preempted:
             self._undraft(seq)
+            self._late.pop(seq, None)
         for seq in plan.admitted:
             self._begin(seq)
         if not plan.works:
+            self._await_masks()
             return
         batch, hidden, logits, firsts = self.runner.run(plan.works)
         self.counts.steps += 1  # before anybody hears of what came of it
         rows = as_rows(logits)
+        self._mask_deadline = perf_counter() + MASK_SECONDS
         for work, start in zip(plan.works, batch.cu_seqlens, strict=False):
             if work.sequence.scored:
                 seq, read = work.sequence, hidden[start : start + len(work.tokens)]
@@ -213,6 +223,17 @@ class EngineCore:
         if logits is not None:
             self._answer(Work(seq, []), logits[None], as_rows(logits[None]), 0)
 
+    def _answer_late(self) -> None:
+        """Go on with answers whose masks have become ready."""
+        for seq in [seq for seq in self._late if self._generations[seq].ready(0)]:
+            logits = self._late.pop(seq)[None]
+            self._answer(Work(seq, []), logits, as_rows(logits), 0)
+
+    def _await_masks(self) -> None:
+        """Nothing else is to be done, so wait for a mask."""
+        masks = [self._generations[seq].masks for seq in self._late]
+        wait_for_any([one for one in masks if one is not None], MASK_SECONDS)
+
     def _pass(self, work: Work) -> int:
         """Take in a step that read a part of a prompt; how many tokens it ran."""
         seq = work.sequence
@@ -225,6 +246,7 @@ class EngineCore:
         """Choose tokens as far as the drafts agree, and undo the others; how many that ran were true.
 
         A token is drawn as it would be without drafts, so they change neither an answer nor its distribution.
+        If a mask is not ready in time, the answer keeps the scores and goes on in a later step.
 
         Args:
             logits: scores ``[R, V]``, of which ``rows`` is the same in memory.
@@ -232,43 +254,50 @@ class EngineCore:
         """
         seq, generation = work.sequence, self._generations[work.sequence]
         sure = len(work.tokens) - work.num_drafts
-        made, error = 0, None
+        made, late = 0, False
         reason: Reason | None = None
+        fault: Exception | None = None
         guesses: tuple[int | None, ...] = (*work.tokens[sure:], None)
         if len(seq.ids) >= seq.limit:  # only the prompt was to be read
             guesses, reason = (), "length"
         try:
             for guess in guesses:
+                if late := not generation.ready(max(0.0, self._mask_deadline - perf_counter())):
+                    break
                 row = rows[first + made]
                 token = generation.choose(row)
                 made += 1
                 reason = generation.push(token, row)
                 if reason is not None or token != guess:
                     break
-        except Exception as fault:
-            reason, error = "error", told(fault)
-        kept = sure + max(0, made - 1)
+        except Exception as error:
+            reason, fault = "error", error
+        kept = sure + (made if late else max(0, made - 1))
         generation.drafted += work.num_drafts
         generation.accepted += kept - sure
         self.runner.settle(work, kept)
-        if seq.num_computed == seq.num_prompt and error is None:
+        if seq.num_computed == seq.num_prompt and fault is None:
             self.runner.remember(seq, logits[first])
+        if late:
+            self._late[seq] = logits[first + made].clone()
         if reason is not None:
-            self._finish(generation, reason, error)
+            self._finish(generation, reason, fault)
         return kept
 
-    def _finish(self, generation: Generation, reason: Reason, error: str | None = None) -> None:
+    def _finish(self, generation: Generation, reason: Reason, fault: Exception | None = None) -> None:
         seq = generation.sequence
         if seq.slot is not None:
             self.runner.release(seq, keep=reason != "error", last=True)
         self.scheduler.remove(seq)
         self._forget(seq)
-        generation.finish(reason, error)
+        error = None if fault is None else told(fault)
+        generation.finish(reason, error, refused=isinstance(fault, UsageError))
 
     def _forget(self, seq: Sequence) -> None:
         """Close the books of a request."""
         generation, counts = self._generations.pop(seq), self.counts
         self._undraft(seq)
+        self._late.pop(seq, None)
         counts.finished += 1
         counts.prompt += seq.num_prompt
         counts.cached += generation.num_cached

@@ -176,7 +176,9 @@ class Engine:
                 next(self._numbers), ids, len(ids), limit, request.salt, request.priority, cuts
             )
             sequence.scored = request.score_prompt
-            self._inbox.append(Generation(request, sequence, sampler, self.tokenizer, channel))
+            self._inbox.append(
+                Generation(request, sequence, sampler, self.tokenizer, channel, self.core.masks)
+            )
             self._changed.notify_all()
         return Stream(channel)
 
@@ -329,6 +331,7 @@ class Engine:
                 self._ended = True
             self._take()
             self._on_turn()
+            self.core.masks.close()
             if self._disk is not None:
                 self._disk.close()
 

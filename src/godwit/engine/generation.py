@@ -9,6 +9,7 @@ from torch import Tensor
 
 from godwit.engine.answer import StopMatcher
 from godwit.engine.ending import Ending
+from godwit.engine.masks import MaskPool, Masks
 from godwit.engine.prefix import Hit
 from godwit.engine.sampling import Row, Sampler, TokenLogprobs
 from godwit.engine.scheduler import Sequence
@@ -32,6 +33,7 @@ class Generation:
         sampler: Sampler,
         tokenizer: Tokenizer,
         channel: Channel,
+        pool: MaskPool,
     ) -> None:
         self.request = request
         self.sequence = sequence
@@ -45,6 +47,7 @@ class Generation:
         room = sequence.limit - sequence.num_prompt
         rules = request.thinking
         self._guide = None if rules is None else ThinkingGuide(rules, tokenizer, room)
+        self.masks = None if request.constraint is None else Masks(request.constraint, pool)
         self._unshown: deque[tuple[int, int, TokenLogprobs | None]] = deque()  # (end in the text, token, ...)
         self._num_decoded = self._num_shown = 0
         self._submitted = perf_counter()
@@ -81,6 +84,8 @@ class Generation:
         if self._admitted is None:
             self._admitted = perf_counter()
             self._hit = hit
+            if self.masks is not None:
+                self.masks.begin()
             self.channel.put(Started(hit.position))
 
     def score(self, model: CausalLM, first: int, hidden: Tensor) -> None:
@@ -91,34 +96,41 @@ class Generation:
                 self.channel.put(PromptScored(self._scores.whole()))
                 self._scores = None
 
+    def ready(self, seconds: float) -> bool:
+        """Whether the next token can be chosen; waits up to ``seconds`` for the mask that it needs."""
+        return self.masks is None or self.masks.ready(seconds)
+
     def choose(self, logits: Row) -> int:
         """The next token after ``logits [V]``, which becomes a part of the answer.
 
         Raises:
             GodwitError: there is none.
         """
+        mask, guide = None if self.masks is None else self.masks.take(), self._guide
         token = (
-            self._sample(logits) if self._guide is None else self._guide.choose(lambda: self._sample(logits))
+            self._sample(logits, mask) if guide is None else guide.choose(lambda: self._sample(logits, mask))
         )
         self._sampler.record(token)
-        if self.request.constraint is not None:
-            self.request.constraint.accept(token)
         self._last = perf_counter()
         if self._first is None:
             self._first = self._last
         self.sequence.ids.append(token)
         return token
 
-    def _sample(self, logits: Row) -> int:
-        constraint, guide = self.request.constraint, self._guide
-        allowed = None if constraint is None else constraint.allowed()
-        if allowed is not None and guide is not None and guide.mends_end:
+    def _sample(self, logits: Row, allowed: Tensor | None) -> int:
+        if allowed is not None and self._guide is not None and self._guide.mends_end:
             allowed = allowed.clone()
             allowed[[id for id in self._stop_ids if id < len(allowed)]] = True
         return self._sampler.sample(logits, self._ending.allowed(self._num_made, allowed))
 
     def push(self, token: int, logits: Row) -> Reason | None:
         """Give out what text is certain with ``token``, which was chosen by ``logits``; the reason to end."""
+        reason = self._push(token, logits)
+        if reason is None and self.masks is not None:
+            self.masks.accept(token, foreseen=self.foreseen)
+        return reason
+
+    def _push(self, token: int, logits: Row) -> Reason | None:
         top = self.request.params.logprobs
         logprobs = None if top is None else TokenLogprobs.of(logits, self._sampler.vocab_size, token, top)
         if self._ending.ends(token):
@@ -136,8 +148,10 @@ class Generation:
             return "stop"
         return "length" if len(self.sequence.ids) >= self.sequence.limit else None
 
-    def finish(self, reason: Reason, error: str | None = None) -> None:
-        """Give out what is left, and the end."""
+    def finish(self, reason: Reason, error: str | None = None, *, refused: bool = False) -> None:
+        """Give out what is left, and the end. For ``error`` and ``refused`` see :class:`Finish`."""
+        if self.masks is not None:
+            self.masks.end()
         self._show(self._matcher.push(self._decoder.flush()) + self._matcher.flush())
         now = perf_counter()
         admitted = self._admitted or now
@@ -162,6 +176,7 @@ class Generation:
                 preemptions=self.sequence.num_preemptions,
                 reuse_note=self._hit.note,
                 error=error,
+                refused=refused,
                 stop_logprobs=self._stop_logprobs,
                 speedup=self._speedup(max(0.0, self._last - first)),
             )

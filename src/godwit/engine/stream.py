@@ -20,7 +20,10 @@ Reason = Literal["stop", "length", "cancelled", "error"]
 
 
 class Constraint(Protocol):
-    """What the tokens of one answer have to obey; made for one request, and used up by it."""
+    """What the tokens of one answer have to obey; made for one request, and used up by it.
+
+    Its methods are called from threads of the engine's, one at a time.
+    """
 
     def allowed(self) -> Tensor | None:
         """Bool ``[vocab_size]``: which tokens may come next, stop tokens included; None: all."""
@@ -99,6 +102,7 @@ class Finish(session.Finish):
         preemptions: how often the request had to make room for others.
         reuse_note: why not more of the prompt was reused; empty where nothing was left to reuse.
         error: what went wrong, where the reason is "error".
+        refused: the error is the request's own fault: its form was too costly to follow, for example.
         stop_logprobs: of the stop token that ended it, which is in no piece, where logprobs were asked for.
     """
 
@@ -109,6 +113,7 @@ class Finish(session.Finish):
     preemptions: int = 0
     reuse_note: str = ""
     error: str | None = None
+    refused: bool = False
     speedup: float | None = None
     stop_logprobs: TokenLogprobs | None = None
 

@@ -211,7 +211,7 @@ class Answers:
         self.record.note_generated(finish.completion_tokens - self.answers[index].num_tokens)  # without text
         if finish.reason == "error":
             self.record.error = finish.error or INTERNAL
-            raise failed_answer(finish.error)
+            raise failed_answer(finish.error, refused=finish.refused)
         satisfied = index in self._satisfied
         if finish.reason == "cancelled" and not satisfied:
             raise overloaded("the server is shutting down, so this answer was ended; send the request again")

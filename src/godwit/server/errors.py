@@ -104,9 +104,10 @@ def from_engine(error: Exception) -> ApiError:
     return ApiError(500, INTERNAL)
 
 
-def failed_answer(text: str | None) -> ApiError:
-    """500: an answer ended with an error, of which the engine says ``text``."""
-    return ApiError(500, _harmless(text or INTERNAL, INTERNAL))
+def failed_answer(text: str | None, *, refused: bool = False) -> ApiError:
+    """An answer ended with an error, of which the engine says ``text``: 400 where the request is at fault
+    (``refused``), else 500."""
+    return ApiError(400 if refused else 500, _harmless(text or INTERNAL, INTERNAL))
 
 
 def _harmless(text: str, other: str) -> str:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from godwit.engine import Constraint
-from godwit.engine.constraint import Constraints, Kind
-from godwit.server.errors import bad_request
+from godwit.engine.constraint import Constraints, GrammarConstraint, Kind, UnknownForm
+from godwit.engine.constraint_trial import Abandon
+from godwit.errors import GodwitError
+from godwit.server.errors import bad_request, from_engine
 from godwit.server.tools import Format
 from godwit.tokenizer import Tokenizer
 
@@ -57,7 +59,7 @@ class Calls:
 
 
 class FormMaker:
-    """Makes what holds answers to forms. Blocks, for several threads.
+    """Makes what holds answers to forms. For several threads, of which none should be an event loop's.
 
     Args:
         tokenizer: the model's.
@@ -72,18 +74,42 @@ class FormMaker:
         self._lock = threading.Lock()
         self._constraints: Constraints | None = None
 
-    def make(self, form: Form | Calls, thinking: Thinking, count: int) -> list[Constraint]:
-        """One for each of ``count`` answers.
+    def known(self, form: Form | Calls, thinking: Thinking, count: int) -> Sequence[Constraint] | None:
+        """As :meth:`make`, but None where a form was not tried yet: it takes milliseconds and needs no queue.
+
+        Raises:
+            ApiError: the form cannot be used.
+        """
+        if (constraints := self._constraints) is None:
+            return None
+        try:
+            return self._several(constraints.only_known(), form, thinking, count)
+        except UnknownForm:
+            return None
+        except GodwitError as error:
+            raise from_engine(error) from error
+
+    def make(
+        self, form: Form | Calls, thinking: Thinking, count: int, abandon: Abandon | None = None
+    ) -> Sequence[Constraint]:
+        """One for each of ``count`` answers. Blocks while the form is tried, until ``abandon`` is set.
 
         Raises:
             UsageError: the form cannot be used, or this installation cannot do it.
+            BusyError: it cannot be tried now, or was given up.
         """
         with self._lock:
             if self._constraints is None:
                 self._constraints = Constraints(self._tokenizer, self._vocab_size)
-        return [self._one(self._constraints, form, thinking) for _ in range(count)]
+        return self._several(self._constraints.until(abandon or Abandon()), form, thinking, count)
 
-    def _one(self, constraints: Constraints, form: Form | Calls, thinking: Thinking) -> Constraint:
+    def _several(
+        self, constraints: Constraints, form: Form | Calls, thinking: Thinking, count: int
+    ) -> Sequence[Constraint]:
+        first = self._one(constraints, form, thinking)
+        return [first, *(first.again() for _ in range(count - 1))]
+
+    def _one(self, constraints: Constraints, form: Form | Calls, thinking: Thinking) -> GrammarConstraint:
         if isinstance(form, Form):
             return constraints.held_to(constraints.rule(form.kind, form.value), thinking)
         if self._format is None:

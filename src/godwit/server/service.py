@@ -17,6 +17,7 @@ from starlette.requests import Request
 
 import godwit
 from godwit.engine import Constraint, GenerationRequest, SamplingParams, Stream, ThinkingRules
+from godwit.engine.constraint_trial import Abandon
 from godwit.errors import GodwitError, UsageError
 from godwit.server.answers import Answers, check_choices
 from godwit.server.body import LONG, parse_object, read_body
@@ -253,12 +254,19 @@ class Service:
         """
         if form is None:
             return [None] * count
-        made = self._form_queue.run(client_of(request), lambda: self._forms.make(form, thinking, count))
+        abandon = Abandon()
         try:
+            if (known := await run_sync(self._forms.known, form, thinking, count)) is not None:
+                return known
+            made = self._form_queue.run(
+                client_of(request), lambda: self._forms.make(form, thinking, count, abandon)
+            )
             return await while_there(request, made)
         except ApiError as error:
             error.param = error.param or form.field
             raise
+        finally:
+            abandon.give_up()
 
     def _thinking(self, chat: Chat, prompt: Prompt) -> Thinking:
         if prompt.thinking:

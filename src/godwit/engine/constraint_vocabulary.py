@@ -1,0 +1,61 @@
+"""A model's tokens, as the library that follows grammars wants to have them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from godwit.engine.constraint_calls import CALL, END_CALL
+from godwit.engine.constraint_grammar import END_THINK, THINK
+from godwit.tokenizer import Tokenizer
+
+_TAGS = (CALL, END_CALL, THINK, END_THINK)
+
+
+@dataclass(frozen=True)
+class Tags:
+    """The tokens that stand for tags in a vocabulary; those that are not single tokens are absent.
+
+    Attributes:
+        ids: the id of each tag.
+        letter: the id of an ordinary letter, allowed wherever any text is.
+    """
+
+    ids: Mapping[str, int]
+    letter: int | None
+
+    @staticmethod
+    def of(tokenizer: Tokenizer, vocab_size: int) -> Tags:
+        known = {
+            tag: id for tag in _TAGS if (id := tokenizer.token_to_id(tag)) is not None and id < vocab_size
+        }
+        letter = tokenizer.encode("~", add_special_tokens=False)[-1:]
+        return Tags(known, letter[0] if letter else None)
+
+
+class Vocabulary:
+    """A tokenizer as the library wants to have it: control tokens are never a way to write a text."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop: int) -> None:
+        self.eos_token_id = stop
+        self.tokens = [tokenizer.token_bytes(id) or b"" for id in range(vocab_size)]
+        self.special_token_ids = sorted(
+            id for id in tokenizer.special_ids | tokenizer.stop_ids if id < vocab_size
+        )
+        self._tokenizer = tokenizer
+        tags = [tag for tag in _TAGS if tokenizer.token_to_id(tag) not in (None, *self.special_token_ids)]
+        self._tags = re.compile(f"({'|'.join(map(re.escape, tags))})") if tags else None
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        """How the model would write a text that a grammar forces."""
+        if isinstance(text, bytes):
+            text = text.decode("utf-8", "replace")
+        parts = [text] if self._tags is None else self._tags.split(text)
+        return [id for part in parts for id in self._part(part)]
+
+    def _part(self, part: str) -> list[int]:
+        tag = self._tokenizer.token_to_id(part) if part in _TAGS else None
+        return self._tokenizer.encode(part, add_special_tokens=False) if tag is None else [tag]
