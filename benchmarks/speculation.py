@@ -19,7 +19,7 @@ import queue
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ class Numbers:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
-    def stream(self) -> Numbers:
+    def stream(self, *, shown: Collection[int] = ()) -> Numbers:
         return self
 
     def push(self, id: int) -> str:
