@@ -49,6 +49,17 @@ def _chat(**fields: Any) -> Callable[[random.Random], bytes]:
     return lambda rng: data
 
 
+def _many(path: str, start: str, item: str, end: str) -> Callable[..., Any]:
+    """A body of 1,000,000 bytes of one and the same item."""
+    data = (start + ",".join([item] * (1_000_000 // (len(item) + 1))) + end).encode()
+    return _posting(path, lambda rng: data)
+
+
+_ASKED = '{"messages": [{"role": "user", "content": "Hello!"}], '
+_BLOCKS = '{"messages": [{"role": "user", "content": ['
+_DESCRIBED = '{"name": "f", "description": "'
+
+
 def _slowly(pieces: int, pause: float) -> Callable[..., Any]:
     """Sends a body a few bytes at a time, and leaves before its end."""
 
@@ -185,6 +196,17 @@ ATTACKS = (
     Attack("form of a web page", _posting(CHAT, _chat(), headers={"Content-Type": "text/plain"}), (415,)),
     Attack("foreign host", _posting(CHAT, _chat(), headers={"Host": "evil.example"}), (403,)),
     Attack("costly schema", _posting(CHAT, _costly_schema), (400, 200)),
+    Attack("ids that are none", _many(TEXT, '{"prompt": [', "-1", "]}")),
+    Attack("nested lists", _many(TEXT, '{"prompt": [', "[[[[]]]]", "]}")),
+    Attack("bad names of biases", _many(CHAT, _ASKED + '"logit_bias": {', '"abcdefgh": 0', "}}")),
+    Attack("bad messages", _many(CHAT, '{"messages": [', '{"role": 1, "content": 2, "name": 3}', "]}")),
+    Attack("bad blocks", _many("/v1/messages", _BLOCKS, '{"type": 1}', "]}]}")),
+    Attack("halves of characters", _many(CHAT, _ASKED + '"stop": [', r'"\ud800"', "]}")),
+    Attack(
+        "a million letters in a tool",
+        _many(CHAT, _ASKED + '"tools": [{"type": "function", "function": ' + _DESCRIBED, "abc", '"}}]}'),
+    ),
+    Attack("variable named self", _posting(CHAT, _chat(chat_template_kwargs={"self": 1}))),
     Attack("slow body", _slowly(6, 0.4), (0,)),
     Attack("head of 100 KB", _raw(b"GET / HTTP/1.1\r\nX: " + b"a" * 100_000 + b"\r\n\r\n"), (400, 431, 0)),
     Attack("whole head of 17 KB", _raw(_head_of("X: " + "a" * 17_000)), (431,)),

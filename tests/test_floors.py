@@ -8,10 +8,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent / "src" / "godwit"
 # The rooms of each floor, and the modules of a room that has several. The ground, below all floors, is what
-# everyone may import: the package itself (it holds the version), errors, kinds of files, child processes,
-# pages of memory, the native module.
+# everyone may import: the package itself (it holds the version), errors, kinds of files and how they are
+# opened, child processes, pages of memory, the native module.
 FLOORS = (
-    ("errors", "child", "file_kinds", "pages", "_native"),
+    ("errors", "child", "file_kinds", "pages", "safe_files", "_native"),
     ("config", "qtensor", "tokenizer"),
     ("checkpoint", "kernels"),
     ("models",),
@@ -29,6 +29,8 @@ PARTS = {
         "messages",
         "template_worker",
         "tokenizer_files",
+        "tokenizer_trial",
+        "tokenizer_worker",
     ),
 }
 ROOM = {part: room for room, parts in PARTS.items() for part in parts}

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 _WORD_CATEGORIES = ("Mn", "Mc", "Me", "Pc")
+#: Letters of a token: what breaks tokens up in conversations keeps the parts of each.
+MAX_CONTENT = 1000
 _FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 #: The names under which versions of `transformers` list further special tokens.
@@ -38,6 +40,8 @@ class AddedToken:
             raise TypeError("an added token needs a text and a number")
         if not 0 <= raw["id"] < 1 << 31:
             raise ValueError(f"no token can have the number {raw['id']}")
+        if len(raw["content"]) > MAX_CONTENT:
+            raise ValueError(f"an added token has {len(raw['content'])} letters, more than {MAX_CONTENT}")
         return cls(raw["id"], raw["content"], *(bool(raw.get(name)) for name in _FLAGS))
 
     @property

@@ -24,6 +24,7 @@ MAX_SOURCE_CHARS = 1 << 20
 MAX_DEPTH = 64
 _OWN_WORDS = frozenset(("content", "reasoning_content", "reasoning", "thinking"))
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
+_MARKS = re.compile(f"[{chr(_PRIVATE_USE[0])}-{chr(_PRIVATE_USE[-1])}]")
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 #: Efforts in the words of the templates that know any.
 _EFFORTS = {
@@ -331,7 +332,7 @@ def _strings(value: Any, depth: int = 0) -> Iterator[str]:
 
 
 def _unused_character(texts: Iterable[str]) -> str:
-    used = set(itertools.chain.from_iterable(text for text in texts if not text.isascii()))
+    used = {mark for text in texts if not text.isascii() for mark in _MARKS.findall(text)}
     first = secrets.randbelow(len(_PRIVATE_USE))
     for code in itertools.chain(_PRIVATE_USE[first:], _PRIVATE_USE[:first]):
         if chr(code) not in used:

@@ -10,6 +10,37 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+#: Variables that a process may need to start and to write the time; no other, such as a key, is passed on.
+_PASSED_ON = (
+    "PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR", "TEMP", "TZ",
+    "LANG", "LC_ALL", "LC_CTYPE", "LC_TIME",
+)  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    """The environment of a child: strangers' programs in it have no use for the user's secrets."""
+    return {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+
+
+def command(script: Path) -> list[str]:
+    """How a script of ours is started, apart from the user's own Python packages."""
+    return [sys.executable, "-I", str(script)]
+
+
+def run_once(script: Path, data: bytes, seconds: float) -> bytes | None:
+    """What a script writes to stdout, given ``data`` on stdin; None where it failed or took too long.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    try:
+        done = subprocess.run(
+            command(script), input=data, capture_output=True, timeout=seconds, env=environment(), check=False
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    return done.stdout if done.returncode == 0 else None
+
 
 class Child:
     """A script in a process of its own, talked to over its pipes; it can be ended and started again."""
@@ -29,8 +60,9 @@ class Child:
         """Start it anew. Raises OSError."""
         self.drop()
         pipe, silence = subprocess.PIPE, subprocess.DEVNULL
-        command = [sys.executable, "-I", str(self._script)]
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=silence)
+        process = subprocess.Popen(
+            command(self._script), stdin=pipe, stdout=pipe, stderr=silence, env=environment()
+        )
         self.process, self._owner = process, os.getpid()
         self._stop = weakref.finalize(self, _end, process, self._owner)
 

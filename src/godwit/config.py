@@ -18,6 +18,7 @@ from godwit.config_fields import Fields
 from godwit.config_rotary import RotarySpec, read_rotary
 from godwit.errors import CheckpointError, UnsupportedModelError
 from godwit.file_kinds import kind_of, refusal
+from godwit.safe_files import check_json, read_bounded
 
 __all__ = [
     "FAMILIES", "AttentionSpec", "DenseSpec", "Family", "FfnSpec", "GatedDeltaNetSpec", "LayerSpec",
@@ -25,6 +26,10 @@ __all__ = [
 ]  # fmt: skip
 
 MAX_CONFIG_BYTES = 16 * 2**20
+#: Many times those of the largest models. Each layer and expert takes memory before any weight is looked at.
+MAX_LAYERS = 1024
+MAX_EXPERTS = 2**18  # of all layers
+MAX_WIDTH = 2**20  # of all heads of a layer together
 
 
 @dataclass(frozen=True)
@@ -199,16 +204,17 @@ def read_config_json(path: str | Path) -> dict[str, Any]:
     """Parse a ``config.json`` with a size limit.
 
     Raises:
-        CheckpointError: no such file, too large, or not a JSON object.
+        CheckpointError: no such file, no regular one, too large, a link out of its folder, or not a JSON
+            object.
     """
     file = Path(path)
     if file.is_dir():
         file = file / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file; give a model directory or its config.json")
-    if file.stat().st_size > MAX_CONFIG_BYTES:
-        raise CheckpointError(f"{file}: larger than {MAX_CONFIG_BYTES >> 20} MiB, so not a model config")
-    data = file.read_bytes()
+    try:
+        data = read_bounded(file, MAX_CONFIG_BYTES, folder=file.parent)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{file}: no such file; give a model directory or its config.json") from None
+    check_json(data, file)
     try:
         raw = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
@@ -242,7 +248,7 @@ class _Reader:
     def model(self) -> ModelConfig:
         self._refuse_unsupported()
         fields = self.fields
-        num_layers = fields.integer("num_hidden_layers", high=4096)
+        num_layers = fields.integer("num_hidden_layers", high=MAX_LAYERS)
         kinds = self._layer_types(num_layers)
         attention = self._attention()
         delta = self._delta() if "linear_attention" in kinds else None
@@ -250,6 +256,9 @@ class _Reader:
         for index, kind in enumerate(kinds):
             mixer = delta if kind == "linear_attention" and delta is not None else attention
             layers.append(LayerSpec(mixer, self._ffn(index)))
+        num_experts = sum(layer.ffn.num_experts for layer in layers if isinstance(layer.ffn, MoeSpec))
+        if num_experts > MAX_EXPERTS:
+            raise CheckpointError(f"the config has {num_experts} experts in all, more than {MAX_EXPERTS}")
         return ModelConfig(
             model_type=self.model_type,
             vocab_size=fields.integer("vocab_size"),
@@ -318,6 +327,10 @@ class _Reader:
         hidden = fields.integer("hidden_size")
         kv_heads = fields.integer("num_key_value_heads", high=65536, null=heads)
         head_dim = fields.integer("head_dim", high=65536, null=max(1, hidden // heads))
+        if heads * head_dim > MAX_WIDTH:
+            raise CheckpointError(
+                f"{heads} attention heads of {head_dim} are wider than {MAX_WIDTH} together"
+            )
         if heads % kv_heads:
             raise CheckpointError(f"{kv_heads} num_key_value_heads do not divide {heads} num_attention_heads")
         if self.model_type == "llama" and hidden % heads:
@@ -336,6 +349,10 @@ class _Reader:
             head_v_dim=self.fields.integer("linear_value_head_dim", high=65536),
             conv_kernel=self.fields.integer("linear_conv_kernel_dim", high=1024),
         )
+        if spec.conv_dim > MAX_WIDTH:
+            raise CheckpointError(
+                f"the linear attention heads are {spec.conv_dim} wide, more than {MAX_WIDTH}"
+            )
         if spec.num_v_heads % spec.num_k_heads:
             heads = f"{spec.num_k_heads} linear_num_key_heads", f"{spec.num_v_heads} linear_num_value_heads"
             raise CheckpointError(" do not divide ".join(heads))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from godwit.errors import CheckpointError, GodwitError, UnsupportedModelError
+from godwit.safe_files import open_regular
 
 HEAD_BYTES = 1 << 16  # enough to name any kind, and for the first keys of a GGUF file
 
@@ -91,9 +93,9 @@ def kind_of(head: bytes, size: int, name: str = "") -> Kind | None:
 def kind_of_file(path: Path) -> Kind | None:
     """The kind of a file on disk; None where nothing gives it away or it cannot be read."""
     try:
-        with path.open("rb") as file:
-            return kind_of(file.read(HEAD_BYTES), path.stat().st_size, path.name)
-    except OSError:
+        with open_regular(path) as file:
+            return kind_of(file.read(HEAD_BYTES), os.fstat(file.fileno()).st_size, path.name)
+    except (OSError, CheckpointError):
         return None
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .errors import TemplateError
@@ -98,21 +98,22 @@ def _order_results(messages: list[Message]) -> list[Message]:
     result = list(messages)
     for index, message in enumerate(messages):
         ids = [call.get("id") for call in message.get("tool_calls") or ()]
-        known = [id for id in ids if id and isinstance(id, str)]
-        if len(known) > 1:
-            places = list(_results(messages, index, known))
-            ranked = sorted(places, key=lambda place: known.index(messages[place]["tool_call_id"]))
+        ranks = {id: rank for rank, id in reversed([*enumerate(ids)]) if id and isinstance(id, str)}
+        if len(ranks) > 1:
+            places = list(_results(messages, index, ranks))
+            ranked = sorted(places, key=lambda place: ranks[messages[place]["tool_call_id"]])
             for place, source in zip(places, ranked, strict=True):
                 result[place] = messages[source]
     return result
 
 
-def _results(messages: Sequence[Message], index: int, ids: Sequence[str]) -> Iterator[int]:
+def _results(messages: Sequence[Message], index: int, ids: Collection[str]) -> Iterator[int]:
     """Where the results of calls with these ids stand, between an assistant's message and the next one."""
     for place in range(index + 1, len(messages)):
         if messages[place]["role"] == "assistant":
             return
-        if messages[place]["role"] == "tool" and messages[place].get("tool_call_id") in ids:
+        id = messages[place].get("tool_call_id") if messages[place]["role"] == "tool" else None
+        if isinstance(id, str) and id in ids:
             yield place
 
 

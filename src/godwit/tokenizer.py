@@ -22,24 +22,28 @@ from .chat_template import ROLE_OTHER, TOOL_RESULT, ChatTemplate, RoleTracker, S
 from .detokenizer import DecodePlan, StreamDecoder
 from .errors import CheckpointError, GodwitError, TemplateError
 from .tokenizer_files import (
+    MAX_TOKENIZER_BYTES,
     ReadText,
     eos_ids,
-    in_folder,
+    files_in,
     in_memory,
     read_json,
     read_template,
     token_text,
 )
+from .tokenizer_trial import check_growth, try_out
 
 __all__ = ["AddedToken", "ChatTemplate", "StreamDecoder", "Tokenizer"]
 
-MAX_TOKENIZER_BYTES = 256 << 20
 _SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "max_new_tokens", "do_sample",
 )  # fmt: skip
+MAX_AROUND = 64  # tokens that the post-processor puts around a text
 #: Parts of a text by which the words of a template are told from those of an assistant.
 _LOOKAHEAD = 8
+#: Longer texts are encoded without the interpreter's lock, which is not worth its cost for shorter ones.
+_LONG_CHARS = 1024
 
 
 class Tokenizer:
@@ -92,17 +96,20 @@ class Tokenizer:
         self.named_tokens = dict(named_tokens or {})
 
     @classmethod
-    def from_dir(cls, path: str | Path) -> Tokenizer:
+    def from_dir(cls, path: str | Path, *, trusted: bool = False) -> Tokenizer:
         """The tokenizer in a directory. Raises CheckpointError, or TemplateError for an oversized template.
 
         Reads `tokenizer.json` and, where they exist, `tokenizer_config.json`, `chat_template.jinja`,
-        `generation_config.json` and `config.json`.
+        `generation_config.json` and `config.json`; links must not lead out of the directory. Unless it is
+        `trusted`, a tokenizer is first tried in a process with limits of time and memory.
         """
-        return cls._read(in_folder(Path(path)), str(path))
+        return cls.from_files(files_in(Path(path)), str(path), trusted=trusted)
 
     @classmethod
-    def from_files(cls, files: Mapping[str, bytes], where: str) -> Tokenizer:
+    def from_files(cls, files: Mapping[str, bytes], where: str, *, trusted: bool = False) -> Tokenizer:
         """The tokenizer in files that were read from what errors call `where`. Raises as `from_dir`."""
+        if not trusted:
+            try_out(files, where)
         return cls._read(in_memory(files, where), where)
 
     @classmethod
@@ -245,31 +252,48 @@ class Tokenizer:
         if part.token is not None:
             return [part.token.id]
         text = part.text.replace(mark, "") if mark else part.text
-        ids: list[int] = self._run(text, part.leads, normal=part.normal).ids
+        ids: list[int] = self._run(text, part.leads, normal=part.normal, offsets=False).ids
         if self._forbidden.isdisjoint(ids):
             return ids
-        return [id for id, _ in self._spans(text, part.leads, part.normal)]
+        pieces = self._pieces(text, part.leads, part.normal)
+        return [id for _, piece in pieces for id in piece.ids if id not in self._forbidden]
 
     def _spans(self, text: str, leads: bool, normal: bool) -> list[tuple[int, int]]:
         """(id, index of its first character) of text without added tokens."""
-        encoding = self._run(text, leads, normal=normal)
-        spans = [(id, start, stop) for id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)]
-        cuts = [start + 1 for id, start, stop in spans if id in self._forbidden and stop - start > 1]
+        return [
+            (id, place + start)
+            for place, piece in self._pieces(text, leads, normal)
+            for id, (start, _) in zip(piece.ids, piece.offsets, strict=True)
+            if id not in self._forbidden
+        ]
+
+    def _pieces(self, text: str, leads: bool, normal: bool) -> Iterator[tuple[int, tokenizers.Encoding]]:
+        """(index of its first character, encoding) of each piece of text without added tokens.
+
+        Some vocabularies hold control tokens among the words. Cut in two, they are words no more.
+        """
+        piece = self._run(text, leads, normal=normal)
+        found = [index for index, id in enumerate(piece.ids) if id in self._forbidden]
+        # Not from `offsets`, which makes as many tuples as there are tokens.
+        spans = [span for index in found if (span := piece.token_to_chars(index)) is not None]
+        cuts = [start + 1 for start, stop in spans if stop - start > 1]
         if not cuts:
-            return [(id, start) for id, start, _ in spans if id not in self._forbidden]
-        # Some vocabularies hold control tokens among the words. Cut in two, they are words no more.
-        result: list[tuple[int, int]] = []
+            yield 0, piece
+            return
         for start, stop in itertools.pairwise([0, *cuts, len(text)]):
-            inner = self._spans(text[start:stop], leads and start == 0, normal)
-            result += [(id, start + place) for id, place in inner]
-        return result
+            for place, inner in self._pieces(text[start:stop], leads and start == 0, normal):
+                yield start + place, inner
 
     def _run(
-        self, text: str, leads: bool, *, around: bool = False, normal: bool = False
+        self, text: str, leads: bool, *, around: bool = False, normal: bool = False, offsets: bool = True
     ) -> tokenizers.Encoding:
         chosen = self._normal if normal else self._base if leads else self._bare
         with _library_errors():
-            return chosen.encode(text, add_special_tokens=around)
+            if len(text) < _LONG_CHARS:
+                return chosen.encode(text, add_special_tokens=around)
+            # Only the library's batches release the interpreter's lock.
+            encode = chosen.encode_batch if offsets else chosen.encode_batch_fast
+            return encode([text], add_special_tokens=around)[0]
 
     @cached_property
     def _normal(self) -> tokenizers.Tokenizer:
@@ -310,6 +334,8 @@ class Tokenizer:
         full: list[int] = self._run("a", True, around=True).ids
         for start in range(len(full) - len(plain) + 1):
             if full[start : start + len(plain)] == plain:
+                if len(full) - len(plain) > MAX_AROUND:
+                    raise CheckpointError(f"it puts more than {MAX_AROUND} tokens around each text")
                 return full[:start], full[start + len(plain) :]
         return [], []
 
@@ -356,6 +382,7 @@ def _load(raw: Mapping[str, Any]) -> tokenizers.Tokenizer:
         # No language model has one, and a wrong one makes the library abort the whole program.
         raise CheckpointError("its continuing_subword_prefix is not supported")
     plain = {**raw, "model": model, "added_tokens": [], "truncation": None, "padding": None}
+    check_growth(plain)
     with _library_errors():
         return tokenizers.Tokenizer.from_str(json.dumps(plain))
 

@@ -10,28 +10,34 @@ from typing import Any
 from .chat_template import ChatTemplate
 from .errors import CheckpointError
 from .file_kinds import kind_of, refusal
+from .safe_files import check_json, read_bounded
 
+MAX_TOKENIZER_BYTES = 64 << 20  # twice that of the largest known
 MAX_SIDE_FILE_BYTES = 16 << 20
-
-
+#: What a tokenizer is read from, and how large each may be.
+FILES = {
+    "tokenizer.json": MAX_TOKENIZER_BYTES,
+    **dict.fromkeys(
+        ("tokenizer_config.json", "generation_config.json", "config.json", "chat_template.jinja"),
+        MAX_SIDE_FILE_BYTES,
+    ),
+}
 #: The texts of files by their names, None where there is no such file; raises CheckpointError.
 ReadText = Callable[[str, int], str | None]
 
 
-def in_folder(folder: Path) -> ReadText:
-    """The files in a directory."""
-
-    def read(name: str, limit: int) -> str | None:
+def files_in(folder: Path) -> dict[str, bytes]:
+    """The :data:`FILES` that a directory has. Raises CheckpointError."""
+    found: dict[str, bytes] = {}
+    for name, limit in FILES.items():
         path = folder / name
         try:
-            _check_size(path.stat().st_size, limit, path)
-            return path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return None
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from None
-
-    return read
+            found[name] = read_bounded(path, limit, folder=folder)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    return found
 
 
 def in_memory(files: Mapping[str, bytes], where: str) -> ReadText:
@@ -40,7 +46,7 @@ def in_memory(files: Mapping[str, bytes], where: str) -> ReadText:
     def read(name: str, limit: int) -> str | None:
         if name not in files:
             return None
-        _check_size(len(files[name]), limit, f"{where}/{name}")
+        check_size(len(files[name]), limit, f"{where}/{name}")
         try:
             return files[name].decode()
         except UnicodeDecodeError as error:
@@ -49,7 +55,8 @@ def in_memory(files: Mapping[str, bytes], where: str) -> ReadText:
     return read
 
 
-def _check_size(size: int, limit: int, name: object) -> None:
+def check_size(size: int, limit: int, name: object) -> None:
+    """Raises CheckpointError for a file of more than ``limit`` bytes."""
     if size > limit:
         raise CheckpointError(f"{name} is refused: it is larger than {limit >> 20} MiB, more than any needs")
 
@@ -61,6 +68,8 @@ def read_json(
     text = read(name, limit)
     if text is None:
         return None
+    if name != "tokenizer.json":  # its merges are many small lists; the limits of the trial hold for it
+        check_json(text.encode("utf-8", "replace"), f"{where}/{name}")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -477,6 +477,53 @@ def test_damaged_data_are_named(sample: bytes, place: Callable[[bytes], Path]) -
         damaged.files()
 
 
+def test_every_byte_counts(sample: bytes, place: Callable[[bytes], Path]) -> None:
+    """Whatever byte is changed, verifying says so: header, padding, parts and the gaps between them."""
+    end, path = header_end(sample), place(sample)
+    start = -(-end // 4096) * 4096
+    steps = [*range(0, 64), *range(64, end, 97), *range(end, start, 61), start - 1]
+    header = header_of(sample)
+    for entry in (*header["files"].values(), *header["tensors"].values()):
+        begin = start + entry["offset"]
+        steps += [begin - 1, begin, begin + entry["nbytes"] - 1, begin + entry["nbytes"]]
+    steps = [at for at in (*steps, *range(start, len(sample), len(sample) // 150)) if at < len(sample)]
+    for at in sorted(set(steps)):
+        with path.open("r+b") as file:
+            file.seek(at)
+            file.write(bytes([sample[at] ^ 0x10]))
+        with pytest.raises(CheckpointError):
+            PackedFile.open(path).verify()
+        with path.open("r+b") as file:
+            file.seek(at)
+            file.write(sample[at : at + 1])
+    PackedFile.open(path).verify()
+
+
+def header_end(content: bytes) -> int:
+    return 64 + int.from_bytes(content[16:24], "little")
+
+
+def test_bytes_behind_the_header_are_refused_at_once(sample: bytes, place: Callable[[bytes], Path]) -> None:
+    content = bytearray(sample)
+    for at in (header_end(sample), -(-header_end(sample) // 4096) * 4096 - 1):
+        content[at] = 1
+        with pytest.raises(CheckpointError, match="behind its header are not zero"):
+            PackedFile.open(place(bytes(content)))
+        content[at] = 0
+
+
+def test_verifying_reads_the_file_as_it_is_now(sample: bytes, place: Callable[[bytes], Path]) -> None:
+    path = place(sample)
+    packed = PackedFile.open(path)
+    place(sample[:-1])
+    with pytest.raises(CheckpointError, match="cut short"):
+        packed.verify()
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        packed.verify()
+
+
 def test_what_is_no_regular_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.godwit")
     for path in (tmp_path / "pipe.godwit", tmp_path, tmp_path / "absent.godwit"):

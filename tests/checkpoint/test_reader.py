@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -145,13 +146,56 @@ def test_an_unreadable_directory(make_model: MakeModel, monkeypatch: pytest.Monk
         open_checkpoint(directory)
 
 
-def test_symlinks_are_followed_as_in_the_hub_cache(make_model: MakeModel, tmp_path: Path) -> None:
+def linked(folder: Path, blobs: Path) -> Path:
+    """A folder of links to the files in another."""
+    folder.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (folder / path.name).symlink_to(os.path.relpath(path, folder))
+    return folder
+
+
+def test_links_are_followed_in_the_hub_cache(make_model: MakeModel, tmp_path: Path) -> None:
     blobs = make_model({"model.safetensors": A}, name="blobs")
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (snapshot / name).symlink_to(Path("..") / blobs.name / name)
+    snapshot = linked(tmp_path / "snapshots" / "abc", blobs)
     assert open_checkpoint(snapshot).names() == ["a"]
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "snapshots")
+    assert open_checkpoint(tmp_path / "elsewhere" / "abc").names() == ["a"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_links_out_of_the_folder_are_not_followed(make_model: MakeModel, tmp_path: Path, name: str) -> None:
+    index = {"weight_map": {"a": "model.safetensors"}}
+    folder = make_model({"model.safetensors": A, "model.safetensors.index.json": index})
+    kept = make_model({}, name="kept")
+    (folder / name).rename(kept / name)
+    (folder / name).symlink_to(kept / name)
+    with pytest.raises(CheckpointError, match=rf"{name}: a link that leads out of the model's folder"):
+        open_checkpoint(folder)
+
+
+def test_links_within_the_folder_are_followed(make_model: MakeModel) -> None:
+    folder = make_model({"weights": b"", "model.safetensors": A})
+    (folder / "model.safetensors").rename(folder / "weights")
+    (folder / "model.safetensors").symlink_to("weights")
+    assert open_checkpoint(folder).names() == ["a"]
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "model.safetensors.index.json", "README.md"]
+)
+def test_pipes_and_devices_are_refused_at_once(make_model: MakeModel, name: str) -> None:
+    folder = make_model({"model.safetensors": A})
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    if name == "README.md":  # of no importance
+        assert open_checkpoint(folder).names() == ["a"]
+        return
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        open_checkpoint(folder)
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match="leads out of"):
+        open_checkpoint(folder)
 
 
 def test_names_come_in_the_order_of_the_bytes(make_model: MakeModel) -> None:

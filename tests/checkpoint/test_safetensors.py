@@ -89,8 +89,8 @@ FILES: list[tuple[str, bytes, str]] = [
     ("seven bytes", b"\0" * 7, "only 7 bytes long"),
     ("only a length", (2).to_bytes(8, "little"), "cut short: its header should have 2 bytes, 0 are there"),
     ("length beyond the file", (50).to_bytes(8, "little") + b"{}", "cut short"),
-    ("length beyond the limit", (2**27).to_bytes(8, "little") + b"{}", "more than the 100000000"),
-    ("length of all ones", b"\xff" * 8 + b"{}", "more than the 100000000"),
+    ("length beyond the limit", (2**27).to_bytes(8, "little") + b"{}", "more than the 33554432"),
+    ("length of all ones", b"\xff" * 8 + b"{}", "more than the 33554432"),
     ("zero length", b"\0" * 8 + b"{}", "does not start with '{'"),
     ("a pickle", b"\x80\x04\x95" + b"\0" * 40, "cut short"),
     ("a git-lfs pointer", b"version https://git-lfs.github.com/spec/v1\n", "run 'git lfs pull'"),
@@ -104,6 +104,25 @@ def test_hostile_files(tmp_path: Path, content: bytes, sentence: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         SafetensorsFile(path)
     assert sentence in str(caught.value)
+
+
+def test_long_names_and_headers_of_many_parts(tmp_path: Path, pack: Pack) -> None:
+    path = tmp_path / "model.safetensors"
+    entry = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+    path.write_bytes(pack({"x" * 1000: entry}))
+    assert len(SafetensorsFile(path).entries) == 1
+    path.write_bytes(pack({"x" * 5000: entry}))
+    with pytest.raises(CheckpointError, match="has 5000 letters, more than 1000") as caught:
+        SafetensorsFile(path)
+    assert len(str(caught.value)) < 400
+    path.write_bytes(pack(b'{"a":[' + b"[]," * (1 << 20) + b"[]]}"))
+    with pytest.raises(CheckpointError, match="lists and objects"):
+        SafetensorsFile(path)
+    with path.open("wb") as file:  # one of 95 MB is not even read
+        file.write((95_000_000).to_bytes(8, "little") + b"{")
+        file.truncate(96_000_000)
+    with pytest.raises(CheckpointError, match="claims a header of 95000000 bytes"):
+        SafetensorsFile(path)
 
 
 def test_a_named_pipe_is_refused_and_does_not_block(tmp_path: Path) -> None:
@@ -204,3 +223,11 @@ def test_files_that_cannot_be_mapped(
     monkeypatch.setattr(mmap, "mmap", refuse)
     with pytest.raises(kind, match=r"m\.safetensors"):
         SafetensorsFile(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": None}, {"format": "pt", "step": None}])
+def test_metadata_may_be_null(pack: Pack, metadata: object, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    entry = {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}
+    path.write_bytes(pack({"__metadata__": metadata, "a": entry}, b"\7"))
+    assert SafetensorsFile(path).tensor("a").tolist() == [7]

@@ -33,7 +33,7 @@ def invoke(*args: str | Path) -> Any:
 
 def test_a_table_of_all_cases(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Noise, "warnings", lambda self: ["it was loud"])
-    result = invoke(models("hello"), *FEW)
+    result = invoke(models("hello"), *FEW, "--dtype", "float32")
     assert result.exit_code == 0, result.stderr
     rows = [line.split() for line in result.stdout.splitlines() if line.rstrip().endswith("%")]
     assert [row[0] for row in rows if len(row) == 6] == ["8", "20"]

@@ -58,7 +58,7 @@ def test_what_is_refused(models: Models, text: Path, tmp_path: Path, monkeypatch
         ((model, tmp_path / "absent", out), 2, "No such file"),
         ((model, tmp_path, out), 2, "Is a directory"),
         ((model, tmp_path / "empty", out), 2, "two at least"),
-        ((tmp_path / "taken", text, out), 3, "neither a packed model"),
+        ((tmp_path / "taken", text, out), 3, "in place of the file"),
         ((model, text, "/"), 3, "no name of a file"),
     ):
         result = invoke("calibrate", *words)

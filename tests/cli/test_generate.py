@@ -14,6 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from godwit import tokenizer_trial
 from godwit.checkpoint import TensorInfo, open_checkpoint
 from godwit.cli import common, doctor
 from godwit.cli.generate import write
@@ -173,7 +174,7 @@ def test_system_and_tools_reach_the_prompt(models: Models, tmp_path: Path) -> No
     [
         (["-p", " "], 2, "the prompt is empty"),
         (["-p", "x", "--raw", "--system", "s"], 2, "--raw continues a text as it is"),
-        (["-p", "x", "--top-p", "0"], 2, "top_p has to be more than 0"),
+        (["-p", "x", "--frequency-penalty", "inf"], 2, "frequency_penalty has to be a number"),
         (["-p", "x", "--presence-penalty", "nan"], 2, "presence_penalty has to be a number"),
         (["-p", "x" * 5000], 2, "tokens and the context 4096"),
         (["-p", "x", "--tools", "/nowhere"], 2, "/nowhere: cannot be read (No such file or directory)"),
@@ -265,8 +266,8 @@ def test_the_user_comes_before_the_model_and_the_model_before_us(
 def test_wrong_settings_of_a_model_are_not_blamed_on_the_user() -> None:
     with pytest.raises(CheckpointError, match=r"generation_config\.json: temperature"):
         common.sampling_params(SamplingOptions(), {"temperature": math.nan})
-    with pytest.raises(UsageError, match="top_p has to"):
-        common.sampling_params(SamplingOptions(top_p=0.0), {"temperature": 0.5})
+    with pytest.raises(UsageError, match="temperature has to"):
+        common.sampling_params(SamplingOptions(temperature=math.inf), {"temperature": 0.5})
 
 
 @pytest.mark.parametrize(
@@ -323,3 +324,22 @@ def test_as_a_program(models: Models) -> None:
     command = [sys.executable, "-c", "from godwit.cli.main import main; main()", "generate", models("hello")]
     done = subprocess.run(command, input=b"caf\xe9?\n", capture_output=True, check=False)
     assert (done.returncode, done.stdout) == (0, b"Hello there.\n")
+
+
+def test_only_the_built_in_tokenizer_is_not_tried_first(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[object] = []
+
+    def run_once(*args: object) -> bytes:
+        tried.append(args)
+        return b"{}"
+
+    monkeypatch.setattr(tokenizer_trial, "run_once", run_once)
+    monkeypatch.setattr(tokenizer_trial, "_passed", set())
+    for name in (None, "built-in"):
+        common.open_model(name)
+    assert not tried
+    common.open_model(models("hello"))
+    common.open_model(str(common.built_in()))
+    assert len(tried) == 2

@@ -93,7 +93,7 @@ def test_what_is_wrong_is_said_at_once(models: Models, tmp_path: Path) -> None:
         (("--cors-origin", "https://example.org/path"), "is no origin"),
         (("--host", "0.0.0.0"), "--allow-host"),
         (("--allow-host", "http://llm.example"), "is no host name"),
-        (("--context", 10**9), "not possible"),
+        (("--context", 10**9), "at most 4096 tokens"),
         (("--memory", 0), "allow more memory"),
     ):
         result = invoke(models("hello"), "--port", 0, *arguments)

@@ -163,7 +163,7 @@ def test_stop_texts_are_never_shown(make: Make, tokenizer: Tokenizer) -> None:
 
 def test_characters_come_whole(make: Make, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     script = iter([*tokenizer.encode("a\u2603b\u2603")[:-1], 258])
-    monkeypatch.setattr(Sampler, "sample", lambda self, logits: next(script))
+    monkeypatch.setattr(Sampler, "sample", lambda self, logits, allowed: next(script))
     events = list(make().stream(PROMPT, GREEDY))
     assert [event.text for event in events if isinstance(event, Piece)] == ["a", "\u2603", "b", "\ufffd"]
 

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 
 from godwit.engine import Engine, GenerationRequest, SamplingParams, kv_file
 from godwit.engine.spill import DiskCache, fingerprint
+from godwit.engine.spill_folder import open_folder
 from godwit.engine.stream import Finish
 from godwit.errors import UsageError
 from godwit.models.causal_lm import CausalLM
@@ -131,15 +132,29 @@ def test_damaged_files_are_dropped_with_a_warning(
     assert restarts.ask(HYBRID, [*text(50), 7])[0].cached_tokens in (0, 20, 50)
 
 
-def rewritten(path: Path, **changes: object) -> None:
-    """The file with another header and a right checksum."""
+def key_of(path: Path) -> bytes:
+    """The key of the files beside one."""
+    return open_folder(path.parent.parent, path.parent.name)
+
+
+def rewritten(path: Path, changes: Mapping[str, object], key: bytes | None = None) -> None:
+    """The file with another header and right checksums."""
     content = path.read_bytes()
     start = len(kv_file.MAGIC) + 8
     size = int.from_bytes(content[start - 8 : start], "little")
     raw = json.loads(content[start : start + size]) | changes
-    data = json.dumps(raw).encode()
-    body = kv_file.MAGIC + len(data).to_bytes(8, "little") + data + content[start + size : -32]
-    path.write_bytes(body + hashlib.blake2b(body, digest_size=32).digest())
+    path.write_bytes(signed(json.dumps(raw).encode(), content[start + size + 32 : -32], key or key_of(path)))
+
+
+def signed(header: bytes, tensors: bytes, key: bytes) -> bytes:
+    """A file of these parts, as one would write it who has the key."""
+
+    def checksum(data: bytes) -> bytes:
+        return hashlib.blake2b(data, digest_size=32, key=key).digest()
+
+    body = kv_file.MAGIC + len(header).to_bytes(8, "little") + header
+    body += checksum(body) + tensors
+    return body + checksum(body)
 
 
 @pytest.mark.parametrize(
@@ -165,16 +180,98 @@ def test_hostile_headers_are_dropped(
 ) -> None:
     restarts.ask(HYBRID, text(50))
     for path in restarts.files():
-        rewritten(path, **changes)
+        rewritten(path, changes)
     with caplog.at_level(logging.WARNING, "godwit.engine.spill"):
         finish = restarts.ask(HYBRID, [*text(50), 7])[0]
     assert finish.cached_tokens == 0 and "is damaged and is dropped" in caplog.text
 
 
+def test_planted_files_are_dropped(restarts: Restarts, caplog: pytest.LogCaptureFixture) -> None:
+    restarts.ask(HYBRID, text(50))
+    for path in restarts.files():
+        rewritten(path, {}, bytes(32))
+    with caplog.at_level(logging.WARNING, "godwit.engine.spill"):
+        assert restarts.ask(HYBRID, [*text(50), 7])[0].cached_tokens == 0
+    assert "not one made with the key of this cache" in caplog.text
+
+
+def test_files_of_another_model_or_name_are_dropped(
+    restarts: Restarts, caplog: pytest.LogCaptureFixture
+) -> None:
+    restarts.ask(HYBRID, text(50))
+    for path in restarts.files():
+        rewritten(path, {}, open_folder(restarts.folder, "another model"))
+    with caplog.at_level(logging.WARNING, "godwit.engine.spill"):
+        assert restarts.ask(HYBRID, [*text(50), 7])[0].cached_tokens == 0
+    assert "not one made with the key of this cache" in caplog.text
+    real = max(restarts.files(), key=lambda path: path.stat().st_size)
+    real.with_name("00" * 20 + ".kv").write_bytes(real.read_bytes())
+    with caplog.at_level(logging.WARNING, "godwit.engine.spill"):
+        restarts.ask(HYBRID, text(50, 4))
+    assert "another one under its name" in caplog.text
+
+
+def test_what_is_no_file_is_passed_over(restarts: Restarts) -> None:
+    restarts.ask(HYBRID, text(50))
+    folder = restarts.files()[0].parent
+    os.mkfifo(folder / "pipe.kv")
+    (folder / "folder.kv").mkdir()
+    (folder / "nowhere.kv").symlink_to("absent")
+    (folder / "device.kv").symlink_to("/dev/zero")
+    (folder / "loop.kv").symlink_to("loop.kv")
+    assert restarts.ask(HYBRID, [*text(50), 7], cache_bytes=1)[0].cached_tokens == 50
+
+
+def test_folders_that_others_may_write_to_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "new" / "cache"
+    open_folder(folder, "model")
+    assert [path.stat().st_mode & 0o777 for path in (folder, folder / "model")] == [0o700, 0o700]
+    assert (folder / "key").stat().st_mode & 0o777 == 0o600
+    for path in (folder, folder / "model"):
+        path.chmod(0o770)
+        with pytest.raises(UsageError, match="chmod go-w"):
+            open_folder(folder, "model")
+        path.chmod(0o700)
+    (folder / "link").symlink_to(folder / "model")
+    with pytest.raises(UsageError, match="no directory"):
+        open_folder(folder, "link")
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(UsageError, match="another user"):
+        open_folder(folder, "model")
+
+
+def test_the_key_of_the_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = open_folder(tmp_path, "a")
+    assert open_folder(tmp_path, "a") == first != open_folder(tmp_path, "b")
+    key = tmp_path / "key"
+    content = key.read_bytes()
+    seen = [first]
+
+    def begins_anew() -> None:
+        with caplog.at_level(logging.WARNING, "godwit.engine.spill_folder"):
+            seen.append(open_folder(tmp_path, "a"))
+        assert key.stat().st_mode & 0o777 == 0o600
+
+    key.chmod(0o640)
+    begins_anew()
+    key.write_bytes(content[:-1])
+    begins_anew()
+    key.unlink()
+    key.symlink_to("/dev/zero")
+    begins_anew()
+    key.unlink()
+    os.mkfifo(key)
+    begins_anew()
+    assert len(set(seen)) == 5 and caplog.text.count("the cache begins anew") == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "key"]
+
+
 def test_files_that_go_on_from_each_other_are_no_trap(restarts: Restarts) -> None:
     restarts.ask(HYBRID, text(50))
     for path in restarts.files():
-        rewritten(path, parent=path.stem)
+        rewritten(path, {"parent": path.stem})
     assert restarts.ask(HYBRID, [*text(50), 7])[0].cached_tokens == 0
 
 

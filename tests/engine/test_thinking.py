@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from godwit.engine import Finish, SamplingParams, Segmenter, Session, ThinkingRules
 from godwit.engine.answer import Kind, StopMatcher
+from godwit.engine.stream import Piece
 from godwit.engine.thinking import DEFAULT_MESSAGE, PATIENCE, ThinkingGuide, ThinkingTracker, shown
 from godwit.errors import UsageError
 from godwit.models.causal_lm import CausalLM
@@ -83,7 +84,7 @@ def think(
     words: str, *, room: int = 1000, tokenizer: Tokenizer = TOKENIZER, **rules: Any
 ) -> tuple[str, ThinkingGuide]:
     """What comes of an answer that a model would begin with these words, each byte or tag a token."""
-    guide = ThinkingGuide(ThinkingRules(**({"opened": True, "message": "Enough."} | rules)), tokenizer, room)
+    guide = ThinkingGuide(ThinkingRules(**{"opened": True, "message": "Enough.", **rules}), tokenizer, room)
     wanted, decoder, made = iter(tokenizer.encode(words, allow_special=True)), tokenizer.stream(), ""
     for _ in range(room):
         try:
@@ -160,7 +161,7 @@ def test_thinking_that_begins_again_spends_the_same_budget_until_a_call() -> Non
     assert made == "one\n</think>\n<think>two\nEnough.\n</think>\n\nthree\n</think>Yes."
     assert guide.num_tokens == 8 + len("Enough.\n")
     made, guide = think("one\n</think><think>two\n", budget=4)
-    assert made == "one\nEnough.\n</think>\n\n</think><think>Enough.\n</think>\n\ntwo\n"
+    assert made == "one\nEnough.\n</think>\n\n</think><think>\n</think>\n\ntwo\n"
     call = "<tool_call>{}</tool_call>"
     made, guide = think(f"one</think>{call}<think>two\nthree</think>", budget=4)
     assert made == f"one</think>{call}<think>two\nEnough.\n</think>\n\nthree</think>"
@@ -176,7 +177,7 @@ def test_forced_tokens_are_those_of_the_text(tokenizer: Tokenizer) -> None:
 def test_rules_that_make_no_sense() -> None:
     for wrong in ({"budget": -1}, {"message": "</think>"}, {"message": "x" * 3000}):
         with pytest.raises(UsageError, match="thinking budget"):
-            ThinkingRules(**wrong)  # type: ignore[arg-type]
+            ThinkingRules(**wrong)
 
 
 def test_stop_texts_are_looked_for_in_the_answer_alone() -> None:
@@ -277,7 +278,8 @@ def test_forced_tokens_have_the_probabilities_that_the_model_gives_them() -> Non
     asked = SamplingParams(temperature=0, max_tokens=20, logprobs=2)
     run = core.submit(text(30), asked, thinking=RULES[1])
     core.run()
-    told = [one for event in run.events if hasattr(event, "logprobs") for one in event.logprobs or ()]
+    pieces = [event for event in run.events if isinstance(event, Piece)]
+    told = [one for piece in pieces for one in piece.logprobs or ()]
     assert [one.token_id for one in told] == run.made
     assert all(-1e4 < one.logprob <= 0 and len(one.top) == 2 for one in told)
     assert any(one.token_id not in dict(one.top) for one in told[:5])  # the model would have said another

@@ -168,7 +168,7 @@ def edited(source: Path, target: Path, top: Mapping[str, Any], text: Mapping[str
         for name in [name for name, value in part.items() if value is GONE]:
             del part[name]
     (target / "config.json").write_text(json.dumps(raw))
-    (target / "model.safetensors").symlink_to(source / "model.safetensors")
+    (target / "model.safetensors").hardlink_to(source / "model.safetensors")
     return target
 
 

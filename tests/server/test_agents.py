@@ -6,6 +6,7 @@ The weights are the packaged ones, which write whatever they like; what has to h
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def server(
     folder = tmp_path_factory.mktemp(request.param)
     for file in PACKAGED.iterdir():
         if file.suffix != ".jinja":
-            (folder / file.name).symlink_to(file)
+            shutil.copyfile(file, folder / file.name)
     (folder / "chat_template.jinja").write_text(TEMPLATES[request.param])
     opened = common.open_model(str(folder))
     engine = Engine(weights, opened.tokenizer, max_context=2048, max_bytes=128 << 20, max_sequences=4)

@@ -40,17 +40,22 @@ def connected(server: Running, receive_bytes: int = 0) -> Iterator[socket.socket
         yield client
 
 
-def response(client: socket.socket) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of a response that has a length."""
+def head_of_response(client: socket.socket) -> tuple[int, dict[str, str]]:
+    """Status and headers."""
     data = b""
     while b"\r\n\r\n" not in data:
         data += client.recv(1)
     first, *lines = data.decode().split("\r\n")[:-2]
-    headers = dict(line.lower().split(": ", 1) for line in lines)
+    return int(first.split()[1]), dict(line.lower().split(": ", 1) for line in lines)
+
+
+def response(client: socket.socket) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of a response that has a length."""
+    status, headers = head_of_response(client)
     body = b""
     while len(body) < int(headers.get("content-length", 0)):
         body += client.recv(int(headers["content-length"]) - len(body))
-    return int(first.split()[1]), headers, body
+    return status, headers, body
 
 
 def is_ended(client: socket.socket) -> bool:
@@ -210,26 +215,17 @@ def test_requests_may_follow_each_other_at_once(few: Running) -> None:
     with connected(few) as client:
         client.sendall(GET + large + GET + head(method="HEAD", path="/health") + GET[:10])
         assert [response(client)[0] for _ in range(3)] == [200, 400, 200]
-        status, headers, _ = headless(client)
+        status, headers = head_of_response(client)
         assert status == 200 and headers["content-length"] != "0"
         client.sendall(GET[10:] + head(method="OPTIONS"))
         assert [response(client)[0] for _ in range(2)] == [200, 405]
-
-
-def headless(client: socket.socket) -> tuple[int, dict[str, str], bytes]:
-    """As :func:`response`, of a response that has no body for its length."""
-    data = b""
-    while b"\r\n\r\n" not in data:
-        data += client.recv(1)
-    first, *lines = data.decode().split("\r\n")[:-2]
-    return int(first.split()[1]), dict(line.lower().split(": ", 1) for line in lines), b""
 
 
 def test_a_client_that_asks_first_is_told_to_go_on(small: Running) -> None:
     asking = ("Expect: 100-continue", f"Content-Length: {len(HELLO)}")
     with connected(small) as client:
         client.sendall(head(f"x-api-key: {KEY}", *asking))
-        assert headless(client)[0] == 100
+        assert head_of_response(client)[0] == 100
         client.sendall(HELLO)
         assert response(client)[0] == 200
     with connected(small) as client:

@@ -19,6 +19,7 @@ from godwit.server.prompts import Conversation, Prompt, PromptMaker
 from godwit.server.protocol import ChatRequest
 from godwit.server.protocol_messages import MessagesRequest
 from godwit.server.protocol_responses import ResponsesRequest
+from godwit.server.settings import Limits
 from godwit.tokenizer import Tokenizer
 from tests.engine.tiny import tokenizer_json
 from tests.server.conftest import Engines, Servers, running
@@ -32,7 +33,7 @@ Body = TypeVar("Body", bound=BaseModel)
 
 def read(kind: type[Body], body: dict[str, Any], *, refuse_media: bool = False) -> Body:
     """A body as the server reads it."""
-    sent = parse_object(json.dumps(body).encode(), 64)
+    sent = parse_object(json.dumps(body).encode(), Limits())
     return kind.model_validate(sent, context=Reading(refuse_media))
 
 
@@ -132,7 +133,7 @@ def test_nulls_that_mean_something_stay() -> None:
         "input": [{"id": None}],
         "n": None,
     }
-    assert parse_object(json.dumps(body).encode(), 64) == {
+    assert parse_object(json.dumps(body).encode(), Limits()) == {
         "tools": [
             {"function": {"name": "f", "parameters": {"properties": {"a": schema}}}},
             {"input_schema": {"default": None}},

@@ -115,7 +115,7 @@ def test_what_a_grammar_lets_through_is_read_back(data: st.DataObject, form: For
         ({"const": "x"}, "x"),
         ({"$ref": "#/$defs/T"}, "xy"),
         ({"type": "integer", "minimum": 3}, 4),
-        ({"type": "array", "items": {"type": "string"}}, ["</parameter></function>", "\n</tool_call>"]),
+        ({"type": "array", "items": {"type": "string"}}, ["</parameter></function>", "\n<b>"]),
         ({"properties": {"format": {"type": "string", "format": "uuid4"}}}, {"format": "x"}),
     ],
 )  # fmt: skip

@@ -16,7 +16,7 @@ import pytest
 from godwit.errors import UsageError
 from godwit.server.journal import OneLine, Record
 from godwit.server.keys import MAX_KEYS, Key, Quota, read_keys
-from godwit.server.pace import BoundedRate, Bucket, Sieve
+from godwit.server.pace import BoundedRate, Bucket, Share, Sieve
 from tests.server.conftest import Engines, Running, running
 from tests.server.test_life import wait
 
@@ -109,6 +109,15 @@ def test_a_quota_lets_in_while_there_is_something_left() -> None:
     clock.now += 41
     assert quota.admit() is None
     assert Quota(Key("first-key-1", "a"), clock).admit() is None
+
+
+def test_costly_work_gets_its_share_of_the_time() -> None:
+    clock = Clock()
+    share = Share(0.1, clock)
+    assert share.spent(0.01) == pytest.approx(0.09)
+    assert share.spent(0.01) == pytest.approx(0.18)  # someone else's, which has to wait for the first
+    clock.now += 10
+    assert share.spent(0.01) == pytest.approx(0.09)
 
 
 def test_a_sieve_counts_what_it_holds_back() -> None:

@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from godwit.engine.kv_file import read_stretch
+from godwit.engine.spill_folder import open_folder
 from tests.engine.tiny import write_random_model
 
 CHAT = "/v1/chat/completions"
@@ -125,7 +126,7 @@ def test_after_a_kill_at_any_moment_the_next_server_serves_and_reuses(start: Sta
             served.kill()
         for path in files(tmp_path):  # whole ones only: they get their names when they are written
             with path.open("rb") as file:
-                read_stretch(file)
+                read_stretch(file, open_folder(path.parent.parent, path.parent.name))
         served = start()
         answer, cached = served.ask(ANCHOR)
         assert answer == right and cached > len(ANCHOR) // 2

@@ -225,7 +225,11 @@ def test_a_stream_has_all_that_it_should(servers: Servers) -> None:
 
 def test_a_tool_call_has_all_that_it_should(servers: Servers) -> None:
     time = {"type": "function", "name": "get_time", "parameters": WEATHER["parameters"]}
-    asked = {"model": "tool", "input": [message("user", "What's the weather?")], "tools": [WEATHER, time]}
+    asked: Body = {
+        "model": "tool",
+        "input": [message("user", "What's the weather?")],
+        "tools": [WEATHER, time],
+    }
     asked["parallel_tool_calls"] = False
     with servers("tool").client() as client:
         body = client.post("/v1/responses", json=asked).json()

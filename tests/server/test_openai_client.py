@@ -125,6 +125,11 @@ def test_plain_completions(client: OpenAI) -> None:
     assert sum(len(part.tokens or []) for part in logprobs if part) == 4
 
 
+def rounding(server: Running) -> float:
+    """How far company may move a probability's logarithm: PyTorch's products depend on the number of rows."""
+    return 1e-6 if server.engine.model.stack is not None else 1e-4
+
+
 def test_the_probabilities_of_a_prompt(client: OpenAI, real: Running) -> None:
     text = "The capital of France is Paris, and \u2603 snows."
     tokenizer = real.service.tokenizer
@@ -141,7 +146,7 @@ def test_the_probabilities_of_a_prompt(client: OpenAI, real: Running) -> None:
             found = choice.logprobs
             assert choice.text == text and choice.finish_reason == "length" and found is not None
             assert found.token_logprobs is not None and found.token_logprobs[0] is None
-            assert found.token_logprobs[1:] == pytest.approx(wanted)
+            assert found.token_logprobs[1:] == pytest.approx(wanted, abs=rounding(real))
             assert len(found.tokens or []) == len(ids)
             before = [tokenizer.decode(ids[:i]).rstrip("\ufffd") for i in range(len(ids))]
             assert found.text_offset == [*map(len, before)]
@@ -153,7 +158,7 @@ def test_the_probabilities_of_a_prompt(client: OpenAI, real: Running) -> None:
         assert answer.usage.prompt_tokens == len(ids) * len(answer.choices)
 
 
-def test_a_prompt_and_its_answer_are_scored_alike_in_streams(client: OpenAI) -> None:
+def test_a_prompt_and_its_answer_are_scored_alike_in_streams(client: OpenAI, real: Running) -> None:
     asked: Any = {"model": "godwit", "prompt": "One, two,", "echo": True, "logprobs": 1, "temperature": 0}
     asked |= {"max_tokens": 3, "n": 2}
     whole = client.completions.create(**asked)
@@ -166,13 +171,18 @@ def test_a_prompt_and_its_answer_are_scored_alike_in_streams(client: OpenAI) -> 
         assert choice.logprobs is not None and parts[0].text == "One, two,"
         for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
             joined = [one for part in known for one in getattr(part, name)]
-            assert joined == getattr(choice.logprobs, name)
+            expected = getattr(choice.logprobs, name)
+            if real.engine.model.stack is not None or name in ("tokens", "text_offset"):
+                assert joined == expected
+            else:
+                for one, other in zip(joined, expected, strict=True):
+                    assert one == pytest.approx(other, abs=rounding(real))
         assert "".join(choice.logprobs.tokens or []) == choice.text
     scored = client.completions.create(**asked | {"prompt": whole.choices[0].text, "max_tokens": 0, "n": 1})
     first, again = whole.choices[0].logprobs, scored.choices[0].logprobs
     assert first is not None and again is not None
     if first.tokens == again.tokens:  # the same text may have other tokens
-        assert again.token_logprobs == pytest.approx(first.token_logprobs)
+        assert again.token_logprobs == pytest.approx(first.token_logprobs, abs=rounding(real))
 
 
 def test_a_stop_token_counts_where_prompts_are_scored(servers: Servers) -> None:

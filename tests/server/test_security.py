@@ -307,15 +307,15 @@ def test_what_the_engine_says_of_an_answer_is_told_unless_it_holds_a_path() -> N
 
 
 def test_lone_surrogates_become_characters() -> None:
-    assert parse_object(b'{"a\\ud800": ["\\ud83d\\ude00", "\\udc00b"]}', 9) == {
+    assert parse_object(b'{"a\\ud800": ["\\ud83d\\ude00", "\\udc00b"]}', Limits()) == {
         "a\ufffd": ["\U0001f600", "\ufffdb"]
     }
 
 
 def test_depth_counts_what_is_inside() -> None:
-    parse_object(b'{"a": {"b": [1, {}]}}', 4)
+    parse_object(b'{"a": {"b": [1, {}]}}', Limits(depth=4))
     with pytest.raises(ApiError):
-        parse_object(b'{"a": {"b": [1, {}]}}', 3)
+        parse_object(b'{"a": {"b": [1, {}]}}', Limits(depth=3))
 
 
 def test_listening() -> None:

@@ -40,6 +40,8 @@ EFFORT = """
 {{- {'low': 'brief.', 'medium': '', 'xhigh': 'think carefully.'}[effort] }}
 """
 ENOUGH = "Enough."
+#: Tells in which form the model calls tools.
+CALLS = '{# <tool_call>{"name": NAME, "arguments": {}}</tool_call> #}'
 #: After the blank line behind thinking comes the answer, before it only thoughts.
 MODELS = {
     "endless": {"\n": "hm ", "hm ": "hm ", "\n\n": "Yes.", "Yes.": "<|im_end|>", "</think>": "\n\n"},
@@ -60,7 +62,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
             thinking = ThinkingSettings(**({"message": ENOUGH} | settings))
             if (name, thinking) not in made:
                 path = tmp_path_factory.mktemp("models") / name
-                template = EFFORT + CHATML if name == "effort" else CHATML
+                template = (EFFORT if name == "effort" else "") + CHATML + CALLS
                 opened = common.open_model(str(write_chain_model(path, MODELS[name], template=template)))
                 weights = common.load_weights(opened.source)
                 engine = Engine(weights, opened.tokenizer, max_context=1024, max_bytes=32 << 20)

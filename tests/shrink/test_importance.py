@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from godwit.config import ModelConfig
-from godwit.errors import CheckpointError, UsageError
+from godwit.errors import CheckpointError, UnsupportedModelError, UsageError
 from godwit.models.batch import ForwardBatch
 from godwit.models.causal_lm import CausalLM
 from godwit.models.layers import Experts, Linear
@@ -179,3 +181,53 @@ def test_no_hook_stays() -> None:
     collect_importance(model, text(5))
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert isinstance(collect_importance(model, text(5)), Importance)
+
+
+HOSTILE = {
+    "negative": {"a": torch.tensor([1.0, -1.0])},
+    "not a number": {"a": torch.tensor([[1.0, float("nan")]])},
+    "infinite": {"a": torch.tensor([1.0, float("inf")])},
+    "beyond float32": {"a": torch.tensor([1e300], dtype=torch.float64)},
+    "very large": {"a": torch.tensor([2e30])},
+    "whole numbers": {"a": torch.tensor([1, 2])},
+    "booleans": {"a": torch.tensor([True])},
+    "a number": {"a": torch.tensor(1.0)},
+    "three dimensions": {"a": torch.ones(1, 2, 3)},
+    "empty": {"a": torch.ones(0, 4)},
+}
+
+
+@pytest.mark.parametrize("tensors", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_importances_are_one_sentence(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, tmp_path / "i.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"i\.safetensors: 'a' .*run 'godwit calibrate' again$"
+    ) as caught:
+        read_importance(tmp_path / "i.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_importances(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    torch.save({"a": torch.ones(3)}, path)
+    with pytest.raises(
+        UnsupportedModelError, match="a PyTorch pickle, which can run code and is never opened"
+    ):
+        read_importance(path)
+    path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="too short"):
+        read_importance(path)
+    header = b'{"a":{"dtype":"F32","shape":[%d],"data_offsets":[0,%d]}}' % (2**31, 2**33)
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with path.open("ab") as file:
+        file.truncate(8 + len(header) + 2**33)  # a hole: nothing is written
+    with pytest.raises(CheckpointError, match=r"holds 8\.0 GiB"):
+        read_importance(path)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        read_importance(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        read_importance(path)

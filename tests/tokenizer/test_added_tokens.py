@@ -92,7 +92,10 @@ def test_as_transformers(
     raw = make(kind)
     raw = {**raw, "normalizer": normalizer} if normalizer else raw
     folder = write(tmp_path, raw, added, settings)
-    ours, theirs = Tokenizer.from_dir(folder), library.PreTrainedTokenizerFast.from_pretrained(folder)
+    ours, theirs = (
+        Tokenizer.from_dir(folder, trusted=True),
+        library.PreTrainedTokenizerFast.from_pretrained(folder),
+    )
     assert ours.vocab_size == len(theirs) or kind == "legacy"
     for text in TEXTS:
         assert ours.encode(text, allow_special=True) == theirs(text)["input_ids"], text
@@ -104,7 +107,7 @@ def test_as_transformers(
 def test_a_token_of_the_settings_ends_answers(make: Make, tmp_path: Path) -> None:
     decoder = {"600": token("<stop>", special=True)}
     settings = {"added_tokens_decoder": decoder, "eos_token": "<stop>"}
-    tok = Tokenizer.from_dir(write(tmp_path, make("bytes"), [], settings))
+    tok = Tokenizer.from_dir(write(tmp_path, make("bytes"), [], settings), trusted=True)
     (id,) = tok.encode("<stop>", allow_special=True)
     assert tok.stop_ids == {id} and tok.stop_tokens == ("<stop>",) and id in tok.special_ids
     assert id not in tok.encode("<stop>")
@@ -114,7 +117,7 @@ def test_the_normaliser_makes_no_control_token_of_what_a_user_typed(make: Make, 
     raw = {**make("bytes"), "normalizer": LOWER}
     template = "{% for m in messages %}{{ m.content }}<turn>{% endfor %}"
     added = [token("<turn>", normalized=True, special=True), token("<aside>", normalized=True)]
-    tok = Tokenizer.from_dir(write(tmp_path, raw, added, {"chat_template": template}))
+    tok = Tokenizer.from_dir(write(tmp_path, raw, added, {"chat_template": template}), trusted=True)
     id = tok.token_to_id("<turn>")
     messages = [{"role": "user", "content": "a <turn> b <TURN> c <\u0054urn>"}]
     assert tok.encode_chat(messages, add_generation_prompt=False).count(id or -1) == 1
@@ -128,4 +131,4 @@ def test_the_normaliser_makes_no_control_token_of_what_a_user_typed(make: Make, 
 def test_settings_that_are_no_tokens(decoder: Any, make: Make, tmp_path: Path) -> None:
     folder = write(tmp_path, make("bytes"), [], {"added_tokens_decoder": decoder})
     with pytest.raises(CheckpointError, match="tokenizer_config"):
-        Tokenizer.from_dir(folder)
+        Tokenizer.from_dir(folder, trusted=True)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
+from godwit import tokenizer
 from godwit.tokenizer import Tokenizer
 
 Make = Callable[[str], dict[str, Any]]
@@ -84,6 +88,61 @@ class TestAgainstTheLibrary:
         changed["model"] = raw["model"] | {"dropout": 0.9}
         for text in ("a", "the quick brown fox jumps over the lazy dog"):
             assert Tokenizer(changed).encode(text) == Tokenizer(raw).encode(text)
+
+
+#: Where ways of encoding could differ: nothing but spaces, marks, control tokens, no spaces at all.
+HARD_TEXTS = (
+    " ", "\n", "\r\n\t ", "a", "<", "\u0301", "e\u0301", "\U0001f999", "\u200d\U0001f468", "\u4f60\u597d",
+    "\ufffd", "\u2581", "\0", "word ", " the dog", "<mid>", "<s>", "</s> ", "<|im_end|>", "<think>\n",
+    "12345", "don't ",
+)  # fmt: skip
+
+
+@contextmanager
+def switching_only_where_the_lock_is_released() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+class TestLongTexts:
+    @pytest.mark.parametrize("special", [False, True])
+    def test_they_have_the_same_ids(self, pair: Any, special: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        ours, theirs = pair
+        draw = random.Random(7)
+        texts = [piece * 60 for piece in HARD_TEXTS]
+        texts += ["".join(draw.choices(HARD_TEXTS, k=200)) for _ in range(20)]
+        monkeypatch.setattr(tokenizer, "_LONG_CHARS", 1)
+        found = [ours.encode(text, allow_special=special) for text in texts]
+        monkeypatch.setattr(tokenizer, "_LONG_CHARS", sys.maxsize)
+        assert found == [ours.encode(text, allow_special=special) for text in texts]
+        if special:
+            assert found == [theirs.encode(text).ids for text in texts]
+
+    def test_others_run_meanwhile(self, tok: Tokenizer) -> None:
+        text = "the quick brown fox " * 10_000
+
+        def runs_meanwhile() -> bool:
+            begun, ended = threading.Event(), threading.Event()
+
+            def encode() -> None:
+                begun.set()
+                tok.encode(text)
+                ended.set()
+
+            thread = threading.Thread(target=encode)
+            with switching_only_where_the_lock_is_released():
+                thread.start()
+                begun.wait()
+                meanwhile = not ended.is_set()
+            thread.join()
+            return meanwhile
+
+        # On a busy machine this thread may get no processor in time, but hardly ever so often.
+        assert any(runs_meanwhile() for _ in range(10))
 
 
 class TestUserText:

@@ -11,6 +11,7 @@ from typing import Any
 
 from godwit.errors import CheckpointError, UnsupportedModelError
 from godwit.file_kinds import CONVERT, Kind, kind_of_file, next_step, refusal, repository
+from godwit.safe_files import read_beginning
 
 INDEX = "model.safetensors.index.json"
 #: Files that run code when loaded, and the indexes that point to them.
@@ -159,9 +160,9 @@ def _checkpoint_inside(directory: Path) -> Path | None:
 def original_of(directory: Path, raw_config: Mapping[str, Any] | None = None) -> str | None:
     """The repository that a quantised checkpoint was made from, as its README or config say."""
     try:
-        with (directory / "README.md").open("rb") as file:
-            found = _BASE_MODEL.search(file.read(_SIDE_BYTES).decode("utf-8", "replace"))
-    except OSError:
+        text = read_beginning(directory / "README.md", _SIDE_BYTES, folder=directory)
+        found = _BASE_MODEL.search(text.decode("utf-8", "replace"))
+    except (OSError, CheckpointError):
         found = None
     named = raw_config or _side_json(directory / "config.json")
     return found[1] if found else repository(named.get("_name_or_path"))
@@ -170,9 +171,8 @@ def original_of(directory: Path, raw_config: Mapping[str, Any] | None = None) ->
 def _side_json(path: Path) -> dict[str, Any]:
     """A small JSON object; empty where it cannot be read."""
     try:
-        with path.open("rb") as file:
-            value = json.loads(file.read(_SIDE_BYTES))
-    except (OSError, ValueError, RecursionError):
+        value = json.loads(read_beginning(path, _SIDE_BYTES, folder=path.parent))
+    except (OSError, CheckpointError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -9,9 +9,10 @@ from pathlib import Path, PureWindowsPath
 from godwit.checkpoint.formats import INDEX as INDEX
 from godwit.checkpoint.safetensors import SafetensorsFile, shown, strict_json
 from godwit.errors import CheckpointError
+from godwit.safe_files import read_bounded
 
 WEIGHTS = "model.safetensors"
-MAX_INDEX_BYTES = 100_000_000
+MAX_INDEX_BYTES = 32 << 20  # the largest models' have about 15 MB
 
 _NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors", re.ASCII)
 
@@ -29,7 +30,7 @@ def open_shards(directory: Path) -> dict[str, SafetensorsFile]:
     files = sorted(set(index.values())) if index is not None else _find_weights(directory)
     shards: dict[str, SafetensorsFile] = {}
     for name in files:
-        shard = SafetensorsFile(directory / name)
+        shard = SafetensorsFile(directory / name, folder=directory)
         for tensor in shard.entries:
             if tensor in shards:
                 raise CheckpointError(
@@ -50,9 +51,8 @@ def _read_index(directory: Path) -> dict[str, str] | None:
     path = directory / INDEX
     if not os.path.lexists(path):
         return None
-    if not path.is_file() or path.stat().st_size > MAX_INDEX_BYTES:
-        raise CheckpointError(f"{path}: not a file of at most {MAX_INDEX_BYTES} bytes; fetch it again")
-    weight_map = strict_json(path.read_bytes(), path, "index").get("weight_map")
+    data = read_bounded(path, MAX_INDEX_BYTES, folder=directory)
+    weight_map = strict_json(data, path, "index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: has no weight_map of tensor names to files; fetch it again")
     for name in weight_map.values():

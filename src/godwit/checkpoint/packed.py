@@ -30,6 +30,7 @@ from godwit.checkpoint.safetensors import shown
 from godwit.config import ModelConfig
 from godwit.errors import CheckpointError
 from godwit.pages import ask_for_large_pages
+from godwit.safe_files import open_regular, read_beginning
 
 _CHUNK = 1 << 20
 
@@ -40,9 +41,8 @@ def is_packed(path: str | Path) -> bool:
     if not file.is_file():
         return False
     try:
-        with file.open("rb") as stream:
-            return stream.read(len(MAGIC)) == MAGIC or file.suffix == SUFFIX
-    except OSError:
+        return read_beginning(file, len(MAGIC)) == MAGIC or file.suffix == SUFFIX
+    except (OSError, CheckpointError):
         return file.suffix == SUFFIX
 
 
@@ -56,7 +56,7 @@ class PackedFile:
         """Open the file ``path``; see :meth:`open`."""
         self.path = path
         try:
-            with open(path, "rb", opener=safetensors.open_regular) as file:
+            with open_regular(path) as file:
                 size = os.fstat(file.fileno()).st_size
                 table = read_table(file, size, path)
                 self._map = safetensors.map_file(file.fileno(), size, path)
@@ -68,7 +68,6 @@ class PackedFile:
         self.raw_config: dict[str, Any] = dict(table.config)
         self.metadata: dict[str, str] = dict(table.metadata)
         self.nbytes = size
-        self._data = table.start
         self._files, self._tensors = table.files, table.tensors
 
     @staticmethod
@@ -128,18 +127,19 @@ class PackedFile:
         return found
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Recompute every checksum, and look at the bytes between the parts, which have none.
+        """Read the whole file again: every checksum, and the bytes between the parts, which have to be zeros.
 
         ``progress`` is called with (bytes done, bytes in all).
 
         Raises:
             CheckpointError: names what is damaged, up to a limit.
         """
-        places = {**self._files, **self._tensors}
-        wrong, done, total = [], 0, sum(place.blob.nbytes for place in places.values())
-        end = self._data
+        wrong, done = [], 0
         try:
-            with open(self.path, "rb") as file:
+            with open_regular(self.path) as file:
+                table = read_table(file, os.fstat(file.fileno()).st_size, self.path)
+                places = {**table.files, **table.tensors}
+                total, end = sum(place.blob.nbytes for place in places.values()), table.start
                 for name, place in places.items():
                     if any(_between(file, end, place.offset)):
                         damaged(self.path, f"the bytes before {name} are not zero")

@@ -244,7 +244,10 @@ def read_table(file: BinaryIO, size: int, path: Path) -> Table:
         damaged(path, f"cut short: its header should have {length} bytes, {size - PREFIX.size} are there")
     if hashlib.sha256(header).digest() != digest:
         damaged(path, "its header does not have its checksum")
-    return _Reader(path, size, data_start(length)).table(strict_json(header, path, "header"))
+    start = data_start(length)
+    if any(file.read(start - PREFIX.size - length)):
+        damaged(path, "the bytes behind its header are not zero")
+    return _Reader(path, size, start).table(strict_json(header, path, "header"))
 
 
 class _Reader:

@@ -30,10 +30,12 @@ from godwit.checkpoint.packed_layout import (
     prefix_of,
 )
 from godwit.errors import CheckpointError
+from godwit.safe_files import read_bounded
 
 #: Bytes after which what is written is forced to the disk; a kill loses at most that much and one tensor.
 SYNC_BYTES = 256 << 20
 _KEY = "sha256"
+_MAX_JOURNAL = 64 << 20
 
 
 class PackedWriter:
@@ -197,8 +199,9 @@ class PackedWriter:
     def _read_journal(self) -> tuple[str, dict[str, str]]:
         """The identity and the checksums of the tensors written; the last line may be cut off."""
         identity, sums = "", dict[str, str]()
-        with suppress(OSError, UnicodeDecodeError):
-            for line in self.journal.read_text(encoding="ascii").splitlines(keepends=True):
+        with suppress(OSError, UnicodeDecodeError, CheckpointError):
+            content = read_bounded(self.journal, _MAX_JOURNAL)
+            for line in content.decode("ascii").splitlines(keepends=True):
                 try:
                     fields = json.loads(line)
                 except ValueError:

@@ -19,6 +19,8 @@ from godwit.errors import UsageError
 from godwit.measure.report import result_row, write_json
 
 if TYPE_CHECKING:
+    from godwit.checkpoint import Checkpoint
+    from godwit.checkpoint.packed import PackedFile
     from godwit.models.causal_lm import CausalLM
 
 USUAL_PROMPTS = (512, 4096)
@@ -55,8 +57,8 @@ def run(
     from godwit.measure.bench import Plan, bench
 
     common.use_threads(threads)
-    loaded = load(model, quantize, dtype)
-    limit = loaded.config.max_position
+    source = opened(model)
+    limit = source.config.max_position
     plan = Plan(
         usual(USUAL_PROMPTS, limit) if asked_prompts is None else asked_prompts,
         new_tokens,
@@ -66,7 +68,10 @@ def run(
         chunk,
         profile,
     )
+    plan.cases(limit)  # refused before any weights are read
     name = model or common.BUILT_IN
+    with common.loading(name) as progress:
+        loaded = common.load_weights(source, dtype, quantize, progress)
     row = result_row(
         shlex.join(["godwit", *sys.argv[1:]]),
         model=describe(loaded, name),
@@ -114,15 +119,13 @@ def usual(numbers: Sequence[int], limit: int) -> tuple[int, ...]:
     return tuple(number for number in numbers if number <= limit) or (max(0, limit),)
 
 
-def load(model: str | None, quantize: QuantizeName | None, dtype: DtypeName) -> CausalLM:
-    """The weights as the other verbs run them; a packed file needs no tokenizer to be measured."""
+def opened(model: str | None) -> Checkpoint | PackedFile:
+    """The model's files, found and not read; a packed file needs no tokenizer to be measured."""
     from godwit.checkpoint import open_checkpoint
     from godwit.checkpoint.packed import PackedFile, is_packed
 
     source = common.source_of(model)
-    opened = PackedFile.open(source) if is_packed(source) else open_checkpoint(source)
-    with common.loading(model or common.BUILT_IN) as progress:
-        return common.load_weights(opened, dtype, quantize, progress)
+    return PackedFile.open(source) if is_packed(source) else open_checkpoint(source)
 
 
 def describe(model: CausalLM, name: str) -> dict[str, Any]:
@@ -215,8 +218,12 @@ def _decode(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _speed(row: dict[str, Any]) -> tuple[str, str]:
-    speed = row["tokens_per_second"]
-    return f"{speed['median']:,.1f}", f"{speed['min']:,.1f}-{speed['max']:,.1f}"
+    median, low, high = (_rate(row["tokens_per_second"][name]) for name in ("median", "min", "max"))
+    return median, f"{low}-{high}"
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
 
 
 def _profile(found: dict[str, Any]) -> Table:

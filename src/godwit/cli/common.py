@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,15 +133,21 @@ def open_model(model: str | None) -> OpenedModel:
         CheckpointError: there is no such model, or this installation lacks the built-in one.
     """
     source = source_of(model)
-    from godwit.checkpoint import open_checkpoint
-    from godwit.checkpoint.packed import PackedFile, is_packed
     from godwit.tokenizer import Tokenizer
 
-    if is_packed(source):
-        packed = PackedFile.open(source)
-        return OpenedModel(model or BUILT_IN, packed, embedded_tokenizer(packed))
-    checkpoint = open_checkpoint(source)
-    return OpenedModel(model or BUILT_IN, checkpoint, Tokenizer.from_dir(checkpoint.path))
+    trusted = isinstance(source, Path)  # the built-in one
+    with ThreadPoolExecutor(1) as pool:
+        # Tried out in another process while this one loads PyTorch.
+        early = pool.submit(Tokenizer.from_dir, source, trusted=trusted) if os.path.isdir(source) else None
+        from godwit.checkpoint import open_checkpoint
+        from godwit.checkpoint.packed import PackedFile, is_packed
+
+        if is_packed(source):
+            packed = PackedFile.open(source)
+            return OpenedModel(model or BUILT_IN, packed, embedded_tokenizer(packed))
+        checkpoint = open_checkpoint(source)
+        tokenizer = Tokenizer.from_dir(checkpoint.path) if early is None else early.result()
+    return OpenedModel(model or BUILT_IN, checkpoint, tokenizer)
 
 
 def source_of(model: str | None) -> str | Path:

@@ -428,7 +428,7 @@ def verify(
     file: Annotated[Path, typer.Argument(help="A packed file.", metavar="FILE.godwit")],
     as_json: AsJson = False,
 ) -> None:
-    """Recompute the checksums of a packed file."""
+    """Check every byte of a packed file: its checksums, and the zeros between the parts."""
     with one_sentence(ctx):
         from godwit.cli.quantize import run_verify
 

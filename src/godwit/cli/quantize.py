@@ -93,7 +93,7 @@ def run_synth(
 
 
 def run_verify(path: Path, *, as_json: bool = False) -> None:
-    """Recompute the checksums of a packed file and say on stdout that they are right.
+    """Check every byte of a packed file and say on stdout that all are right.
 
     Raises:
         CheckpointError: the file is damaged.

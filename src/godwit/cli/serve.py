@@ -73,6 +73,7 @@ def run(
     keys, origins = read_keys(api_key_file, os.environ), checked_origins(cors_origins)
     allowed = checked_hosts(hosts)
     opened = common.open_model(model)
+    opened.check_context(engine.context)
     sampling = common.recommended(opened.tokenizer.generation_defaults)
     common.sampling_params(SamplingOptions(), opened.tokenizer.generation_defaults)
     with listen(host, port) as listener:  # before the weights are read: a port that is taken is known at once

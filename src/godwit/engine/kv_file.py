@@ -1,12 +1,15 @@
 """The files of the disk cache: a stretch of text, its keys and values, and the state at its end.
 
-Layout: magic, length of the header (8 bytes, little-endian), header (JSON), the tensors' bytes, BLAKE2b of
-all that. Reading a damaged one raises one of :data:`FAULTS`, whatever the damage.
+Layout: magic, length of the header (8 bytes, little-endian), header (JSON), BLAKE2b of all that, the tensors'
+bytes, BLAKE2b of the whole. Both sums are made with the secret key of the cache, so nobody without it can
+plant a file, and nothing of a file is parsed before the sum of its header is right. Reading a damaged or
+planted one raises one of :data:`FAULTS`, whatever the damage.
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import math
 import os
@@ -16,7 +19,8 @@ from typing import IO
 import torch
 from torch import Tensor
 
-MAGIC = b"GODWIT-KV-1\n"
+MAGIC = b"GODWIT-KV-2\n"
+KEY_BYTES = 32
 _DIGEST_BYTES = 32
 _MAX_HEADER = 64 << 20
 #: What reading a damaged file may raise.
@@ -62,14 +66,23 @@ class Header:
         return MAGIC + len(data).to_bytes(8, "little") + data
 
     @staticmethod
-    def read(file: IO[bytes]) -> Header:
-        """Raises: one of the faults of damaged files."""
-        if file.read(len(MAGIC)) != MAGIC:
+    def read(file: IO[bytes], key: bytes) -> Header:
+        """The header at the beginning of a file. Raises: one of the faults of damaged files."""
+        beginning = file.read(len(MAGIC) + 8)
+        if beginning[: len(MAGIC)] != MAGIC:
             raise ValueError("it begins with something else")
-        size = int.from_bytes(file.read(8), "little")
+        size = int.from_bytes(beginning[len(MAGIC) :], "little")
         if size > _MAX_HEADER:
             raise ValueError("its header is too long")
-        raw = json.loads(file.read(size))
+        data = file.read(size)
+        if not hmac.compare_digest(file.read(_DIGEST_BYTES), _digest(key, beginning, data).digest()):
+            raise ValueError("the checksum of its header is not one made with the key of this cache")
+        return Header.decode(data)
+
+    @staticmethod
+    def decode(data: bytes) -> Header:
+        """A header from its JSON. Raises: one of the faults of damaged files."""
+        raw = json.loads(data)
         header = Header(
             bytes.fromhex(raw["root"]),
             bytes.fromhex(raw["parent"]),
@@ -87,37 +100,45 @@ class Header:
         return header
 
 
-def write_stretch(file: IO[bytes], header: Header, tensors: Tensors) -> None:
-    """Write a stretch and its checksum."""
-    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-    parts: list[bytes | memoryview] = [header.encode(), *map(raw_bytes, tensors)]
+def write_stretch(file: IO[bytes], header: Header, tensors: Tensors, key: bytes) -> None:
+    """Write a stretch and its checksums."""
+    beginning = header.encode()
+    digest = _digest(key)
+    parts: list[bytes | memoryview] = [beginning, _digest(key, beginning).digest(), *map(raw_bytes, tensors)]
     for part in parts:
         digest.update(part)
         file.write(part)
     file.write(digest.digest())
 
 
-def read_stretch(file: IO[bytes]) -> tuple[Header, Tensors]:
+def read_stretch(file: IO[bytes], key: bytes) -> tuple[Header, Tensors]:
     """A stretch from its file.
 
     Raises: one of the faults of damaged files.
     """
-    header = Header.read(file)
+    header = Header.read(file, key)
     sizes = [_num_bytes(*one) for one in header.tensors]
     start = file.tell()
     if os.fstat(file.fileno()).st_size != start + sum(sizes) + _DIGEST_BYTES:
         raise ValueError("it has the wrong size")
     file.seek(0)
-    digest = hashlib.blake2b(file.read(start), digest_size=_DIGEST_BYTES)
+    digest = _digest(key, file.read(start))
     tensors = []
     for (dtype, shape), size in zip(header.tensors, sizes, strict=True):
         data = bytearray(file.read(size))
         digest.update(data)
         flat = torch.frombuffer(data, dtype=_dtype(dtype)) if size else torch.empty(0, dtype=_dtype(dtype))
         tensors.append(flat.reshape(shape))
-    if file.read() != digest.digest():
+    if not hmac.compare_digest(file.read(_DIGEST_BYTES), digest.digest()):
         raise ValueError("its checksum is wrong")
     return header, tensors
+
+
+def _digest(key: bytes, *parts: bytes) -> hashlib.blake2b:
+    digest = hashlib.blake2b(key=key, digest_size=_DIGEST_BYTES)
+    for part in parts:
+        digest.update(part)
+    return digest
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -25,13 +25,16 @@ class Resumable:
         return self.state.nbytes + (0 if self.logits is None else self.logits.nbytes)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Node:
-    """Some text, told by its end: ``tokens`` after those of the parent; a root stands for no text."""
+    """Some text, told by its end: ``tokens`` after those of the parent; a root stands for no text.
+
+    There is one for every 16 tokens in the caches, so it is kept small: the tokens are packed.
+    """
 
     key: bytes
     parent: Node | None
-    tokens: tuple[int, ...]
+    packed: bytes
     block: int
     position: int
     children: dict[bytes, Node] = field(default_factory=dict)
@@ -39,6 +42,11 @@ class Node:
     before: Node | None = None  # the last place to resume before this one, if this is one
     last_used: int = 0
     alive: bool = True
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Those after the parent's text."""
+        return tuple(array("i", self.packed))
 
     @property
     def is_full(self) -> bool:

@@ -8,6 +8,7 @@ holds the block that begins with them. Whoever resumes there copies it, since ot
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -292,11 +293,12 @@ class PrefixIndex:
 
     def _root_of(self, key: bytes) -> Node:
         if key not in self._nodes:
-            self._nodes[key] = Node(key, None, (), -1, 0)
+            self._nodes[key] = Node(key, None, b"", -1, 0)
         return self._nodes[key]
 
     def _insert(self, key: bytes, parent: Node, tokens: tuple[int, ...], block: int) -> Node:
-        node = Node(key, parent, tokens, block, parent.position + len(tokens), last_used=self._clock)
+        packed = array("i", tokens).tobytes()
+        node = Node(key, parent, packed, block, parent.position + len(tokens), last_used=self._clock)
         self.pool.share([block])
         self._held[block] += 1
         self._nodes[key] = parent.children[key] = node

@@ -1,8 +1,9 @@
 """DiskCache: what the prefix index knows, kept in files, so that conversations survive a restart.
 
 A file holds a stretch of text: the blocks after those that another file holds, and the state at its end. It
-is written under a temporary name and renamed, and ends with a checksum; what is damaged is dropped when it is
-read, what lacks its beginning when an engine starts. What memory has no room for is read when it is wanted.
+is written under a temporary name and renamed, and carries checksums made with a secret key; what is damaged
+or was planted is dropped when it is read, what lacks its beginning when an engine starts. What memory has no
+room for is read when it is wanted.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import logging
 import os
 import queue
+import stat
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -25,11 +27,13 @@ from godwit.engine.cache import HybridCache, StateSnapshot
 from godwit.engine.kv_file import FAULTS, Header, Tensors, raw_bytes, read_stretch, write_stretch
 from godwit.engine.nodes import Node, Resumable, root_key
 from godwit.engine.prefix import Hit, PrefixIndex
-from godwit.errors import MemoryBudgetError, UsageError
+from godwit.engine.spill_folder import open_folder
+from godwit.errors import CheckpointError, MemoryBudgetError
 from godwit.models.batch import BLOCK_SIZE
 from godwit.models.caches import PagedKV
 from godwit.models.causal_lm import CausalLM
 from godwit.qtensor import QuantExperts, QuantTensor
+from godwit.safe_files import open_regular
 
 #: Stretches that wait to be written; when the disk is slower than the engine, the newest are not kept.
 _MAX_WAITING = 8
@@ -84,15 +88,13 @@ class DiskCache:
         max_bytes: of the files; the oldest go first.
 
     Raises:
-        UsageError: the directory cannot be made.
+        UsageError: the directory cannot be made, belongs to someone else, or others may write to it.
     """
 
     def __init__(self, folder: Path, model: CausalLM, max_bytes: int) -> None:
-        self.folder = folder / fingerprint(model)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as error:
-            raise UsageError(f"{folder} cannot keep a cache: {error.strerror or error}") from None
+        name = fingerprint(model)
+        self.folder = folder / name
+        self._key = open_folder(folder, name)
         self.max_bytes = max_bytes
         self._vocab_size = model.config.vocab_size
         self._num_bytes = 0  # of the files, about
@@ -162,8 +164,9 @@ class DiskCache:
         path = self.folder / _name(header.keys[-1])
         temporary = path.with_suffix(f".tmp{os.getpid()}")
         try:
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                write_stretch(file, header, tensors)
+            temporary.unlink(missing_ok=True)
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                write_stretch(file, header, tensors, self._key)
                 size = file.tell()
             os.replace(temporary, path)
             return size
@@ -172,18 +175,27 @@ class DiskCache:
 
     def _prune(self) -> None:
         """Drop the oldest files, and some more, so that not each new one has to look for what may go."""
-        files = sorted(
-            (path.stat().st_mtime_ns, path.stat().st_size, path) for path in self.folder.glob("*.kv")
-        )
-        self._num_bytes = sum(size for _, size, _ in files)
-        for _, size, path in files:
+        files = self._files()
+        self._num_bytes = sum(size for size, _ in files)
+        for size, path in files:
             if self._num_bytes <= _KEPT * self.max_bytes:
                 return
             self._num_bytes -= size
             self._drop(path)
 
+    def _files(self) -> list[tuple[int, Path]]:
+        """Size and path of each regular file, the oldest first; whatever else there is is not ours."""
+        found = []
+        for path in self.folder.glob("*.kv"):
+            with contextlib.suppress(OSError):
+                state = path.stat(follow_symlinks=False)
+                if stat.S_ISREG(state.st_mode):
+                    found.append((state.st_mtime_ns, state.st_size, path))
+        return [(size, path) for _, size, path in sorted(found)]
+
     def _drop(self, path: Path) -> None:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
         self._forget(path.name)
 
     def _forget(self, name: str) -> None:
@@ -203,9 +215,9 @@ class DiskCache:
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
                     path.unlink()
-        newest = sorted(self.folder.glob("*.kv"), key=lambda path: -path.stat().st_mtime_ns)
-        self._num_bytes = sum(path.stat().st_size for path in newest)
-        for path in newest:
+        files = self._files()
+        self._num_bytes = sum(size for size, _ in files)
+        for _, path in reversed(files):
             if header := self._header(path):
                 self._register(path.name, header)
         while orphans := [n for n, e in self._entries.items() if e.parent not in {e.root, *self._known}]:
@@ -284,25 +296,31 @@ class DiskCache:
 
     def _header(self, path: Path) -> Header | None:
         try:
-            with path.open("rb") as file:
-                return Header.read(file)
-        except FAULTS as error:
+            with open_regular(path, folder=self.folder) as file:
+                return self._checked(path, Header.read(file, self._key))
+        except (CheckpointError, *FAULTS) as error:
             self._complain(path, error)
             return None
 
     def _load_one(self, name: str, index: PrefixIndex, cache: HybridCache) -> bool:
         path = self.folder / name
         try:
-            with path.open("rb") as file:
-                header, tensors = read_stretch(file)
+            with open_regular(path, folder=self.folder) as file:
+                header, tensors = read_stretch(file, self._key)
+            self._checked(path, header)
             if header.has_logits and tensors[-1].shape != (self._vocab_size,):
                 raise ValueError("its scores are not those of this model")
             return _graft(header, tensors, index, cache)
         except (MemoryBudgetError, FileNotFoundError):  # not written yet, or pruned meanwhile
             return False
-        except FAULTS as error:
+        except (CheckpointError, *FAULTS) as error:
             self._complain(path, error)
             return False
+
+    def _checked(self, path: Path, header: Header) -> Header:
+        if path.name != _name(header.keys[-1]):
+            raise ValueError("it is another one under its name")
+        return header
 
     def _complain(self, path: Path, error: Exception) -> None:
         _log.warning("%s is damaged and is dropped (%s)", path, error)

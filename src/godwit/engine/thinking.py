@@ -47,7 +47,7 @@ class ThinkingRules:
         bounded: room is kept for the answer, and a stop token within thinking closes that instead of ending
             the answer. A budget implies it.
         reserve: tokens of the answer's limit that thinking may not use; None: a quarter, and 512 at most.
-        message: the last words of thinking that is closed.
+        message: the last words of thinking that is closed; not repeated where thinking begins again.
         closers: what ends thinking; all but ``</think>`` begin a call.
         calls: ``<tool_call>`` begins a call.
 
@@ -173,6 +173,7 @@ class ThinkingGuide:
         self._left = room
         self._spent = 0  # of the budget
         self._line_ended = self._begun = True  # nothing was thought since thinking began
+        self._told = False  # the message was written since the last call
         self._reason: ThinkingEnd = "model"
         self._forced: deque[int] = deque()
         if self.thinking:
@@ -222,7 +223,7 @@ class ThinkingGuide:
             self.ended, self._reason = self._reason, "model"
             self._line_ended = self._begun = True
         if tracker.num_calls > calls:
-            self._spent = 0
+            self._spent, self._told = 0, False
         if self.thinking:
             self.ended = None
             if counts:
@@ -258,7 +259,8 @@ class ThinkingGuide:
         They are those that the tokenizer makes of the finished text, so that a later prompt finds them again.
         """
         self._reason = reason
-        message, encode = self._rules.message, self._tokenizer.encode
+        message, encode = "" if self._told else self._rules.message, self._tokenizer.encode
+        self._told = True
         end = encode(f"{END_THINK}\n\n", allow_special=True, add_special_tokens=False)
         lead = "\n" if message and not self._line_ended else ""
         for words in (f"{lead}{message}\n", "\n"):

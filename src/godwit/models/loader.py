@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from godwit.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
+from godwit.checkpoint.packed_layout import MAX_FILE_BYTES
 from godwit.checkpoint.spelling import EMBEDDING, HEAD, canonical_name
 from godwit.config import ModelConfig
 from godwit.errors import CheckpointError
 from godwit.models.causal_lm import CausalLM
 from godwit.models.names import Alternatives, Entry, Piece, name_map
+from godwit.safe_files import read_bounded
 
 _MTP_LAYER = re.compile(r"mtp\.layers\.(\d+)\.")
 _LISTED = 20  # names shown of each kind of complaint
@@ -210,6 +212,24 @@ def _text_config(config: ModelConfig) -> dict[str, Any]:
     return {key: value for key, value in raw.items() if key not in ("quantization_config", "torch_dtype")}
 
 
+def read_companions(directory: Path) -> dict[str, bytes]:
+    """The :data:`COMPANIONS` that a directory has.
+
+    Raises:
+        CheckpointError: one is no regular file, is too large, leads out of the directory or cannot be read.
+    """
+    found: dict[str, bytes] = {}
+    for name in COMPANIONS:
+        path = directory / name
+        try:
+            found[name] = read_bounded(path, MAX_FILE_BYTES, folder=directory)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+    return found
+
+
 def save_model(
     model: CausalLM,
     path: str | Path,
@@ -227,12 +247,7 @@ def save_model(
         extra_files: more files by name.
         overwrite: replace an existing directory.
     """
-    files: dict[str, bytes] = {}
-    if companions is not None:
-        for name in COMPANIONS:
-            file = Path(companions) / name
-            if file.is_file():
-                files[name] = file.read_bytes()
+    files = {} if companions is None else read_companions(Path(companions))
     files.update(extra_files or {})
     raw = _text_config(model.config)
     raw["dtype"] = str(model.dtype).removeprefix("torch.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -96,6 +97,7 @@ def _attention(source: str, target: str, spec: AttentionSpec, hidden: int) -> It
         yield Piece(source + "k_norm.weight", (spec.head_dim,), target + "k_norm.weight")
 
 
+@lru_cache(maxsize=4)  # the same for all layers of a model
 def _query_and_gate_rows(spec: AttentionSpec) -> Tensor:
     """Target row of each row of a gated q_proj, which holds query then gate head by head."""
     heads = torch.arange(spec.num_heads)[:, None] * spec.head_dim + torch.arange(spec.head_dim)[None, :]
@@ -114,6 +116,7 @@ def _delta_interleaved(source: str, target: str, spec: GatedDeltaNetSpec, hidden
     )
 
 
+@lru_cache(maxsize=4)
 def _qkvz_rows(spec: GatedDeltaNetSpec) -> Tensor:
     """Target row of each checkpoint row: a key head's group holds its q, k, then its value heads' v and z."""
     groups, key, value = spec.num_k_heads, spec.key_dim, spec.value_dim

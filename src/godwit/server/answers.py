@@ -11,6 +11,7 @@ from starlette.requests import Request
 
 from godwit.engine import Stream, TokenLogprobs
 from godwit.engine.stream import Event, Finish, PromptScored, Started
+from godwit.server.clients import while_there
 from godwit.server.errors import INTERNAL, ApiError, bad_request, failed_answer, overloaded
 from godwit.server.journal import Record
 from godwit.server.mailbox import Mailbox
@@ -179,17 +180,10 @@ class Answers:
             async for _ in self.updates():
                 pass
 
-        tasks = {asyncio.ensure_future(read()), asyncio.ensure_future(_gone(request))}
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
+            await while_there(request, read())
         finally:
             self.cancel()
-            for task in tasks:
-                task.cancel()
-        if any(answer.finish is None for answer in self.answers):
-            raise ApiError(499, "the client is gone")
         return self.answers
 
     def _read(self, index: int, event: Event) -> Update | None:
@@ -241,11 +235,6 @@ class Answers:
         self._satisfied.add(index)
         self._streams[index].cancel()
         return deltas[: place + 1]
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ async def count_tokens(request: Request) -> Response:
     service: Service = request.app.state.service
     asked = await service.read(request, CountRequest)
     service.check_model(asked.model)
-    prompt = await service.make_prompt(conversation_of(asked, service))
+    prompt = await service.make_prompt(request, conversation_of(asked, service))
     return JSONResponse({"input_tokens": len(prompt.ids)})
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -23,11 +24,12 @@ from godwit.server.errors import INTERNAL, ApiError, bad_request, respond
 from godwit.server.host import EngineHost
 from godwit.server.journal import Journal, Record
 from godwit.server.openapi import describe
-from godwit.server.protocol import DetokenizeRequest, TokenizeRequest
+from godwit.server.protocol_texts import DetokenizeRequest, TokenizeRequest
 from godwit.server.service import Service
 from godwit.server.settings import Settings
 from godwit.server.thinking import ThinkingWish
 
+_PIECE = 4096
 _METHODS = re.compile(r"[A-Z, ]+")
 
 
@@ -88,15 +90,22 @@ async def tokenize(request: Request) -> Response:
         service.prompts.check_size(text)
         add = asked.add_special_tokens
         parse = asked.parse_special
-        prompt = await service.prompt_threads.run(
-            lambda: service.prompts.text(text, add_special_tokens=add, parse_special=parse)
+        prompt = await service.prepare(
+            request, lambda: service.prompts.text(text, add_special_tokens=add, parse_special=parse)
         )
     else:
         tools = [tool.function.tool() for tool in asked.tools]
         variables = service.thinking.variables(ThinkingWish(), asked.chat_template_kwargs)
-        prompt = await service.make_prompt(asked.conversation_of(asked.messages, tools, variables))
-    ids = list(prompt.ids)
-    return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.context})
+        prompt = await service.make_prompt(request, asked.conversation_of(asked.messages, tools, variables))
+    rest = {"count": len(prompt.ids), "max_model_len": service.context}
+    ids = await service.prepare(request, lambda: _as_json(prompt.ids))
+    return Response(f'{{"tokens":{ids},{json.dumps(rest)[1:]}', media_type="application/json")
+
+
+def _as_json(ids: Sequence[int]) -> str:
+    """Piece by piece, since writing a million of them at once would keep the interpreter busy for long."""
+    pieces = (ids[start : start + _PIECE] for start in range(0, len(ids), _PIECE))
+    return f"[{','.join(','.join(map(str, piece)) for piece in pieces)}]"
 
 
 async def detokenize(request: Request) -> Response:
@@ -109,9 +118,7 @@ async def detokenize(request: Request) -> Response:
         raise bad_request(
             f"there is no token {unknown[0]}: the ids end at {service.tokenizer.vocab_size - 1}"
         )
-    text = await service.prompt_threads.run(
-        lambda: service.tokenizer.decode(asked.tokens, skip_special=False)
-    )
+    text = await service.prepare(request, lambda: service.tokenizer.decode(asked.tokens, skip_special=False))
     return JSONResponse({"prompt": text})
 
 

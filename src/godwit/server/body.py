@@ -13,32 +13,31 @@ from starlette.requests import ClientDisconnect, Request
 from godwit.server.errors import ApiError, bad_request
 from godwit.server.settings import Limits
 
+#: A text, which ends with the body where its quotes are not closed.
+_TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 #: Objects in which null is a value: schemas, arguments of calls, and what is only handed back.
 _OPAQUE = frozenset({"parameters", "input_schema", "schema", "json", "arguments", "input", "metadata"})
-#: Parsing a longer body would keep the event loop from others for too long.
-_LONG = 1 << 16
+#: Parsing and checking a longer body would keep the event loop from others for too long.
+LONG = 1 << 16
 
 
-async def read_json(request: Request, limits: Limits) -> dict[str, Any]:
-    """The object in the body.
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """The body, which says that it is JSON.
 
     Raises:
-        ApiError: it is too large or too slow, no JSON, or nested too deeply.
+        ApiError: it is too large or too slow, or something else.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # what a web page may send without asking is none of the types allowed
         raise ApiError(415, "send the request as JSON, with `Content-Type: application/json`")
     try:
         async with asyncio.timeout(limits.body_seconds):
-            data = await _read(request, limits.body_bytes)
+            return await _read(request, limits.body_bytes)
     except TimeoutError:
         raise ApiError(408, "the body of the request took too long to arrive") from None
     except ClientDisconnect:
         raise ApiError(400, "the client is gone") from None
-    if len(data) < _LONG:
-        return parse_object(data, limits.depth)
-    return await asyncio.to_thread(parse_object, data, limits.depth)
 
 
 async def _read(request: Request, limit: int) -> bytes:
@@ -57,12 +56,14 @@ async def _read(request: Request, limit: int) -> bytes:
     return b"".join(parts)
 
 
-def parse_object(data: bytes, depth: int) -> dict[str, Any]:
+def parse_object(data: bytes, limits: Limits) -> dict[str, Any]:
     """The JSON object in ``data``, without fields that are null, and with U+FFFD for halves of characters.
 
     Raises:
-        ApiError: it is none, has numbers that are not finite, or is nested too deeply.
+        ApiError: it is none, has numbers that are not finite, is nested too deeply or has too many values.
     """
+    _check_size(data, limits)
+    depth = limits.depth
     try:
         value = json.loads(data.decode(), parse_constant=_refuse, parse_float=_finite)
     except UnicodeDecodeError:
@@ -79,6 +80,23 @@ def parse_object(data: bytes, depth: int) -> dict[str, Any]:
     whole: dict[str, Any] = whole_characters(value) if _SURROGATE.search(data) else value
     drop_nulls(whole)
     return whole
+
+
+def _check_size(data: bytes, limits: Limits) -> None:
+    """Refuse what would take long to parse, before it is parsed."""
+    containers, values = _count(data)
+    if containers > limits.containers or values > limits.values:
+        containers, values = _count(_TEXT.sub(b"", data))
+    if containers > limits.containers:
+        raise bad_request(f"the body has more than {limits.containers} objects and lists")
+    if values > limits.values:
+        raise bad_request(f"the body has more than {limits.values} values")
+
+
+def _count(data: bytes) -> tuple[int, int]:
+    """(objects and lists, values at most) of JSON; what looks like them in texts counts too."""
+    containers = data.count(b"{") + data.count(b"[")
+    return containers, 1 + containers + data.count(b",")
 
 
 def drop_nulls(value: dict[str, Any] | list[Any]) -> None:

@@ -13,15 +13,16 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from godwit.server.deadlines import Deadlines, Phase
 from godwit.server.errors import ApiError, respond
 from godwit.server.journal import id_headers, new_id
+from godwit.server.pace import Share
 from godwit.server.places import Places
 from godwit.server.settings import Limits
 
 CLOSE = (b"connection", b"close")
 #: Bytes that are parsed at a time; then others have their turn.
-SLICE_BYTES = 8 << 10
-#: After a slice with more chunks than these, which cost far more than they bring, the connection has to wait.
+SLICE_BYTES = 4 << 10
+#: Slices with more chunks than these cost far more than they bring; together they get a share of the time.
 MANY_CHUNKS = 64
-PAUSE_SECONDS = 0.02
+COSTLY_SHARE = 0.1
 #: What comes after the last response is taken and thrown away so often, all that is there at once.
 THROW_AWAY_SECONDS = 0.05
 _log = logging.getLogger("godwit.server.connections")
@@ -154,11 +155,13 @@ class LimitedProtocol(H11Protocol):
     Attributes:
         limits, places: the server's.
         full: answers requests on connections for which there is no place.
+        costly: gives the time for slices of many chunks.
     """
 
     limits: Limits
     places: Places
     full: ASGIApp
+    costly: Share
     transport: GentleTransport
     conn: Parser
 
@@ -227,8 +230,12 @@ class LimitedProtocol(H11Protocol):
             return self.transport.agree("parser")
         piece = bytes(self._unparsed[:SLICE_BYTES])
         del self._unparsed[:SLICE_BYTES]
-        chunks = self.conn.num_chunks
-        super().data_received(piece)
+        chunks, began = self.conn.num_chunks, self.loop.time()
+        try:
+            super().data_received(piece)
+        except Exception:  # asyncio only logs what a callback raises
+            self.drop()
+            raise
         self._watch()
         if self.transport.is_closing():
             return
@@ -236,7 +243,8 @@ class LimitedProtocol(H11Protocol):
         if not self._unparsed and not costly:
             return self.transport.agree("parser")
         self.transport.object("parser")
-        self._next_parse = self.loop.call_later(PAUSE_SECONDS if costly else 0, self._parse)
+        wait = self.costly.spent(self.loop.time() - began) if costly else 0.0
+        self._next_parse = self.loop.call_later(wait, self._parse)
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what the parser could not take; the response under way, if there is one, ends here."""
@@ -282,7 +290,10 @@ class LimitedProtocol(H11Protocol):
         self.deadlines.closing()
         self._unparsed.clear()
         if still_sends and self.transport.inner.can_write_eof():
-            self.transport.inner.write_eof()
+            try:
+                self.transport.inner.write_eof()
+            except OSError:  # the client is gone
+                return self.drop()
             self._throw_away(0)
         else:
             self.transport.inner.close()

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -16,6 +16,7 @@ from pydantic import (
     Field,
     ValidationInfo,
     WithJsonSchema,
+    model_validator,
 )
 
 from godwit.engine.constraint_schema import NO_PARAMETERS
@@ -35,6 +36,9 @@ ONLY_TEXT = (
     "addresses"
 )
 MAX_NAME = 128
+_Item = TypeVar("_Item")
+#: A list of which no more is looked at than up to the first item that is wrong.
+Items = Annotated[list[_Item], Field(fail_fast=True)]
 _NAME = rf"^[A-Za-z0-9_.:/-]{{1,{MAX_NAME}}}$"
 
 
@@ -42,6 +46,14 @@ class Request(BaseModel):
     """A body: fields that are not listed are refused, since they would not be honoured."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, body: Any) -> Any:
+        """Of fields that are not listed, the first is enough to be refused for."""
+        unknown = [name for name in body if name not in cls.model_fields] if isinstance(body, dict) else []
+        more = set(unknown[1:])
+        return {name: value for name, value in body.items() if name not in more} if more else body
 
 
 class Part(BaseModel):
@@ -189,7 +201,7 @@ StopText = Annotated[str, Field(min_length=1, max_length=1024)]
 MAX_STOPS = 16
 _STOP_SCHEMA = {"type": "string", "minLength": 1, "maxLength": 1024}
 Stops = Annotated[
-    list[StopText],
+    Items[StopText],
     Field(max_length=MAX_STOPS),
     BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop),
     WithJsonSchema(

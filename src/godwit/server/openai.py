@@ -23,7 +23,8 @@ from godwit.server.openai_bodies import (
     usage_of,
 )
 from godwit.server.prompts import Prompt
-from godwit.server.protocol import ChatRequest, CompletionRequest, SharedFields
+from godwit.server.protocol import ChatRequest, SharedFields
+from godwit.server.protocol_texts import CompletionRequest
 from godwit.server.service import Chat, Service, allowed_tools
 from godwit.server.sse import DONE, KEEP_ALIVE, EventStream, event
 
@@ -87,8 +88,8 @@ async def completions(request: Request) -> Response:
     num_prompts = len(asked.prompts())
     check_choices(asked.n * num_prompts, service.settings.limits.choices)
     params = service.sampling(**choosing_of(asked, service))
-    each = [pair for pair in await _prompts(asked, service) for _ in range(asked.n)]
-    constraints = await service.hold(asked.form(), "none", len(each))
+    each = [pair for pair in await _prompts(request, asked, service) for _ in range(asked.n)]
+    constraints = await service.hold(request, asked.form(), "none", len(each))
     scored = asked.echo and asked.logprobs is not None
     prompts, echoes = [prompt for prompt, _ in each], [echo for _, echo in each]
     answers = service.start(
@@ -125,7 +126,7 @@ def choosing_of(asked: CompletionRequest, service: Service) -> dict[str, Any]:
     return choosing | {"stop_token_ids": [*(asked.stop_token_ids or ()), *service.fim.ends]}
 
 
-async def _prompts(asked: CompletionRequest, service: Service) -> list[tuple[Prompt, Echo]]:
+async def _prompts(request: Request, asked: CompletionRequest, service: Service) -> list[tuple[Prompt, Echo]]:
     """The prompts, and how answers to them begin."""
     given = asked.prompts()
     service.prompts.check_size(asked.suffix, *(prompt for prompt in given if isinstance(prompt, str)))
@@ -144,8 +145,7 @@ async def _prompts(asked: CompletionRequest, service: Service) -> list[tuple[Pro
         text = one if isinstance(one, str) else service.tokenizer.decode(one)
         return prompt, Echo(text, () if asked.logprobs is None else prompt.ids)
 
-    made: list[tuple[Prompt, Echo]] = await service.prompt_threads.run(lambda: [*map(read, given)])
-    return made
+    return await service.prepare(request, lambda: [*map(read, given)])
 
 
 async def models(request: Request) -> Response:

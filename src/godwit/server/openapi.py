@@ -8,9 +8,10 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 import godwit
-from godwit.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from godwit.server.protocol import ChatRequest
 from godwit.server.protocol_messages import CountRequest, MessagesRequest
 from godwit.server.protocol_responses import ResponsesRequest
+from godwit.server.protocol_texts import CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 _TEMPLATE = "#/components/schemas/{model}"
 _BODIES: tuple[tuple[str, type[BaseModel], str, tuple[str, ...]], ...] = (

@@ -40,6 +40,26 @@ class Bucket:
         self._then = now
 
 
+class Share:
+    """Spreads costly work over time, so that all of it takes a given share of one processor.
+
+    Args:
+        share: between 0 and 1.
+        clock: seconds.
+    """
+
+    def __init__(self, share: float, clock: Callable[[], float] = monotonic) -> None:
+        self._rest = 1 / share - 1
+        self._clock = clock
+        self._free = clock()
+
+    def spent(self, seconds: float) -> float:
+        """Note work that took so long; how many seconds to wait before more."""
+        now = self._clock()
+        self._free = max(self._free, now) + self._rest * seconds
+        return self._free - now
+
+
 class Sieve:
     """Lets a burst of events through, then so many a second, and counts those it holds back. For any thread.
 

@@ -22,7 +22,14 @@ _THINKS = (
     "this model thinks before it answers, so its answer cannot be begun for it; turn its thinking off where "
     "that can be done, or send what was thought along"
 )
-_RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "documents", "chat_template"})
+#: Variables that are the server's to set, parameters of what renders templates, and Jinja's own names.
+RESERVED = frozenset(
+    {
+        *("messages", "tools", "add_generation_prompt", "documents", "chat_template"),
+        *("self", "super", "loop", "caller", "varargs", "kwargs"),
+        *("range", "dict", "lipsum", "cycler", "joiner", "namespace", "raise_exception", "strftime_now"),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -80,13 +87,14 @@ class Conversation:
 
 
 def check_variables(variables: Mapping[str, Any]) -> None:
-    """Refuse variables that would take the template's own place.
+    """Refuse what cannot be a variable, and variables that would take the place of the template's own.
 
     Raises:
         ApiError: there is one.
     """
     for name, value in variables.items():
-        if name in _RESERVED or name.endswith("_token") or not isinstance(value, str | int | float | bool):
+        reserved = name in RESERVED or name.endswith("_token") or not name.isidentifier()
+        if reserved or not isinstance(value, str | int | float | bool):
             raise bad_request(
                 f"chat_template_kwargs cannot set {name[:40]!r} like this", "chat_template_kwargs"
             )
@@ -114,7 +122,9 @@ class PromptMaker:
         Raises:
             ApiError: they are.
         """
-        size = sum(map(len, texts))
+        self._check_chars(sum(map(len, texts)))
+
+    def _check_chars(self, size: int) -> None:
         if size > self.max_chars:
             raise too_long(self.context, -(-size // self.longest))  # of tokens at least so many
 
@@ -128,8 +138,9 @@ class PromptMaker:
 
         Raises:
             TemplateError: the template does not take it.
-            ApiError: its prefill cannot be put behind the prompt.
+            ApiError: it cannot but be too long, or its prefill cannot be put behind the prompt.
         """
+        self._check_chars(num_chars(conversation))
         ids, end = self._before_answer(conversation)
         if conversation.prefill and not conversation.thoughts and opens_thinking(end):
             conversation = _without_thinking(conversation)
@@ -192,6 +203,21 @@ class PromptMaker:
         near = [] if conversation.begun else [end for end in found if len(ids) - end < NEAR_END]
         useful = near[-1:] if self._rewrites else []
         return (*found[: len(found) - len(near)], *useful)
+
+
+def num_chars(conversation: Conversation) -> int:
+    """How many characters all texts have that a template could write, be they of messages or of tools."""
+    size, left = 0, [*vars(conversation).values()]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            size += len(value)
+        elif isinstance(value, Mapping):
+            left += value
+            left += value.values()
+        elif isinstance(value, Sequence):
+            left += value
+    return size
 
 
 def _without_thinking(conversation: Conversation) -> Conversation:

@@ -1,10 +1,10 @@
-"""What clients of OpenAI's API may send to /v1/chat/completions and /v1/completions, and to /tokenize."""
+"""What clients of OpenAI's API may send to /v1/chat/completions, and what other addresses have in common."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from godwit.chat_template import Effort
 from godwit.server.errors import bad_request
@@ -15,6 +15,7 @@ from godwit.server.fields import (
     Content,
     FunctionSpec,
     Ignored,
+    Items,
     Mode,
     Name,
     Part,
@@ -42,9 +43,18 @@ MAX_STOP_IDS = 1024
 
 NumChoices = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
 NumLogprobs = Annotated[int, Field(ge=0, le=20)]
+
+
+def _few(biases: Any) -> Any:
+    if isinstance(biases, dict) and len(biases) > MAX_BIASES:
+        raise ValueError(f"there may be {MAX_BIASES} biases, and there are {len(biases)}")
+    return biases
+
+
 Bias = Annotated[
     dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
     Field(max_length=MAX_BIASES),
+    BeforeValidator(_few),  # a dict's length is only checked behind its entries
 ]
 
 
@@ -62,6 +72,11 @@ class CalledTool(Part):
     type: Literal["function"] = "function"
     function: CalledFunction
 
+    def call(self) -> dict[str, Any]:
+        """In the shape of chat templates."""
+        function = {"name": self.function.name, "arguments": self.function.arguments}
+        return ({} if self.id is None else {"id": self.id}) | {"type": self.type, "function": function}
+
 
 class ChatMessage(Part):
     """A message.
@@ -75,7 +90,7 @@ class ChatMessage(Part):
     content: Content | None = None
     reasoning_content: str | None = None
     reasoning: Any = None
-    tool_calls: list[CalledTool] | None = Field(default=None, max_length=256)
+    tool_calls: Items[CalledTool] | None = Field(default=None, max_length=256)
     tool_call_id: str | None = None
     name: str | None = None
     prefix: bool = False
@@ -108,7 +123,7 @@ class ChatMessage(Part):
         if self.role == "assistant" and isinstance(thoughts, str) and thoughts:
             message["reasoning_content"] = thoughts
         if self.role == "assistant" and self.tool_calls:
-            message["tool_calls"] = [call.model_dump(exclude_none=True) for call in self.tool_calls]
+            message["tool_calls"] = [call.call() for call in self.tool_calls]
         if self.role == "tool":
             message |= {"tool_call_id": self.tool_call_id or "", "name": self.name or ""}
         return message
@@ -142,7 +157,7 @@ class AllowedFunctions(Part):
     """Those of the tools that may be called now, and whether one has to be."""
 
     mode: Literal["auto", "required"]
-    tools: list[NamedTool] = Field(min_length=1, max_length=256)
+    tools: Items[NamedTool] = Field(min_length=1, max_length=256)
 
 
 class AllowedTools(Part):
@@ -189,7 +204,7 @@ class StructuredOutputs(Part):
 
     json_: dict[str, Any] | None = Field(default=None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Items[str] | None = None
     grammar: str | None = None
     json_object: Literal[True] | None = None
 
@@ -231,7 +246,7 @@ class SharedFields(NeutralFields):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     ignore_eos: bool = Field(default=False, description="The model's own stop tokens do not end the answer.")
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_IDS)] | None = None
+    stop_token_ids: Annotated[Items[TokenId], Field(max_length=MAX_STOP_IDS)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] = 0
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -301,11 +316,11 @@ class Continuing(Request):
 class ChatRequest(SharedFields, Continuing, ThinkingFields):
     """A body for /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=4096)
+    messages: Items[ChatMessage] = Field(min_length=1, max_length=4096)
     max_completion_tokens: TokenLimit | None = None
     logprobs: bool = False
     top_logprobs: NumLogprobs | None = None
-    tools: list[Tool] = Field(default=[], max_length=256)
+    tools: Items[Tool] = Field(default=[], max_length=256)
     tool_choice: Mode | NamedTool | AllowedTools = "auto"
     parallel_tool_calls: bool = True
     response_format: ResponseFormat | None = None
@@ -313,7 +328,7 @@ class ChatRequest(SharedFields, Continuing, ThinkingFields):
         default=None, description="How much to think; none turns thinking off where the template can."
     )
     chat_template_kwargs: dict[str, Any] = Field(default={}, max_length=16)
-    modalities: list[Literal["text"]] | None = None
+    modalities: Items[Literal["text"]] | None = None
     add_special_tokens: Literal[False] | None = None
     verbosity: Literal["low", "medium", "high"] | None = Field(
         default=None, description="A hint that changes nothing."
@@ -361,65 +376,3 @@ class ChatRequest(SharedFields, Continuing, ThinkingFields):
         if value and not info.data.get("logprobs"):
             raise ValueError("it needs `logprobs` to be true")
         return value
-
-
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
-
-
-class CompletionRequest(SharedFields):
-    """A body for /v1/completions; texts hold control tokens only where ``parse_special`` says so."""
-
-    prompt: str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1, max_length=MAX_CHOICES)]
-    max_tokens: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
-    logprobs: NumLogprobs | None = None
-    echo: bool = Field(default=False, description="With logprobs, the prompt's tokens have theirs too.")
-    best_of: int | None = Field(default=None, description="As much as n, if it is given at all.")
-    suffix: str = Field(
-        default="", description="What follows the answer, for models that were made to fill gaps."
-    )
-    parse_special: bool = Field(
-        default=False, description="Control tokens that a text spells out are read as such: an addition."
-    )
-    add_special_tokens: bool = Field(
-        default=True, description="A text gets what the model wants around it, such as a BOS token."
-    )
-
-    @model_validator(mode="after")
-    def _can_be_done(self) -> CompletionRequest:
-        if self.suffix and self.echo:
-            raise ValueError("`echo` and `suffix` exclude each other")
-        if self.best_of not in (None, self.n):
-            raise ValueError("`best_of` cannot be other than `n`")
-        return self
-
-    def prompts(self) -> list[str | list[int]]:
-        """The prompts one by one."""
-        given: Any = self.prompt
-        return [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)
-
-
-class TokenizeRequest(Continuing):
-    """A body for /tokenize: a text, or a conversation as the model would read it."""
-
-    model: str | None = None
-    prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(default=None, min_length=1, max_length=4096)
-    tools: list[Tool] = Field(default=[], max_length=256)
-    add_special_tokens: bool = True
-    parse_special: bool = Field(
-        default=True, description="Control tokens that `prompt` spells out are read as such."
-    )
-    chat_template_kwargs: dict[str, Any] = Field(default={}, max_length=16)
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> TokenizeRequest:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("either `prompt` or `messages` is needed")
-        return self
-
-
-class DetokenizeRequest(Request):
-    """A body for /detokenize."""
-
-    model: str | None = None
-    tokens: list[TokenId]

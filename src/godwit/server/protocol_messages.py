@@ -12,6 +12,7 @@ from godwit.server.fields import (
     MAX_TOKENS,
     Content,
     Ignored,
+    Items,
     MaxTokens,
     Name,
     Part,
@@ -89,7 +90,7 @@ class InputMessage(Part):
     """A message: a text, or blocks."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | list[Block]
+    content: str | Items[Block]
 
     @model_validator(mode="after")
     def _belongs(self) -> InputMessage:
@@ -197,16 +198,16 @@ class ContextEdit(Part):
 class ContextManagement(Part):
     """Edits of the context before it is read."""
 
-    edits: list[ContextEdit] = Field(default=[])
+    edits: Items[ContextEdit] = Field(default=[])
 
 
 class CountRequest(Request):
     """A body for /v1/messages/count_tokens."""
 
     model: str
-    messages: list[InputMessage] = Field(min_length=1, max_length=4096)
+    messages: Items[InputMessage] = Field(min_length=1, max_length=4096)
     system: Content | None = None
-    tools: list[MessageTool] = Field(default=[], max_length=256)
+    tools: Items[MessageTool] = Field(default=[], max_length=256)
     tool_choice: MessageToolChoice | None = None
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
@@ -267,7 +268,7 @@ class MessagesRequest(CountRequest):
 
     max_tokens: MaxTokens
     stream: bool = False
-    stop_sequences: Annotated[list[StopText], Field(max_length=16)] | None = None
+    stop_sequences: Annotated[Items[StopText], Field(max_length=16)] | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: Probability | None = None
     top_k: TopK | None = None

@@ -15,6 +15,7 @@ from godwit.server.fields import (
     Choice,
     Content,
     Ignored,
+    Items,
     Mode,
     Name,
     Part,
@@ -86,8 +87,8 @@ class ReasoningItem(Part):
     """What an earlier answer had thought; some clients keep only a summary of it."""
 
     type: Literal["reasoning"]
-    content: list[ReasoningText] | None = None
-    summary: list[ReasoningText] | None = None
+    content: Items[ReasoningText] | None = None
+    summary: Items[ReasoningText] | None = None
 
 
 def _kind(item: Any) -> str:
@@ -138,7 +139,7 @@ class AllowedTools(Part):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
 
-    tools: list[NamedTool | NamedGroup | HostedTool] = Field(min_length=1, max_length=256)
+    tools: Items[NamedTool | NamedGroup | HostedTool] = Field(min_length=1, max_length=256)
 
     def names(self, tools: Sequence[OfferedTool]) -> list[str]:
         """The names of those among ``tools``, and of what is not there."""
@@ -203,7 +204,7 @@ class ResponsesRequest(ThinkingFields):
     """A body for /v1/responses. Nothing is stored, so each request brings the whole conversation."""
 
     model: str | None = None
-    input: str | Annotated[list[Item], Field(min_length=1, max_length=4096)]
+    input: str | Annotated[Items[Item], Field(min_length=1, max_length=4096)]
     instructions: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -212,7 +213,7 @@ class ResponsesRequest(ThinkingFields):
     top_p: Probability | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    tools: list[AnyTool] = Field(default=[], max_length=256)
+    tools: Items[AnyTool] = Field(default=[], max_length=256)
     tool_choice: Mode | NamedTool | AllowedTools = "auto"
     parallel_tool_calls: bool = True
     text: TextConfig | None = None
@@ -225,7 +226,7 @@ class ResponsesRequest(ThinkingFields):
     )
     background: Literal[False] | None = None
     top_logprobs: NumLogprobs | None = None
-    include: list[Include] = Field(default=[], max_length=16)
+    include: Items[Include] = Field(default=[], max_length=16)
     metadata: dict[str, Any] | None = None
     store: Ignored = None
     user: Told = None
@@ -288,6 +289,9 @@ class ResponsesRequest(ThinkingFields):
         items = [InputMessage(role="user", content=self.input)] if isinstance(self.input, str) else self.input
         for item in items:
             _append(result, item)
+        for message in result:
+            if isinstance(message["content"], list):
+                message["content"] = "\n".join(message["content"])
         return result
 
     def form(self) -> Form | None:
@@ -307,7 +311,10 @@ class ResponsesRequest(ThinkingFields):
 
 
 def _append(messages: list[Message], item: Item) -> None:
-    """Add an item; what one answer had thought, said and called becomes one message again."""
+    """Add an item; what one answer had thought, said and called becomes one message again.
+
+    What it said is kept in parts, which are joined at the end.
+    """
     if isinstance(item, ItemReference):
         raise bad_request(f"the item {item.id[:80]!r} is not at hand", "input")
     if isinstance(item, FunctionOutput):
@@ -318,8 +325,9 @@ def _append(messages: list[Message], item: Item) -> None:
         messages.append({"role": role, "content": item.content})
         return
     last = messages[-1] if messages and messages[-1]["role"] == "assistant" else None
-    if last is None or (isinstance(item, ReasoningItem) and (last["content"] or last.get("tool_calls"))):
-        last = {"role": "assistant", "content": ""}
+    spoke = last is not None and (bool(last["content"]) or "tool_calls" in last)
+    if last is None or (isinstance(item, ReasoningItem) and spoke):
+        last = {"role": "assistant", "content": []}
         messages.append(last)
     if isinstance(item, ReasoningItem):
         thoughts = "\n".join(part.text for part in item.content or item.summary or ())
@@ -331,5 +339,5 @@ def _append(messages: list[Message], item: Item) -> None:
         last.setdefault("tool_calls", []).append(
             {"id": item.call_id, "type": "function", "function": function}
         )
-    else:
-        last["content"] = "\n".join(filter(None, [last["content"], item.content]))
+    elif item.content:
+        last["content"].append(item.content)

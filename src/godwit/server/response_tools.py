@@ -15,7 +15,7 @@ from pydantic import Discriminator, Field, Tag
 
 from godwit.server.calls import parse_json
 from godwit.server.errors import bad_request
-from godwit.server.fields import FunctionSpec, Name, Part
+from godwit.server.fields import FunctionSpec, Items, Name, Part
 
 #: Where a text stands in the arguments of a call of a tool that takes one.
 INPUT = "input"
@@ -56,7 +56,7 @@ class NamespaceTool(Part):
     type: Literal["namespace"]
     name: Name
     description: str | None = None
-    tools: list[Annotated[FunctionTool | CustomTool, Field(discriminator="type")]] = Field(max_length=256)
+    tools: Items[Annotated[FunctionTool | CustomTool, Field(discriminator="type")]] = Field(max_length=256)
 
 
 class HostedTool(Part):
@@ -104,11 +104,12 @@ def offered(tools: Sequence[AnyTool]) -> list[OfferedTool]:
     Raises:
         ApiError: two have the same name.
     """
-    found = list(_offered(tools))
-    names = [tool.name for tool in found]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise bad_request(f"`tools` has two tools with the name {twice}; rename one", "tools")
-    return found
+    found: dict[str, OfferedTool] = {}
+    for tool in _offered(tools):
+        if tool.name in found:
+            raise bad_request(f"`tools` has two tools with the name {tool.name}; rename one", "tools")
+        found[tool.name] = tool
+    return list(found.values())
 
 
 def _offered(tools: Sequence[AnyTool]) -> Iterator[OfferedTool]:

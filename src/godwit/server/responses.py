@@ -103,7 +103,9 @@ def resolved(given: str | list[Item], owner: str, items: ItemStore) -> str | lis
     """
     if isinstance(given, str):
         return given
-    return [_found(item.id, owner, items) if isinstance(item, ItemReference) else item for item in given]
+    names = {item.id for item in given if isinstance(item, ItemReference)}
+    found = {name: _found(name, owner, items) for name in names}
+    return [found[item.id] if isinstance(item, ItemReference) else item for item in given]
 
 
 def _found(id: str, owner: str, items: ItemStore) -> Item:

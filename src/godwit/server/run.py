@@ -16,9 +16,10 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from godwit.errors import UsageError
-from godwit.server.connection import LimitedProtocol
+from godwit.server.connection import COSTLY_SHARE, LimitedProtocol
 from godwit.server.errors import overloaded, respond
 from godwit.server.journal import Journal, Record
+from godwit.server.pace import Share
 from godwit.server.places import MAX_REFUSED, Places
 from godwit.server.service import Service
 from godwit.server.settings import Limits, Settings
@@ -96,7 +97,12 @@ def make_server(app: Starlette, settings: Settings) -> Server:
 
 def limited_protocol(limits: Limits, full: ASGIApp) -> type[LimitedProtocol]:
     """The protocol of a server's connections, which share its places."""
-    more = {"limits": limits, "places": Places(limits), "full": staticmethod(full)}
+    more = {
+        "limits": limits,
+        "places": Places(limits),
+        "full": staticmethod(full),
+        "costly": Share(COSTLY_SHARE),
+    }
     return type("Protocol", (LimitedProtocol,), more)
 
 

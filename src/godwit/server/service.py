@@ -11,7 +11,6 @@ from hashlib import sha256
 from time import time
 from typing import Any, TypeVar
 
-import anyio
 from anyio.to_thread import run_sync
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
@@ -21,8 +20,10 @@ from godwit.engine import Constraint, GenerationRequest, SamplingParams, Stream,
 from godwit.engine.constraint_trial import Abandon
 from godwit.errors import GodwitError, UsageError
 from godwit.server.answers import Answers, check_choices
-from godwit.server.body import read_json
+from godwit.server.body import LONG, parse_object, read_body
+from godwit.server.clients import client_of, while_there
 from godwit.server.errors import ApiError, bad_request, from_engine, overloaded, too_long
+from godwit.server.fair_queue import FairQueue
 from godwit.server.fields import Choice, FunctionSpec, Mode, Reading
 from godwit.server.fim import Fim
 from godwit.server.forms import NO_TOOLS, Calls, Form, FormMaker, Thinking
@@ -31,13 +32,15 @@ from godwit.server.items import ItemStore
 from godwit.server.journal import Metrics, Record
 from godwit.server.mistral_calls import with_short_ids
 from godwit.server.prompts import Conversation, Prompt, PromptMaker, check_variables
-from godwit.server.settings import Settings
+from godwit.server.settings import Limits, Settings
 from godwit.server.thinking import ThinkingMaker, ThinkingWish
 from godwit.server.tools import MARKS, THINK, AnswerParser, format_of
 
-#: Prompts and forms that are made at a time.
-MAX_PROMPT_THREADS = 2
-MAX_FORM_THREADS = 2
+#: Long bodies, prompts and forms that are worked on at a time, more of which would only wait for each other,
+#: and those that may wait.
+BODY_WORKERS, BODIES_WAITING = 1, 128
+PROMPT_WORKERS, PROMPTS_WAITING = 2, 256
+FORM_WORKERS, FORMS_WAITING = 2, 64
 #: What templates say that refuse a message with several calls, as those of Llama 3 do.
 SINGLE_CALL = "only supports single tool-calls"
 _WATCH_SECONDS = 1.0
@@ -73,31 +76,6 @@ class Chat:
     form: Form | None = None
     salt: str = ""
     thinking: ThinkingWish = field(default_factory=ThinkingWish)
-
-
-class Threads:
-    """Work that would hold up the event loop, a few pieces at a time.
-
-    Args:
-        count: more would only wait for each other.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._limiter: anyio.CapacityLimiter | None = None
-
-    async def run(self, work: Callable[[], _Result]) -> _Result:
-        """Do it in a thread.
-
-        Raises:
-            ApiError: it failed.
-        """
-        if self._limiter is None:
-            self._limiter = anyio.CapacityLimiter(self._count)
-        try:
-            return await run_sync(work, limiter=self._limiter)
-        except GodwitError as error:
-            raise from_engine(error) from error
 
 
 class Service:
@@ -136,8 +114,9 @@ class Service:
         self.thinking = ThinkingMaker(template, settings.thinking)
         self._knows_thinking = template is not None and THINK in template.source
         self._forms = FormMaker(engine.tokenizer, engine.vocab_size, self.format)
-        self.prompt_threads = Threads(MAX_PROMPT_THREADS)
-        self._form_threads = Threads(MAX_FORM_THREADS)
+        self._body_queue = FairQueue(BODY_WORKERS, BODIES_WAITING)
+        self._prompt_queue = FairQueue(PROMPT_WORKERS, PROMPTS_WAITING)
+        self._form_queue = FairQueue(FORM_WORKERS, FORMS_WAITING)
         SamplingParams(**settings.sampling)
 
     # requests
@@ -148,12 +127,16 @@ class Service:
         Raises:
             ApiError: it is not what it has to be.
         """
-        body = await read_json(request, self.settings.limits)
+        body = await read_body(request, self.settings.limits)
         reading = Reading(refuse_media=self.settings.refuse_media)
-        try:
-            asked = kind.model_validate(body, context=reading)
-        except ValidationError as error:
-            raise explain(error) from None
+
+        def check() -> _Body:
+            return checked(kind, body, self.settings.limits, reading)
+
+        if len(body) < LONG:
+            asked = check()
+        else:
+            asked = await while_there(request, self._body_queue.run(client_of(request), check))
         if reading.left_out:
             kinds = ", ".join(sorted(reading.left_out))
             _log.info("%s left out of the prompt, as it is no text: %s", request.state.record.id, kinds)
@@ -192,14 +175,23 @@ class Service:
 
     async def warm(self) -> None:
         """Start the process that renders templates before the first request has to wait for it."""
-        with contextlib.suppress(ApiError):
-            await self.make_prompt(Conversation([{"role": "user", "content": "."}]))
+        if self.tokenizer.chat_template is not None:
+            with contextlib.suppress(GodwitError, ApiError):
+                await run_sync(self.prompts.chat, Conversation([{"role": "user", "content": "."}]))
 
-    async def make_prompt(self, conversation: Conversation) -> Prompt:
+    async def prepare(self, request: Request, work: Callable[[], _Result]) -> _Result:
+        """Do what a prompt takes in a thread, when it is the turn of the request's client.
+
+        Raises:
+            ApiError: it failed, too many are waiting, or the client is gone.
+        """
+        return await while_there(request, self._prompt_queue.run(client_of(request), work))
+
+    async def make_prompt(self, request: Request, conversation: Conversation) -> Prompt:
         """The prompt of a conversation.
 
         Raises:
-            ApiError: it is too long, or the template does not take it.
+            ApiError: it is too long, the template does not take it, or the client is gone.
         """
         limits = self.settings.limits
         if len(conversation.messages) > limits.messages or len(conversation.tools) > limits.tools:
@@ -209,9 +201,7 @@ class Service:
         check_variables(conversation.variables)
         if self.format in ("mistral", "mistral_args"):
             conversation = replace(conversation, messages=with_short_ids(conversation.messages))
-        self.prompts.check_size(*(str(message.get("content") or "") for message in conversation.messages))
-        prompt: Prompt = await self.prompt_threads.run(lambda: self.prompts.chat(conversation))
-        return prompt
+        return await self.prepare(request, lambda: self.prompts.chat(conversation))
 
     async def chat(self, request: Request, chat: Chat) -> Answers:
         """Start the answers to a conversation.
@@ -229,8 +219,8 @@ class Service:
             raise bad_request(NO_TOOLS, "tools")
         chat = replace(chat, parallel=chat.parallel and not self._one_call)
         form = form_of(chat, tools)
-        prompt = await self.make_prompt(replace(chat.conversation, tools=tools))
-        constraints = await self.hold(form, self._thinking(chat, prompt), chat.n)
+        prompt = await self.make_prompt(request, replace(chat.conversation, tools=tools))
+        constraints = await self.hold(request, form, self._thinking(chat, prompt), chat.n)
         schemas = {t["function"]["name"]: t["function"].get("parameters") or {} for t in tools}
         format = self.format if tools else None
         rules = self.thinking.rules(
@@ -255,12 +245,12 @@ class Service:
         )
 
     async def hold(
-        self, form: Form | Calls | None, thinking: Thinking, count: int
+        self, request: Request, form: Form | Calls | None, thinking: Thinking, count: int
     ) -> Sequence[Constraint | None]:
         """What holds so many answers to a form.
 
         Raises:
-            ApiError: the form cannot be used.
+            ApiError: the form cannot be used, too many are waiting, or the client is gone.
         """
         if form is None:
             return [None] * count
@@ -268,7 +258,10 @@ class Service:
         try:
             if (known := await run_sync(self._forms.known, form, thinking, count)) is not None:
                 return known
-            return await self._form_threads.run(lambda: self._forms.make(form, thinking, count, abandon))
+            made = self._form_queue.run(
+                client_of(request), lambda: self._forms.make(form, thinking, count, abandon)
+            )
+            return await while_there(request, made)
         except ApiError as error:
             error.param = error.param or form.field
             raise
@@ -386,6 +379,18 @@ def form_of(chat: Chat, tools: Sequence[Mapping[str, Any]]) -> Form | Calls | No
     if tools and (chat.strict or chat.form is not None):
         return Calls("auto", tools, chat.parallel, chat.form)
     return chat.form
+
+
+def checked(kind: type[_Body], body: bytes, limits: Limits, reading: Reading) -> _Body:
+    """A body as what it has to be.
+
+    Raises:
+        ApiError: it is something else.
+    """
+    try:
+        return kind.model_validate(parse_object(body, limits), context=reading)
+    except ValidationError as error:
+        raise explain(error) from None
 
 
 def explain(error: ValidationError) -> ApiError:

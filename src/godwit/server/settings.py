@@ -13,6 +13,9 @@ from godwit.server.thinking import ThinkingSettings
 
 MIN_BODY_BYTES = 1 << 20
 BODY_BYTES_PER_TOKEN = 32
+#: Of its JSON: more would keep the interpreter busy for long, and make no sense to the model.
+MIN_BODY_VALUES = 1 << 17
+BODY_VALUES_PER_TOKEN = 4
 #: Stands for every host name in :attr:`Settings.hosts`.
 ANY_HOST = "*"
 
@@ -30,6 +33,7 @@ class Limits:
         idle_seconds: between a response and the next request on the same connection.
         write_seconds: a client that takes next to nothing of its response for so long is disconnected.
         depth: how deeply its JSON may be nested.
+        containers, values: objects and lists in it, and values of any kind.
         messages, tools: in a conversation.
         choices: answers to one request, all prompts together.
         active: answers under way in the whole server; more are refused with 503.
@@ -45,6 +49,8 @@ class Limits:
     idle_seconds: float = 75.0
     write_seconds: float = 30.0
     depth: int = 64
+    containers: int = 1 << 16
+    values: int = MIN_BODY_VALUES
     messages: int = 4096
     tools: int = 256
     choices: int = 16
@@ -55,7 +61,8 @@ class Limits:
     @staticmethod
     def of(context: int, **more: Any) -> Limits:
         """Limits for a model that reads this many tokens, with others as given."""
-        return Limits(body_bytes=max(MIN_BODY_BYTES, BODY_BYTES_PER_TOKEN * context), **more)
+        size = max(MIN_BODY_BYTES, BODY_BYTES_PER_TOKEN * context)
+        return Limits(body_bytes=size, values=max(MIN_BODY_VALUES, BODY_VALUES_PER_TOKEN * context), **more)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
-from godwit.checkpoint.safetensors import SafetensorsFile
+from godwit.checkpoint.safetensors import SafetensorsFile, shown
 from godwit.checkpoint.writer import save_tensors
 from godwit.errors import CheckpointError, UsageError
 from godwit.models.batch import ForwardBatch
@@ -23,6 +23,9 @@ from godwit.models.causal_lm import CausalLM
 from godwit.models.layers import Experts, Linear, SwiGLU
 
 WINDOW = 1024  # tokens of the text read together, as if nothing were before them
+#: Of a file of importances; that of a model with 512 experts in 48 layers has 250 MB.
+MAX_BYTES = 4 << 30
+MAX_VALUE = 1e30  # sums of many must be finite too
 #: Tokens that an expert's prior counts for: what an expert saw outweighs it once there are as many.
 PRIOR = 32
 #: The gate of a shared expert is no matrix, and the head is multiplied without its module.
@@ -96,13 +99,34 @@ def write_importance(path: Path, found: Importance, metadata: Mapping[str, str])
 
 
 def read_importance(path: Path) -> dict[str, Tensor]:
-    """Importances from a safetensors file.
+    """Importances from a safetensors file; whether they fit a model is checked where it is packed.
 
     Raises:
-        CheckpointError: the file is missing or damaged.
+        CheckpointError: the file is missing, damaged, very large or in another format, or a tensor of it does
+            not hold one finite number from 0 up for each column.
     """
     file = SafetensorsFile(path)
-    return {name: file.tensor(name) for name in file.entries}
+    size = sum(entry.nbytes for entry in file.entries.values())
+    if size > MAX_BYTES:
+        raise CheckpointError(
+            f"{path}: holds {size / 2**30:,.1f} GiB, more than the importances of any model"
+        )
+    return {name: _checked(file.tensor(name), name, path) for name in file.entries}
+
+
+def _checked(values: Tensor, name: str, path: Path) -> Tensor:
+    if not values.is_floating_point() or values.dim() not in (1, 2) or not values.numel():
+        raise CheckpointError(
+            f"{path}: {shown(name)} is {values.dtype} {list(values.shape)} and should be [cols] or "
+            "[num_experts, cols] of a floating-point type; run 'godwit calibrate' again"
+        )
+    found = values.float()
+    if not bool(((found >= 0) & (found <= MAX_VALUE)).all()):
+        raise CheckpointError(
+            f"{path}: {shown(name)} has values that are negative, not numbers or larger than {MAX_VALUE:g}; "
+            "run 'godwit calibrate' again"
+        )
+    return values
 
 
 def _read(model: CausalLM, text: Tensor, watch: _Watch) -> None:

@@ -21,7 +21,7 @@ from godwit.checkpoint import Checkpoint, open_checkpoint
 from godwit.checkpoint.packed_layout import ExpertStack, Matrix, Plain, TensorBlob
 from godwit.checkpoint.packed_writer import PackedWriter
 from godwit.errors import CheckpointError, UsageError
-from godwit.models.loader import COMPANIONS, plan
+from godwit.models.loader import plan, read_companions
 from godwit.models.names import Piece
 from godwit.qtensor import join_expert, quantize
 from godwit.shrink.recipe import Recipe, tensor_blobs
@@ -88,7 +88,7 @@ def quantize_checkpoint(
     with PackedWriter(
         out,
         _plain_config(checkpoint),
-        companions_of(checkpoint.path),
+        read_companions(checkpoint.path),
         blobs,
         metadata={"godwit": godwit.__version__, "recipe": Path(recipe.name).name},
         identity=_identity(checkpoint, importance),
@@ -110,11 +110,6 @@ def quantize_checkpoint(
             time.monotonic() - started,
             len(blobs) - len(missing),
         )
-
-
-def companions_of(path: Path) -> dict[str, bytes]:
-    """The files that travel with a model: its tokenizer, chat template and settings."""
-    return {name: (path / name).read_bytes() for name in COMPANIONS if (path / name).is_file()}
 
 
 class _Pool:

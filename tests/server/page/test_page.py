@@ -181,7 +181,7 @@ def test_the_last_line_stays_above_the_composer(page: Page, server: Server) -> N
         last = page.locator("article").last.bounding_box()
         composer = page.locator("#composer").bounding_box()
         assert last and composer
-        return composer["y"] - (last["y"] + last["height"])
+        return float(composer["y"] - (last["y"] + last["height"]))
 
     assert gap() >= 16
     message_box(page).fill("one\ntwo\nthree\nfour\nfive\nsix")
