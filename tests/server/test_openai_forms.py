@@ -196,7 +196,7 @@ def test_what_cannot_be_honoured_is_refused(servers: Servers, more: dict[str, An
 
 def test_a_form_that_is_too_costly_to_follow_is_refused(client: OpenAI) -> None:
     grammar = {"grammar": "start: s\ns: s s | s s s | /[a-z ]/ |"}
-    with pytest.raises(openai.BadRequestError, match="the grammar cannot be used: .*Too many items"):
+    with pytest.raises(openai.BadRequestError, match=r"the grammar cannot be used: .*Too many items"):
         client.completions.create(
             model="godwit", prompt="It is", extra_body={"structured_outputs": grammar}, stream=True
         )
