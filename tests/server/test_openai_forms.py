@@ -11,6 +11,9 @@ import pytest
 from openai import OpenAI
 from pydantic import BaseModel, Field
 
+from godwit.engine.constraint import GrammarConstraint
+from godwit.engine.constraint_trial import Trials
+from godwit.errors import BusyError, UsageError
 from tests.server.conftest import Running, Servers
 from tests.server.openai_steps import FIND, HELLO, SAN_JOSE, TOOL, client_of
 
@@ -189,3 +192,43 @@ def test_strict_tools_keep_to_their_schemas(client: OpenAI) -> None:
 def test_what_cannot_be_honoured_is_refused(servers: Servers, more: dict[str, Any]) -> None:
     with client_of(servers("hello")) as client, pytest.raises(openai.BadRequestError):
         client.chat.completions.create(model="hello", messages=HELLO, **more)
+
+
+def test_a_form_that_is_too_costly_to_follow_is_refused(client: OpenAI) -> None:
+    grammar = {"grammar": "start: s\ns: s s | s s s | /[a-z ]/ |"}
+    with pytest.raises(openai.BadRequestError, match=r"the grammar cannot be used: .*Too many items"):
+        client.completions.create(
+            model="godwit", prompt="It is", extra_body={"structured_outputs": grammar}, stream=True
+        )
+
+
+def test_a_form_that_gets_too_costly_is_the_request_s_fault(
+    client: OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def give_up(form: GrammarConstraint, token: int) -> None:
+        raise UsageError("the form of the answer takes too much time to follow; simplify it")
+
+    monkeypatch.setattr(GrammarConstraint, "accept", give_up)
+    with pytest.raises(openai.BadRequestError, match="too much time to follow; simplify it"):
+        client.completions.create(
+            model="godwit", prompt="It is", extra_body={"structured_outputs": {"regex": "[a-z]{9}"}}
+        )
+
+
+def test_known_forms_do_not_wait_for_others_to_be_tried(
+    client: OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: Any = {"model": "godwit", "prompt": "It is", "max_tokens": 5}
+    known: Any = {"structured_outputs": {"regex": "[ab]{3}!"}}
+    client.completions.create(**asked, extra_body=known)
+
+    def ask(*request: Any, **how: Any) -> Any:
+        raise BusyError("all processes are busy")
+
+    monkeypatch.setattr(Trials, "ask", ask)
+    again = client.completions.create(**asked, extra_body=known)
+    assert re.fullmatch("[ab]{3}!", again.choices[0].text)
+    with pytest.raises(openai.InternalServerError, match="short of processes"):
+        client.with_options(max_retries=0).completions.create(
+            **asked, extra_body={"structured_outputs": {"regex": "[ab]{4}!"}}
+        )
