@@ -69,6 +69,7 @@ class Numbers:
     """Stands in for the tokenizer of a file that has none; its tokens have no text."""
 
     stop_ids: frozenset[int] = frozenset()
+    complete = True
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
