@@ -16,6 +16,7 @@ from godwit.models.causal_lm import CausalLM
 from godwit.models.native import pack_model
 from tests.engine.steps import Core, Run
 from tests.engine.tiny import VOCAB, tiny_model, tiny_tokenizer
+from tests.rounding import rounding
 
 IDS = [(i * 37 + 11) % 256 for i in range(75)]
 OTHER = [(i * 53 + 7) % 256 for i in range(200)]
@@ -35,21 +36,6 @@ def direct(model: CausalLM, ids: list[int]) -> torch.Tensor:
         ].log_softmax(-1)
 
 
-def rounding(kind: str) -> torch.Tensor:
-    """How far float32 explains another result, row by row ``[T]``.
-
-    As far as the results move when each weight changes by up to half its last bit, the most of a few trials;
-    times 16, since products and sums are rounded, too, not the weights alone.
-    """
-    wanted, moves = direct(tiny_model(kind), IDS), []
-    for seed in range(3):
-        model, generator = tiny_model(kind), torch.Generator().manual_seed(seed)
-        for parameter in model.parameters():
-            parameter.mul_(1 + 2.0**-24 * (2 * torch.rand(parameter.shape, generator=generator) - 1))
-        moves.append((direct(model, IDS) - wanted).abs().amax(-1))
-    return 16 * torch.stack(moves).amax(0)
-
-
 @pytest.mark.parametrize("kind", ["attention", "delta", "hybrid"])
 @pytest.mark.parametrize("chunk", [512, 20])
 def test_they_are_those_of_a_forward_pass(kind: str, chunk: int) -> None:
@@ -59,7 +45,7 @@ def test_they_are_those_of_a_forward_pass(kind: str, chunk: int) -> None:
     core.run()
     first, *others = scores_of(run)
     assert first is None and len(others) == len(IDS) - 1
-    limits = rounding(kind).tolist()
+    limits = rounding(model, lambda other: direct(other, IDS)).tolist()
     assert median(limits) < 0.01  # while the values differ by whole units
     for row, token, one, limit in zip(direct(model, IDS), IDS[1:], others, limits, strict=False):
         assert one is not None and one.token_id == token
