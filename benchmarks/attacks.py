@@ -106,6 +106,11 @@ def _costly_schema(rng: random.Random) -> bytes:
     return _chat(response_format=form)(rng)
 
 
+def _held(**outputs: Any) -> Callable[..., Any]:
+    """An answer held to a form that is costly to try or to follow."""
+    return _posting(CHAT, _chat(structured_outputs=outputs))
+
+
 def _flood(start: bytes, piece: bytes, seconds: float = FLOOD_SECONDS) -> Callable[..., Any]:
     """Sends a beginning and then the same bytes as fast as it can, whatever the answer."""
 
@@ -178,6 +183,7 @@ def _head_of(*lines: str) -> bytes:
     return "\r\n".join((*head, "", "")).encode()
 
 
+_PROPERTIES = {f"property_{i}": {"type": "string"} for i in range(900)}
 _NESTED = b'{"messages": ' + b"[" * 5000 + b"]" * 5000 + b"}"
 ATTACKS = (
     Attack("body of 5 MiB", _posting(CHAT, lambda rng: b" " * (5 << 20)), (413, 0)),
@@ -196,6 +202,10 @@ ATTACKS = (
     Attack("form of a web page", _posting(CHAT, _chat(), headers={"Content-Type": "text/plain"}), (415,)),
     Attack("foreign host", _posting(CHAT, _chat(), headers={"Host": "evil.example"}), (403,)),
     Attack("costly schema", _posting(CHAT, _costly_schema), (400, 200)),
+    Attack("ambiguous grammar", _held(grammar="start: s\ns: s s | s s s | /[a-z ]/ |\n"), (400, 200)),
+    Attack("10,000 choices", _held(choice=[f"choice {i}" for i in range(10_000)]), (400, 200)),
+    Attack("nested repetitions", _held(regex="(a{1,100}){1,100}"), (400, 200)),
+    Attack("900 properties", _held(json={"type": "object", "properties": _PROPERTIES}), (400, 200)),
     Attack("ids that are none", _many(TEXT, '{"prompt": [', "-1", "]}")),
     Attack("nested lists", _many(TEXT, '{"prompt": [', "[[[[]]]]", "]}")),
     Attack("bad names of biases", _many(CHAT, _ASKED + '"logit_bias": {', '"abcdefgh": 0', "}}")),
