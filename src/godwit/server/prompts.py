@@ -8,12 +8,12 @@ from itertools import islice
 from typing import Any
 
 from godwit.engine import opens_thinking
+from godwit.engine.constraint_grammar import END_THINK, THINK
 from godwit.errors import TemplateError
 from godwit.server.errors import bad_request, too_long
 from godwit.tokenizer import Tokenizer
 
 Message = dict[str, Any]
-THINK, END_THINK = "<think>", "</think>"
 #: How many beginnings of a conversation are rendered where its tokens do not tell its messages apart.
 MAX_RENDERED = 8
 #: Between the end of the last message and that of the prompt are only the words that open the answer.

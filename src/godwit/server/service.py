@@ -17,6 +17,7 @@ from starlette.requests import Request
 
 import godwit
 from godwit.engine import Constraint, GenerationRequest, SamplingParams, Stream, ThinkingRules
+from godwit.engine.constraint_grammar import THINK, Thinking
 from godwit.engine.constraint_trial import Abandon
 from godwit.errors import GodwitError, UsageError
 from godwit.server.answers import Answers, check_choices
@@ -26,7 +27,7 @@ from godwit.server.errors import ApiError, bad_request, from_engine, overloaded,
 from godwit.server.fair_queue import FairQueue
 from godwit.server.fields import Choice, FunctionSpec, Mode, Reading
 from godwit.server.fim import Fim
-from godwit.server.forms import NO_TOOLS, Calls, Form, FormMaker, Thinking
+from godwit.server.forms import NO_TOOLS, Calls, Form, FormMaker
 from godwit.server.host import EngineHost
 from godwit.server.items import ItemStore
 from godwit.server.journal import Metrics, Record
@@ -34,14 +35,14 @@ from godwit.server.mistral_calls import with_short_ids
 from godwit.server.prompts import Conversation, Prompt, PromptMaker, check_variables
 from godwit.server.settings import Limits, Settings
 from godwit.server.thinking import ThinkingMaker, ThinkingWish
-from godwit.server.tools import MARKS, THINK, AnswerParser, format_of
+from godwit.server.tools import MARKS, AnswerParser, format_of
 
 #: Long bodies, prompts and forms that are worked on at a time, more of which would only wait for each other,
 #: and those that may wait.
 BODY_WORKERS, BODIES_WAITING = 1, 128
 PROMPT_WORKERS, PROMPTS_WAITING = 2, 256
 FORM_WORKERS, FORMS_WAITING = 2, 64
-#: What templates say that refuse a message with several calls, as those of Llama 3 do.
+#: The error of templates that allow one call in a message, such as those of Llama 3.
 SINGLE_CALL = "only supports single tool-calls"
 _WATCH_SECONDS = 1.0
 _log = logging.getLogger("godwit.server")
