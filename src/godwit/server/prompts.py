@@ -19,8 +19,8 @@ MAX_RENDERED = 8
 #: Between the end of the last message and that of the prompt are only the words that open the answer.
 NEAR_END = 16
 _THINKS = (
-    "this model thinks before it answers, so its answer cannot be begun for it; turn its thinking off where "
-    "that can be done, or send what was thought along"
+    "this model thinks before it answers, so a message can be continued only with thinking turned off (where "
+    "the template can do that) or together with the thinking that came before it"
 )
 #: Variables that are the server's to set, parameters of what renders templates, and Jinja's own names.
 RESERVED = frozenset(

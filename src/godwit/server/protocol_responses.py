@@ -318,7 +318,7 @@ def _append(messages: list[Message], item: Item) -> None:
     What it said is kept in parts, which are joined at the end.
     """
     if isinstance(item, ItemReference):
-        raise bad_request(f"the item {item.id[:80]!r} is not at hand", "input")
+        raise bad_request(f"the item {item.id[:80]!r} was not looked up", "input")
     if isinstance(item, FunctionOutput):
         messages.append({"role": "tool", "content": item.output, "tool_call_id": item.call_id})
         return

@@ -140,7 +140,7 @@ class Service:
             asked = await while_there(request, self._body_queue.run(client_of(request), check))
         if reading.left_out:
             kinds = ", ".join(sorted(reading.left_out))
-            _log.info("%s left out of the prompt, as it is no text: %s", request.state.record.id, kinds)
+            _log.info("%s left out of the prompt, since it is not text: %s", request.state.record.id, kinds)
         return asked
 
     def check_model(self, name: str | None) -> None:
@@ -213,7 +213,7 @@ class Service:
         self._check_start(chat.n)
         if chat.conversation.begun and (chat.form is not None or chat.mode == "required"):
             raise bad_request(
-                "an answer whose beginning is given cannot be held to a form or made to call a tool"
+                "an answer that continues a message cannot be held to a form or made to call a tool"
             )
         tools = [] if chat.mode == "none" else list(chat.conversation.tools)
         if tools and self.format is None:

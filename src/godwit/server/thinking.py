@@ -66,7 +66,7 @@ class ThinkingFields(Request):
     """The fields of OpenAI's APIs about thinking that are additions: a budget under several names."""
 
     thinking_token_budget: Budget | None = Field(
-        default=None, description="Tokens after which thinking is closed; -1 is no limit. vLLM's name for it."
+        default=None, description="Tokens after which thinking is closed; -1: no limit. vLLM's name for it."
     )
     thinking_budget_tokens: Budget | None = Field(default=None, description="The same; llama.cpp's name.")
     think: bool | Effort | Budget | None = Field(
