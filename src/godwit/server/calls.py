@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 
@@ -53,12 +52,6 @@ def object_text(text: str) -> str | None:
             continue
         return None if not isinstance(value, dict) else text if strict else json.dumps(value)
     return None
-
-
-def open_end(text: str, tags: Sequence[str]) -> int:
-    """Length of the longest end of ``text`` with which one of the tags begins."""
-    sizes = [size for tag in tags for size in range(1, len(tag)) if text.endswith(tag[:size])]
-    return max(sizes, default=0)
 
 
 def _refuse(constant: str) -> None:
