@@ -44,7 +44,6 @@ PROMPT_WORKERS, PROMPTS_WAITING = 2, 256
 FORM_WORKERS, FORMS_WAITING = 2, 64
 #: The error of templates that allow one call in a message, such as those of Llama 3.
 SINGLE_CALL = "only supports single tool-calls"
-_WATCH_SECONDS = 1.0
 _log = logging.getLogger("godwit.server")
 #: What pydantic puts into the place of an error besides names and numbers.
 _TAG = re.compile(r"str|int|.*\[.*|constrained-.*|function-.*|[A-Z].*")
