@@ -70,7 +70,7 @@ def test_a_call_that_is_only_thought_of() -> None:
     assert places(f"hm {call}\nor not", **how) == mentioned
     assert places(f"hm {call}\n", "o", "r not", **how) == mentioned
     assert [place for place, _ in places(f"hm {call}\n{call}", **how)] == ["thinking", "call", "gap", "call"]
-    assert places(f"hm {call}\n{call}no", **how)[-1] == ("thinking", "no")
+    assert places(f"hm {call}\n{call}no", **how)[-1] == ("said", "no")
     assert places(f"hm {call}</think>no", **how)[-1] == ("said", "no")
     assert places(f"hm</think>{call}no", **how)[-1] == ("said", "no")
     made, guide = think(f"a {call} b" + "c" * 99, budget=5, closers=XML_ENDS)

@@ -76,8 +76,8 @@ class ThinkingTracker:
     """Follows the text of an answer and says which part of it is what.
 
     ``<think>`` opens thinking only at the beginning of an answer, after thinking, and after a call; elsewhere
-    it is text like any other. A call within thinking ends it if the answer ends with that call or with others
-    right behind it; where text follows, the call was only thought of, and thinking goes on.
+    it is text like any other. A call within thinking ends it if nothing or another call follows; where text
+    follows, the call was only thought of, and thinking goes on.
 
     Attributes:
         place: what comes next, as far as that is known: "gap" is white space after thinking.
@@ -127,7 +127,7 @@ class ThinkingTracker:
             self._fresh = any(tag.startswith(rest) for tag in (THINK, END_THINK, *calls))
             if not self._fresh:
                 self.place = "thinking" if self._unclosed and not rest.startswith(calls) else "said"
-                self._unclosed = self._unclosed and self.place == "said"
+                self._unclosed = False
         tags = {"thinking": self._closers, "call": (END_CALL,)}.get(self.place, self._openers)
         found = [(at, tag) for tag in tags if (at := text.find(tag)) >= 0]
         return min(found, default=(-1, ""))
@@ -151,7 +151,7 @@ class ThinkingTracker:
             self.place = "gap" if self._unclosed else "said"
         else:
             self.num_closed += before == "thinking"
-            self._unclosed |= before == "thinking"
+            self._unclosed = before == "thinking"
             self.place = "call"
         return "tag" if tag in (THINK, END_THINK) else "call"
 
