@@ -235,7 +235,7 @@ def test_folders_that_others_may_write_to_are_refused(
             open_folder(folder, "model")
         path.chmod(0o700)
     (folder / "link").symlink_to(folder / "model")
-    with pytest.raises(UsageError, match="no directory"):
+    with pytest.raises(UsageError, match="not a directory"):
         open_folder(folder, "link")
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     with pytest.raises(UsageError, match="another user"):

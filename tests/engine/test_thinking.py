@@ -63,11 +63,27 @@ def test_where_thinking_is() -> None:
     assert places("<tool_call>a</tool_call><think>", calls=False)[0][0] == "said"
 
 
+def test_a_call_that_is_only_thought_of() -> None:
+    call = "<tool_call>\n<function=f></function>\n</tool_call>"
+    how: dict[str, Any] = {"opened": True, "closers": XML_ENDS}
+    mentioned = [("thinking", "hm "), ("call", call), ("gap", "\n"), ("thinking", "or not")]
+    assert places(f"hm {call}\nor not", **how) == mentioned
+    assert places(f"hm {call}\n", "o", "r not", **how) == mentioned
+    assert [place for place, _ in places(f"hm {call}\n{call}", **how)] == ["thinking", "call", "gap", "call"]
+    assert places(f"hm {call}\n{call}no", **how)[-1] == ("said", "no")
+    assert places(f"hm {call}</think>no", **how)[-1] == ("said", "no")
+    assert places(f"hm</think>{call}no", **how)[-1] == ("said", "no")
+    made, guide = think(f"a {call} b" + "c" * 99, budget=5, closers=XML_ENDS)
+    assert made.startswith(f"a {call} b" + "c" * PATIENCE) and "\nEnough.\n</think>\n\nc" in made
+    assert guide.ended == "budget"
+
+
 @given(st.lists(st.sampled_from(["<think>", "</think>", "<tool_call>", "</tool_call>", "\n", "a", "<"])))
 def test_places_do_not_depend_on_the_pieces(parts: list[str]) -> None:
     whole = "".join(parts)
     for opened in (False, True):
-        tracker, by_letter = ThinkingTracker(opened=opened), ThinkingTracker(opened=opened)
+        how: Any = {"opened": opened, "closers": ("</think>", "<tool_call>\n")}
+        tracker, by_letter = ThinkingTracker(**how), ThinkingTracker(**how)
         tracker.push(whole)
         assert "".join(part for letter in whole for _, part in by_letter.push(letter)) == whole
         assert (tracker.place, tracker.num_closed, tracker.num_calls) == (

@@ -62,3 +62,9 @@ def test_requests_drawn_from_the_description(server: Running, path: str, mode: G
     send()
     assert statuses
     assert mode is GenerationMode.POSITIVE or 200 not in statuses
+
+
+@pytest.mark.parametrize("status", ["401", "403", "429"])
+def test_refusals_are_described(status: str) -> None:
+    operations = [operation for item in describe()["paths"].values() for operation in item.values()]
+    assert operations and all(status in operation["responses"] for operation in operations)

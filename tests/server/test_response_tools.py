@@ -173,6 +173,11 @@ def test_an_item_can_be_named_in_place_of_sending_it(agent: Running) -> None:
         gone: Any = [{"type": "item_reference", "id": unkept.output[0].id}]
         with pytest.raises(openai.BadRequestError, match="send the item itself"):
             client.responses.create(**asked_with(input=gone))
+        twice: Any = [{"type": "item_reference", "id": first.output[0].id}] * 2
+        with pytest.raises(openai.BadRequestError, match="only once"):
+            client.responses.create(**asked_with(input=twice))
+        with pytest.raises(openai.BadRequestError, match="store"):
+            client.responses.create(**asked_with(store="false"))
 
 
 def test_the_oldest_items_go_first() -> None:

@@ -173,7 +173,7 @@ def serve(
     ] = None,
     connections_per_address: Annotated[
         int,
-        typer.Option(min=1, help="Connections from one address other than this machine's, of 1,024 in all."),
+        typer.Option(min=1, help="Connections from any one address but this machine's; 1,024 in all."),
     ] = 256,
     cors_origin: Annotated[
         list[str] | None,

@@ -114,11 +114,11 @@ class ThinkingOptions:
     ] = None
     thinking_budget: Annotated[
         int | None,
-        typer.Option(min=0, max=1 << 24, help="Close thinking after so many tokens.", metavar="N"),
+        typer.Option(min=0, max=1 << 24, help="Close thinking after this many tokens.", metavar="N"),
     ] = None
     thinking_budget_message: Annotated[
         str | None,
-        typer.Option(help="The last words of thinking that is closed; else Qwen's.", metavar="TEXT"),
+        typer.Option(help="The last words of thinking that is cut short; by default Qwen's.", metavar="TEXT"),
     ] = None
 
 
@@ -129,7 +129,7 @@ class ServedThinkingOptions(ThinkingOptions):
     effort_budgets: Annotated[
         bool,
         typer.Option(
-            "--effort-budgets", help="Where the template knows no efforts, make them thinking budgets."
+            "--effort-budgets", help="Where the template has no efforts, turn them into thinking budgets."
         ),
     ] = False
     no_empty_answers: Annotated[

@@ -101,7 +101,7 @@ class Segmenter:
                 yield self._kind, part
             self._fresh = tag == _CLOSERS["thinking"]
             self._kind = _OPENERS.get(tag, "text")
-        if self._kind != "tool_call" and (ready := len(self._held) - _open_end(self._held, tags)):
+        if self._kind != "tool_call" and (ready := len(self._held) - open_end(self._held, tags)):
             part, self._held = self._held[:ready], self._held[ready:]
             yield self._kind, part
 
@@ -112,7 +112,7 @@ class Segmenter:
         return self._fresh
 
 
-def _open_end(text: str, tags: Sequence[str]) -> int:
+def open_end(text: str, tags: Sequence[str]) -> int:
     """Length of the longest end of ``text`` with which one of the tags begins."""
     sizes = [size for tag in tags for size in range(1, len(tag)) if text.endswith(tag[:size])]
     return max(sizes, default=0)

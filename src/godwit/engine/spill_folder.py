@@ -46,7 +46,7 @@ def open_folder(folder: Path, name: str) -> bytes:
 
 def _refuse_others(path: Path, state: os.stat_result) -> None:
     if not stat.S_ISDIR(state.st_mode):
-        raise UsageError(f"{path} cannot keep a cache: it is no directory; choose another one")
+        raise UsageError(f"{path} cannot keep a cache: it is not a directory; choose another one")
     if state.st_uid != os.geteuid():
         raise UsageError(
             f"{path} cannot keep a cache: it belongs to another user; choose a directory of your own"
@@ -66,7 +66,7 @@ def _read_key(path: Path) -> bytes | None:
         state, data = None, b""
     if state is None or len(data) != KEY_BYTES or state.st_mode & 0o077 or state.st_uid != os.geteuid():
         _log.warning(
-            "%s is no key that only this user can read; it is replaced, and the cache begins anew", path
+            "%s is not a key that only this user can read; it is replaced, and the cache begins anew", path
         )
         with contextlib.suppress(FileNotFoundError):
             path.unlink()

@@ -76,7 +76,8 @@ class ThinkingTracker:
     """Follows the text of an answer and says which part of it is what.
 
     ``<think>`` opens thinking only at the beginning of an answer, after thinking, and after a call; elsewhere
-    it is text like any other.
+    it is text like any other. A call within thinking ends it if nothing or another call follows; where text
+    follows, the call was only thought of, and thinking goes on.
 
     Attributes:
         place: what comes next, as far as that is known: "gap" is white space after thinking.
@@ -89,6 +90,7 @@ class ThinkingTracker:
         self.place: Place = "thinking" if opened else "said"
         self.num_closed = self.num_calls = 0
         self._fresh = not opened  # only white space since thinking could begin
+        self._unclosed = False  # a call has begun within thinking, without </think>
         self._openers = (CALL,) if calls else ()
         self._closers = closers
         self._seen = ""  # the end of the text before, which may be the beginning of a tag
@@ -121,9 +123,11 @@ class ThinkingTracker:
             for tag in (THINK, END_THINK):
                 if rest.startswith(tag):
                     return len(text) - len(rest), tag
-            self._fresh = any(tag.startswith(rest) for tag in (THINK, END_THINK))
+            calls = self._openers if self._unclosed else ()
+            self._fresh = any(tag.startswith(rest) for tag in (THINK, END_THINK, *calls))
             if not self._fresh:
-                self.place = "said"
+                self.place = "thinking" if self._unclosed and not rest.startswith(calls) else "said"
+                self._unclosed = False
         tags = {"thinking": self._closers, "call": (END_CALL,)}.get(self.place, self._openers)
         found = [(at, tag) for tag in tags if (at := text.find(tag)) >= 0]
         return min(found, default=(-1, ""))
@@ -135,6 +139,8 @@ class ThinkingTracker:
         """Go on behind a tag; the place of the tag itself."""
         before = self.place
         self._fresh = tag in (END_THINK, END_CALL)
+        if tag in (THINK, END_THINK):
+            self._unclosed = False
         if tag == THINK:
             self.place = "thinking"
         elif tag == END_THINK:
@@ -142,9 +148,10 @@ class ThinkingTracker:
             self.place = "gap"
         elif tag == END_CALL:
             self.num_calls += 1
-            self.place = "said"
+            self.place = "gap" if self._unclosed else "said"
         else:
             self.num_closed += before == "thinking"
+            self._unclosed = before == "thinking"
             self.place = "call"
         return "tag" if tag in (THINK, END_THINK) else "call"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -30,7 +29,6 @@ from godwit.server.settings import Settings
 from godwit.server.thinking import ThinkingWish
 
 _PIECE = 4096
-_METHODS = re.compile(r"[A-Z, ]+")
 
 
 def make_app(service: Service) -> Starlette:

@@ -56,7 +56,7 @@ class Dialect:
     def whole_calls(self, text: str, schemas: Schemas, final: bool) -> bool | None:
         """Whether a text begins with a call of a known tool, behind which it ends or another one follows.
 
-        None: more text has to tell.
+        None: more text is needed to tell.
         """
         call, undecided = self.reader(CALL, schemas), not final and END_CALL not in text
         used, _ = call.push(text[len(CALL) : GLANCE if undecided else None])

@@ -183,7 +183,7 @@ MaxTokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 
 def _limit(value: int) -> int:
     if value == 0:
-        raise ValueError("it has to be at least 1; -1 is no limit")
+        raise ValueError("it has to be at least 1, or -1 for no limit")
     return value
 
 

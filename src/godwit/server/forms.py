@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from godwit.engine import Constraint
 from godwit.engine.constraint import Constraints, GrammarConstraint, Kind, UnknownForm
+from godwit.engine.constraint_grammar import Thinking
 from godwit.engine.constraint_trial import Abandon
 from godwit.errors import GodwitError
 from godwit.server.errors import bad_request, from_engine
@@ -19,7 +20,6 @@ NO_TOOLS = (
     "this model's chat template has no place for tools, or writes calls in a form that this server does not "
     "know; leave `tools` out"
 )
-Thinking = Literal["none", "optional", "opened"]
 
 
 @dataclass(frozen=True)

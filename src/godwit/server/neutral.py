@@ -13,7 +13,7 @@ from godwit.server.fields import Ignored, Request
 def _equals(wanted: float) -> Callable[[Any], Any]:
     def check(value: Any) -> Any:
         if isinstance(value, bool) or value != wanted:
-            raise ValueError(f"this server can do no other than {wanted:g}")
+            raise ValueError(f"this server supports only {wanted:g}")
         return value
 
     return check

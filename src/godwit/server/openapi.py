@@ -42,11 +42,12 @@ _PLAIN: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 _ERRORS = {
     "400": "The request has to be changed.",
     "401": "A key is needed.",
-    "403": "The Host header is none of this machine's names.",
+    "403": "The Host header has a name that this server does not answer to.",
     "404": "There is no such model.",
     "408": "The body took too long.",
     "413": "The body is too large.",
     "415": "The body has to be JSON.",
+    "429": "The key has used up its requests or tokens of this minute.",
     "500": "A fault of the server.",
     "503": "The server is overloaded or about to end.",
     "529": "The same in Anthropic's API.",

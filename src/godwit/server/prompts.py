@@ -8,19 +8,19 @@ from itertools import islice
 from typing import Any
 
 from godwit.engine import opens_thinking
+from godwit.engine.constraint_grammar import END_THINK, THINK
 from godwit.errors import TemplateError
 from godwit.server.errors import bad_request, too_long
 from godwit.tokenizer import Tokenizer
 
 Message = dict[str, Any]
-THINK, END_THINK = "<think>", "</think>"
 #: How many beginnings of a conversation are rendered where its tokens do not tell its messages apart.
 MAX_RENDERED = 8
 #: Between the end of the last message and that of the prompt are only the words that open the answer.
 NEAR_END = 16
 _THINKS = (
-    "this model thinks before it answers, so its answer cannot be begun for it; turn its thinking off where "
-    "that can be done, or send what was thought along"
+    "this model thinks before it answers, so a message can be continued only with thinking turned off (where "
+    "the template can do that) or together with the thinking that came before it"
 )
 #: Variables that are the server's to set, parameters of what renders templates, and Jinja's own names.
 RESERVED = frozenset(

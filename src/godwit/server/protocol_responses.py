@@ -201,7 +201,7 @@ Told = (
 
 
 class ResponsesRequest(ThinkingFields):
-    """A body for /v1/responses. Nothing is stored, so each request brings the whole conversation."""
+    """A body for /v1/responses. No response is stored, so each request brings the whole conversation."""
 
     model: str | None = None
     input: str | Annotated[Items[Item], Field(min_length=1, max_length=4096)]
@@ -228,7 +228,9 @@ class ResponsesRequest(ThinkingFields):
     top_logprobs: NumLogprobs | None = None
     include: Items[Include] = Field(default=[], max_length=16)
     metadata: dict[str, Any] | None = None
-    store: Ignored = None
+    store: bool | None = Field(
+        default=None, description="False: later requests cannot refer to the items of the response."
+    )
     user: Told = None
     service_tier: Ignored = None
     safety_identifier: Told = None
@@ -316,7 +318,7 @@ def _append(messages: list[Message], item: Item) -> None:
     What it said is kept in parts, which are joined at the end.
     """
     if isinstance(item, ItemReference):
-        raise bad_request(f"the item {item.id[:80]!r} is not at hand", "input")
+        raise bad_request(f"the item {item.id[:80]!r} was not looked up", "input")
     if isinstance(item, FunctionOutput):
         messages.append({"role": "tool", "content": item.output, "tool_call_id": item.call_id})
         return

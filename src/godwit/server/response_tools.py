@@ -154,7 +154,7 @@ def _one_text(tool: CustomTool) -> dict[str, Any]:
 
 
 def is_known(kind: str) -> bool:
-    """Whether there are tools of this type, be it that they are left out."""
+    """Whether there are tools of this type, including those that are left out."""
     return kind in ("function", "custom", "namespace") or _HOSTED.fullmatch(kind) is not None
 
 

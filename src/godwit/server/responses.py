@@ -1,4 +1,4 @@
-"""OpenAI's newer API: /v1/responses. Nothing is stored."""
+"""OpenAI's newer API: /v1/responses. No response is stored; its items are kept for a while, to be named."""
 
 from __future__ import annotations
 
@@ -99,20 +99,21 @@ def resolved(given: str | list[Item], owner: str, items: ItemStore) -> str | lis
     """The input with the items that it refers to.
 
     Raises:
-        ApiError: one is not there.
+        ApiError: one is not there, or is named twice: a short request could stand for any amount of text.
     """
     if isinstance(given, str):
         return given
-    names = {item.id for item in given if isinstance(item, ItemReference)}
-    found = {name: _found(name, owner, items) for name in names}
-    return [found[item.id] if isinstance(item, ItemReference) else item for item in given]
+    names = [item.id for item in given if isinstance(item, ItemReference)]
+    if len(set(names)) < len(names):
+        raise bad_request("an item can be referred to only once in a request", "input")
+    return [_found(item.id, owner, items) if isinstance(item, ItemReference) else item for item in given]
 
 
 def _found(id: str, owner: str, items: ItemStore) -> Item:
     found = items.get(owner, id)
     if found is None:
         raise bad_request(
-            f"there is no item {id[:80]!r} here (any more); send the item itself in place of the reference",
+            f"this server does not have the item {id[:80]!r}, or no longer; send the item itself instead",
             "input",
         )
     item: Item = _ITEM.validate_python(found)

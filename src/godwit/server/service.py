@@ -17,6 +17,7 @@ from starlette.requests import Request
 
 import godwit
 from godwit.engine import Constraint, GenerationRequest, SamplingParams, Stream, ThinkingRules
+from godwit.engine.constraint_grammar import THINK, Thinking
 from godwit.engine.constraint_trial import Abandon
 from godwit.errors import GodwitError, UsageError
 from godwit.server.answers import Answers, check_choices
@@ -26,7 +27,7 @@ from godwit.server.errors import ApiError, bad_request, from_engine, overloaded,
 from godwit.server.fair_queue import FairQueue
 from godwit.server.fields import Choice, FunctionSpec, Mode, Reading
 from godwit.server.fim import Fim
-from godwit.server.forms import NO_TOOLS, Calls, Form, FormMaker, Thinking
+from godwit.server.forms import NO_TOOLS, Calls, Form, FormMaker
 from godwit.server.host import EngineHost
 from godwit.server.items import ItemStore
 from godwit.server.journal import Metrics, Record
@@ -34,16 +35,15 @@ from godwit.server.mistral_calls import with_short_ids
 from godwit.server.prompts import Conversation, Prompt, PromptMaker, check_variables
 from godwit.server.settings import Limits, Settings
 from godwit.server.thinking import ThinkingMaker, ThinkingWish
-from godwit.server.tools import MARKS, THINK, AnswerParser, format_of
+from godwit.server.tools import MARKS, AnswerParser, format_of
 
 #: Long bodies, prompts and forms that are worked on at a time, more of which would only wait for each other,
 #: and those that may wait.
 BODY_WORKERS, BODIES_WAITING = 1, 128
 PROMPT_WORKERS, PROMPTS_WAITING = 2, 256
 FORM_WORKERS, FORMS_WAITING = 2, 64
-#: What templates say that refuse a message with several calls, as those of Llama 3 do.
+#: The error of templates that allow one call in a message, such as those of Llama 3.
 SINGLE_CALL = "only supports single tool-calls"
-_WATCH_SECONDS = 1.0
 _log = logging.getLogger("godwit.server")
 #: What pydantic puts into the place of an error besides names and numbers.
 _TAG = re.compile(r"str|int|.*\[.*|constrained-.*|function-.*|[A-Z].*")
@@ -139,7 +139,7 @@ class Service:
             asked = await while_there(request, self._body_queue.run(client_of(request), check))
         if reading.left_out:
             kinds = ", ".join(sorted(reading.left_out))
-            _log.info("%s left out of the prompt, as it is no text: %s", request.state.record.id, kinds)
+            _log.info("%s left out of the prompt, since it is not text: %s", request.state.record.id, kinds)
         return asked
 
     def check_model(self, name: str | None) -> None:
@@ -212,7 +212,7 @@ class Service:
         self._check_start(chat.n)
         if chat.conversation.begun and (chat.form is not None or chat.mode == "required"):
             raise bad_request(
-                "an answer whose beginning is given cannot be held to a form or made to call a tool"
+                "an answer that continues a message cannot be held to a form or made to call a tool"
             )
         tools = [] if chat.mode == "none" else list(chat.conversation.tools)
         if tools and self.format is None:

@@ -10,11 +10,11 @@ from pydantic import Field
 
 from godwit.chat_template import ChatTemplate, Effort
 from godwit.engine.constraint_calls import CALL, FUNCTION
+from godwit.engine.constraint_grammar import END_THINK
 from godwit.engine.thinking import DEFAULT_MESSAGE, MAX_BUDGET, ThinkingRules
 from godwit.server.dialects import Format
 from godwit.server.errors import bad_request
 from godwit.server.fields import Request
-from godwit.server.tools import END_THINK
 
 #: Of an answer's tokens, how many may be thinking; higher efforts have no limit of their own.
 SHARES: Mapping[Effort, float] = {"minimal": 1 / 16, "low": 1 / 4, "medium": 1 / 2, "high": 4 / 5}
@@ -66,7 +66,7 @@ class ThinkingFields(Request):
     """The fields of OpenAI's APIs about thinking that are additions: a budget under several names."""
 
     thinking_token_budget: Budget | None = Field(
-        default=None, description="Tokens after which thinking is closed; -1 is no limit. vLLM's name for it."
+        default=None, description="Tokens after which thinking is closed; -1: no limit. vLLM's name for it."
     )
     thinking_budget_tokens: Budget | None = Field(default=None, description="The same; llama.cpp's name.")
     think: bool | Effort | Budget | None = Field(

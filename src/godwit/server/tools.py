@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from godwit.engine.answer import open_end
 from godwit.engine.constraint_calls import END_CALL, MARKS
+from godwit.engine.constraint_grammar import END_THINK, THINK
 from godwit.server.calls import CallReader
 from godwit.server.dialects import PLAIN, Dialect, Format, Schemas, dialect_of, format_of
 from godwit.server.fences import Fences
@@ -27,7 +29,6 @@ __all__ = [
     "Thinking",
     "format_of",
 ]
-THINK, END_THINK = "<think>", "</think>"
 
 
 @dataclass(frozen=True)
@@ -279,7 +280,7 @@ class AnswerParser:
         if tag:
             end = place + len(tag) if tag == END_CALL else place
         else:
-            end = len(self._held) - (0 if final else _open_end(self._held, tags))
+            end = len(self._held) - (0 if final else open_end(self._held, tags))
         self._raw += self._held[:end]
         self._held = self._held[end:]
         if tag or final:
@@ -295,7 +296,7 @@ class AnswerParser:
 
     def _give_certain(self, kind: type[Text] | type[Thinking], tags: Sequence[str], final: bool) -> None:
         """Give out all but what may yet belong to one of the tags or to the line breaks before it."""
-        ready = self._held if final else self._held[: len(self._held) - _open_end(self._held, tags)]
+        ready = self._held if final else self._held[: len(self._held) - open_end(self._held, tags)]
         if self._tagged or (tags and not final):
             ready = ready.rstrip("\n")
         self._give_up_to(kind, len(ready))
@@ -334,9 +335,3 @@ def _places(text: str, tags: Sequence[str]) -> Iterator[tuple[int, str]]:
         place, _, tag = min(found)
         yield place, tag
         place += 1
-
-
-def _open_end(text: str, tags: Sequence[str]) -> int:
-    """Length of the longest end of ``text`` with which one of the tags begins."""
-    sizes = [size for tag in tags for size in range(1, len(tag)) if text.endswith(tag[:size])]
-    return max(sizes, default=0)

@@ -21,6 +21,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from godwit.engine.answer import open_end
 from godwit.engine.constraint_calls import (
     CALL,
     END_CALL,
@@ -167,7 +168,7 @@ class XmlCall:
         return self._go(self._read_value)
 
     def _read_value(self, final: bool) -> bool:
-        ready = len(self._held) - _open_end(self._held)
+        ready = len(self._held) - open_end(self._held, _TAGS)
         for found in _TAG.finditer(self._held):
             place, tag = found.start(), found[0]
             verdict = self._ends_value(tag, place, final)
@@ -274,12 +275,6 @@ def _in_string(text: str) -> bool:
     if not text.lstrip(_SPACE).startswith(("{", "[", '"')):
         return False
     return _ESCAPED.sub("", text).count('"') % 2 == 1
-
-
-def _open_end(text: str) -> int:
-    """Length of the end of ``text`` with which a tag may begin."""
-    sizes = [size for tag in _TAGS for size in range(1, len(tag)) if text.endswith(tag[:size])]
-    return max(sizes, default=0)
 
 
 def _dumps(value: Any) -> str:

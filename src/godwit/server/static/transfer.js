@@ -28,11 +28,11 @@ export function imported(text, name) {
   try {
     content = JSON.parse(text);
   } catch {
-    throw new Failure(`${name} is not JSON, so it is no exported conversation.`);
+    throw new Failure(`${name} is not JSON, so it is not an exported conversation.`);
   }
   const entries = Array.isArray(content) && !content[0]?.role ? content : [content];
   const found = entries.map(conversationOf);
-  if (!found.length || found.includes(null)) throw new Failure(`${name} holds something that is no conversation.`);
+  if (!found.length || found.includes(null)) throw new Failure(`${name} holds something that is not a conversation.`);
   return found;
 }
 
