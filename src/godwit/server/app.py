@@ -58,7 +58,7 @@ def _middleware(service: Service, settings: Settings) -> list[Middleware]:
                 allow_origins=list(settings.origins),
                 allow_methods=["GET", "POST"],
                 allow_headers=["*"],
-                expose_headers=["x-request-id"],
+                expose_headers=["x-request-id", "retry-after"],
                 max_age=600,
             )
         )
