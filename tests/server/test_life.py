@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import socket
 import threading
 import time
@@ -178,7 +179,7 @@ def test_the_line_and_the_numbers_of_a_request(servers: Servers, caplog: Any) ->
     assert f" POST {CHAT} 200 " in line
     assert f"prompt={usage['prompt_tokens']} cached=" in line
     assert f"generated={usage['completion_tokens']} ttft=0." in line
-    assert "drafted=0 accepted=0 finish=stop" in line
+    assert re.search(r" drafted=\d+ accepted=\d+ finish=stop", line)  # a try of drafts may fall into it
     assert not any(
         "\x1b" in message or "\n" in message or "/health" in message for message in caplog.messages
     )
