@@ -22,9 +22,9 @@ from godwit.engine.constraint import (
     UnknownForm,
     explained,
 )
-from godwit.engine.constraint_grammar import MAX_REGEX_CHARS, MAX_SCHEMA_CHARS
+from godwit.engine.constraint_grammar import MAX_REGEX_CHARS, MAX_SCHEMA_CHARS, json_rule
 from godwit.engine.constraint_known import KnownTexts
-from godwit.engine.constraint_schema import MAX_DEPTH
+from godwit.engine.constraint_schema import MAX_DEPTH, MAX_VALUES
 from godwit.engine.constraint_trial import Abandon
 from godwit.engine.constraint_vocabulary import Tags
 from godwit.errors import BusyError, GodwitError, UsageError
@@ -63,7 +63,7 @@ def bomb(levels: int) -> dict[str, Any]:
         ("schema", deep(MAX_DEPTH + 1), f"more than {MAX_DEPTH} levels"),
         ("schema", deep(100_000), f"more than {MAX_DEPTH} levels"),
         ("schema", bomb(25), "too large"),
-        ("schema", {"enum": list(range(MAX_SCHEMA_CHARS // 4))}, "characters, but may have"),
+        ("schema", {"enum": ["x" * MAX_SCHEMA_CHARS]}, "characters, but may have"),
         ("schema", {"properties": {f"p{i}": {} for i in range(10_000)}}, "too much memory"),
         ("schema", {"type": "integer", "multipleOf": 999_999_937}, "fuel exhausted"),
         ("schema", {"minimum": float("nan")}, "plain JSON"),
@@ -367,3 +367,11 @@ def test_the_library_is_needed_only_here(tokenizer: Tokenizer, monkeypatch: pyte
 )
 def test_messages_come_to_the_point(message: str, point: str) -> None:
     assert explained(message) == point
+
+
+def test_a_schema_of_too_many_values_is_refused() -> None:
+    wide = {"anyOf": [{"enum": list(range(400))} for _ in range(MAX_VALUES // 400 + 1)]}
+    with pytest.raises(UsageError, match=f"more than {MAX_VALUES} values"):
+        json_rule(wide)
+    wide["anyOf"] = wide["anyOf"][:40]
+    assert json_rule(wide).startswith("%json ")

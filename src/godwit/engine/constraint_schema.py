@@ -8,6 +8,7 @@ expression.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from itertools import islice
 from typing import Any
 
 from godwit.errors import UsageError
@@ -19,6 +20,8 @@ FORMATS = frozenset(
     ("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 )
 MAX_DEPTH = 48
+#: Values in a schema, whatever they are; 256 KiB of a usual one have some 20,000.
+MAX_VALUES = 32_768
 MAX_STEPS = 20_000
 #: Of finding out which definitions describe only a part of an object, each for those that the last one found.
 MAX_ROUNDS = 8
@@ -47,14 +50,17 @@ _ANNOTATIONS = frozenset((
 
 
 def check_depth(value: object) -> None:
-    """Refuse what is nested too deeply, which cannot be found out by recursion.
+    """Refuse what is nested too deeply, which cannot be found out by recursion, or has too many parts.
 
     Raises:
-        UsageError: it is.
+        UsageError: it is, or has.
     """
-    level, depth = [value], 0
-    while level := [child for parent in level for child in _children(parent)]:
+    level, depth, seen = [value], 0, 1
+    while level := list(islice((child for parent in level for child in _children(parent)), MAX_VALUES)):
         depth += 1
+        seen += len(level)
+        if seen > MAX_VALUES:
+            raise UsageError(f"the schema has more than {MAX_VALUES} values; simplify it")
         if depth > MAX_DEPTH:
             raise UsageError(f"the schema is nested more than {MAX_DEPTH} levels deep")
 

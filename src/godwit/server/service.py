@@ -117,6 +117,8 @@ class Service:
         self._body_queue = FairQueue(BODY_WORKERS, BODIES_WAITING)
         self._prompt_queue = FairQueue(PROMPT_WORKERS, PROMPTS_WAITING)
         self._form_queue = FairQueue(FORM_WORKERS, FORMS_WAITING)
+        # Looking up a form takes milliseconds of the interpreter: one at a time, so that streams go on.
+        self._known_queue = FairQueue(1, FORMS_WAITING)
         SamplingParams(**settings.sampling)
 
     # requests
@@ -256,7 +258,8 @@ class Service:
             return [None] * count
         abandon = Abandon()
         try:
-            if (known := await run_sync(self._forms.known, form, thinking, count)) is not None:
+            look = self._known_queue.run(client_of(request), lambda: self._forms.known(form, thinking, count))
+            if (known := await while_there(request, look)) is not None:
                 return known
             made = self._form_queue.run(
                 client_of(request), lambda: self._forms.make(form, thinking, count, abandon)
