@@ -14,10 +14,10 @@ from pydantic import BaseModel, ValidationError
 from godwit.chat_template import ChatTemplate
 from godwit.server.body import parse_object
 from godwit.server.errors import ApiError
-from godwit.server.fields import Reading
+from godwit.server.fields import FunctionSpec, Reading
 from godwit.server.prompts import Conversation, Prompt, PromptMaker
 from godwit.server.protocol import ChatRequest
-from godwit.server.protocol_messages import MessagesRequest
+from godwit.server.protocol_messages import MessagesRequest, MessageTool
 from godwit.server.protocol_responses import ResponsesRequest
 from godwit.server.settings import Limits
 from godwit.tokenizer import Tokenizer
@@ -437,3 +437,10 @@ class TestServed:
     def said(self, client: httpx.Client, body: dict[str, Any]) -> str:
         text: str = client.post(self.PATH, json=body).json()["choices"][0]["message"]["content"]
         return text
+
+
+def test_tools_without_parameters_take_none_in_every_api() -> None:
+    none = {"type": "object", "properties": {}, "additionalProperties": False}
+    function = FunctionSpec.model_validate({"name": "now"}).tool()
+    assert function == MessageTool.model_validate({"name": "now", "input_schema": {}}).tool()
+    assert function == {"type": "function", "function": {"name": "now", "parameters": none}}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import re
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
+from godwit.server.calls import finite, refuse_constant
 from godwit.server.errors import ApiError, bad_request
 from godwit.server.settings import Limits
 
@@ -65,7 +65,7 @@ def parse_object(data: bytes, limits: Limits) -> dict[str, Any]:
     _check_size(data, limits)
     depth = limits.depth
     try:
-        value = json.loads(data.decode(), parse_constant=_refuse, parse_float=_finite)
+        value = json.loads(data.decode(), parse_constant=refuse_constant, parse_float=finite)
     except UnicodeDecodeError:
         raise bad_request("the body is not UTF-8") from None
     except RecursionError:
@@ -113,16 +113,6 @@ def drop_nulls(value: dict[str, Any] | list[Any]) -> None:
     for item in inner:
         if isinstance(item, dict | list):
             drop_nulls(item)
-
-
-def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant} is not a number that JSON has")
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError("a number is too large")
-    return value
 
 
 def _check_depth(value: Any, depth: int) -> None:

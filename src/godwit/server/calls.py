@@ -38,7 +38,7 @@ def parse_json(text: str, *, strict: bool = True) -> Any:
         ValueError: it is none, also where only Python would take it.
     """
     try:
-        return json.loads(text, strict=strict, parse_constant=_refuse, parse_float=_finite)
+        return json.loads(text, strict=strict, parse_constant=refuse_constant, parse_float=finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -54,11 +54,21 @@ def object_text(text: str) -> str | None:
     return None
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
+def refuse_constant(constant: str) -> None:
+    """For ``json.loads``: NaN and the infinities, which Python would take, are no JSON.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(f"{constant} is not a number that JSON has")
 
 
-def _finite(text: str) -> float:
+def finite(text: str) -> float:
+    """For ``json.loads``: a number as a float.
+
+    Raises:
+        ValueError: it is beyond what a float holds.
+    """
     if not math.isfinite(value := float(text)):
-        raise ValueError("the number is too large")
+        raise ValueError("a number is too large")
     return value

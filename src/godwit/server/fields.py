@@ -237,10 +237,11 @@ class FunctionSpec(Part):
     strict: bool | None = Field(default=None, description="Hold the arguments of calls to the schema.")
 
     def tool(self) -> dict[str, Any]:
-        """In OpenAI's shape, without what was not said; without parameters it takes none."""
-        parameters = self.parameters or NO_PARAMETERS
-        said = {"name": self.name, "description": self.description, "parameters": parameters}
-        return {
-            "type": "function",
-            "function": {key: value for key, value in said.items() if value is not None},
-        }
+        """In OpenAI's shape."""
+        return function_tool(self.name, self.description, self.parameters)
+
+
+def function_tool(name: str, description: str | None, parameters: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A function in OpenAI's shape, without what was not said; without parameters it takes none."""
+    said = {"name": name, "description": description, "parameters": parameters or NO_PARAMETERS}
+    return {"type": "function", "function": {key: value for key, value in said.items() if value is not None}}

@@ -22,6 +22,7 @@ from godwit.server.fields import (
     TopK,
     as_json,
     check_question,
+    function_tool,
     steady,
     text_of,
 )
@@ -146,11 +147,7 @@ class MessageTool(Part):
 
     def tool(self) -> dict[str, Any]:
         """In OpenAI's shape."""
-        said = {"name": self.name, "description": self.description, "parameters": self.input_schema}
-        return {
-            "type": "function",
-            "function": {key: value for key, value in said.items() if value is not None},
-        }
+        return function_tool(self.name, self.description, self.input_schema)
 
 
 class MessageToolChoice(Part):
