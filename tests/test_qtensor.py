@@ -11,11 +11,13 @@ from torch import Tensor
 from godwit import qtensor
 from godwit.errors import UsageError
 from godwit.qtensor import (
+    GROUP,
     QuantExperts,
     QuantTensor,
     expert_layout,
     expert_stride,
     join_expert,
+    pack_groups,
     quantize,
     weight_bytes,
 )
@@ -243,3 +245,14 @@ def test_bytes_that_do_not_fit_are_refused() -> None:
     for change in ((stride + 4096, offset2, data), (stride, offset2 + 64, data), (stride, offset2, data[1:])):
         with pytest.raises(UsageError):
             QuantExperts("q4", "q4", 2, 32, 16, *change)
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (16, 64), (37, 96), (33, 1056)])
+def test_whole_groups_are_packed_without_rounding(shape: tuple[int, int]) -> None:
+    rows, cols = shape
+    codes = torch.randint(-127, 128, (rows, cols), dtype=torch.int8)
+    codes[:, :32] //= 9  # a scale that no rounding would choose
+    scales = torch.randn(rows, cols // GROUP).half()
+    scales[0, 0] = 2.0**-24  # the smallest there is
+    wanted = (codes.view(rows, -1, GROUP).float() * scales.float()[:, :, None]).view(rows, cols)
+    assert torch.equal(pack_groups(codes, scales).dequantize(), wanted)

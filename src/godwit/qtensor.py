@@ -268,6 +268,21 @@ def quantize(weight: Tensor, format: str, importance: Tensor | None = None) -> Q
     return QuantTensor(format, (rows, cols), out)
 
 
+def pack_groups(codes: Tensor, scales: Tensor) -> QuantTensor:
+    """A matrix of integers times one scale a group as q8, without any rounding.
+
+    Args:
+        codes: ``[rows, cols]`` int8 from -127 to 127; cols a multiple of 32.
+        scales: ``[rows, cols / 32]`` float16, of either sign.
+    """
+    rows, cols = codes.shape
+    padded = _num_tiles(rows) * TILE_ROWS
+    full = _padded(codes, padded).view(torch.uint8) ^ 128  # adds 128
+    wide = torch.zeros(padded, groups(cols), dtype=torch.float16)
+    wide[:rows, : scales.shape[1]] = scales
+    return pack(full.view(padded, -1, GROUP), wide, "q8", (rows, cols))
+
+
 def _spread(importance: Tensor, cols: int) -> Tensor:
     """Importances as ``[32, 1, groups]`` around 1, and 0 for missing columns."""
     found = importance.detach().to("cpu", torch.float32)
