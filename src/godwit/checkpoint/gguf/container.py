@@ -230,7 +230,7 @@ class _Reader:
         elif number >= 97:
             why = "known to ik_llama.cpp alone; fetch a file made for llama.cpp"
         else:
-            why = "unknown; update Godwit, or fetch another file of this model"
+            why = "not read by Godwit; fetch another file of this model, such as Q4_K_M or Q8_0"
         raise UnsupportedModelError(f"{self._path}: tensor {shown(name)} has type {number}, {why}")
 
     def _tensor_bytes(self, name: str, kind: BlockType, shape: tuple[int, ...]) -> int:

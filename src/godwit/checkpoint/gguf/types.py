@@ -32,24 +32,20 @@ _PLAIN = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
     "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
 }  # fmt: skip
-#: Never in files: what llama.cpp rounds activations to.
-_INTERNAL = ("Q8_1", "Q8_K")
+#: What llama.cpp rounds activations to, never in files; and a type that ``gguf`` does not decode.
+_UNREAD = ("Q8_1", "Q8_K", "Q1_0")
 #: Numbers of types that old versions wrote for one CPU.
 REPACKED = frozenset({4, 5, 31, 32, 33, 36, 37, 38})
 #: The types by their number in files.
 TYPES = {
     int(kind): BlockType(kind.name, *gguf.GGML_QUANT_SIZES[kind], _PLAIN.get(kind.name))
     for kind in gguf.GGMLQuantizationType
-    if kind.name not in _INTERNAL
+    if kind.name not in _UNREAD
 }
 
 
 def decode(raw: Tensor, kind: BlockType) -> Tensor:
-    """The values of ``raw [..., bytes]``: plain types as they are, all others in float32 ``[..., cols]``.
-
-    Raises:
-        NotImplementedError: a type that the installed ``gguf`` cannot decode.
-    """
+    """The values of ``raw [..., bytes]``: plain types as they are, all others in float32 ``[..., cols]``."""
     if kind.dtype is not None:
         return raw.clone().view(kind.dtype) if raw.storage_offset() % kind.bytes else raw.view(kind.dtype)
     with np.errstate(all="ignore"):  # infinite and NaN scales are values like others
