@@ -156,6 +156,21 @@ void ffn(const Ffn& layer, nb::handle x_object, nb::handle logits_object) {
   godwit::kernels().ffn(layer.layer, x.shape[0], x.data, logits.data);
 }
 
+float pack(std::string_view format_name, nb::handle x_object, nb::handle out_object,
+           nb::handle spread_object) {
+  const godwit::Format format = format_of(format_name);
+  Const any;
+  const bool half = nb::try_cast(x_object, any, false) && any.dtype() == Element<uint16_t>::dtype;
+  const auto f = half ? Array<float>{} : array<float>(x_object, "x", {kAny, kAny});
+  const auto h = half ? array<uint16_t>(x_object, "x", {kAny, kAny}) : Array<uint16_t>{};
+  const Shape& shape = half ? h.shape : f.shape;
+  const int64_t bytes = checked_weight_bytes(format, shape[0], shape[1]);
+  const auto out = array<uint8_t, Mutable>(out_object, "out", {bytes}, 64);
+  const auto spread = optional_vector(spread_object, "spread", godwit::groups(shape[1]) * godwit::kGroup);
+  const Op op;
+  return godwit::kernels().pack(format, f.data, h.data, shape[0], shape[1], spread.data, out.data);
+}
+
 std::pair<std::vector<float>, std::vector<int64_t>> top_k(nb::handle values_object, int64_t k) {
   const auto values = array<float>(values_object, "values", {kAny});
   require(k >= 0 && k <= values.shape[0], "k must lie between 0 and the number of values.");
@@ -337,6 +352,8 @@ void bind_ops(nb::module_& m) {
         "x += mixer(norm(x)); the cache advances.");
   m.def("attention", &attention, "layer"_a, "batch"_a, "cache"_a, "x"_a,
         "x += mixer(norm(x)); the cache advances.");
+  m.def("pack", &pack, "format"_a, "x"_a, "out"_a, "spread"_a.none() = nb::none(),
+        "Packs x [rows, cols] into out; gives the largest |x|.");
   m.def("ffn", &ffn, "layer"_a, "x"_a, "router_logits"_a.none() = nb::none(), "x += ffn(norm(x)).");
   m.def("top_k", &top_k, "values"_a, "k"_a, "The k largest values, largest first, and where they are.");
 }

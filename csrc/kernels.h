@@ -263,6 +263,11 @@ struct KernelTable {
   // `rounds` rounds of multiply-adds in registers on this thread alone; gives how many operations these were,
   // two for each multiply-add. `out` receives a number that depends on all of them.
   int64_t (*multiply)(Arithmetic kind, int64_t rounds, float* out);
+  // Packs rows x cols floats (`f`, or bf16 in `h`, the other null) into out [weight_bytes]; `spread` [groups
+  // * 32] or null is how much the squared error in a column counts. Gives the largest |weight|; NaN if one
+  // is.
+  float (*pack)(Format format, const float* f, const uint16_t* h, int64_t rows, int64_t cols,
+                const float* spread, uint8_t* out);
 };
 
 const KernelTable& kernels();  // of the instruction set in use

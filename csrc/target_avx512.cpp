@@ -25,10 +25,12 @@ namespace {
 // After the passes over a state:
 #include "delta-inl.h"
 #include "ffn-inl.h"
+#include "pack-inl.h"
 #include "peak-inl.h"
 
 }  // namespace
 
-const KernelTable kAvx512Table = {linear, embed, rms_norm, gated_delta_net, attention, ffn, top_k, multiply};
+const KernelTable kAvx512Table = {linear, embed,    rms_norm, gated_delta_net, attention, ffn,
+                                  top_k,  multiply, pack};
 
 }  // namespace godwit

@@ -222,6 +222,12 @@ def gated_delta_net(layer: GatedDeltaNet, batch: Batch, cache: RecurrentCache, x
 def attention(layer: Attention, batch: Batch, cache: PagedCache, x: _Array) -> None:
     """``x [T, H] += mixer(norm(x))``; the cache advances."""
 
+def pack(format: str, x: _Array, out: _Array, spread: _Array | None = None) -> float:
+    """Pack ``x [rows, cols]``, float32 or bfloat16, into ``out [weight_bytes]``; return the largest ``|x|``.
+
+    ``spread [groups * 32]`` weighs the squared errors of columns, those beyond ``cols`` included.
+    """
+
 def ffn(layer: Ffn, x: _Array, router_logits: _Array | None = None) -> None:
     """``x [T, H] += ffn(norm(x))``; ``router_logits [T, E]`` receives the router's."""
 

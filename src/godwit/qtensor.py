@@ -1,8 +1,8 @@
 """Quantised tensors: packed matrices of 4, 8 or 16 bits a weight, and how floats become them.
 
 The layouts are those of ``csrc/kernels.h``, byte for byte: tiles of 16 rows, in which the 32 columns of a
-group share a scale (``q8``) or a step, of which 8 share a scale (``q4``). Everything here is plain torch; the
-native kernels read the same bytes.
+group share a scale (``q8``) or a step, of which 8 share a scale (``q4``). Packing in plain torch is
+:mod:`godwit.kernels.packing`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from godwit import _native
 from godwit.errors import UsageError
 
 TILE_ROWS = 16  # output rows side by side in a tile
@@ -23,21 +24,9 @@ EXPERT_ALIGNMENT = 4096  # of every expert: what a disk reads on its own
 #: format -> bytes of codes in a group of a tile
 CODE_BYTES = {"bf16": 1024, "q8": 512, "q4": 256}
 FORMATS = tuple(CODE_BYTES)
-#: format -> the greatest multiple of its scale that a weight of either sign can be
-_MOST = {"q8": 127, "q4": 105}
-_MAX_SCALE = 65504.0  # the largest number in half precision
-_MAX_BF16 = 3.3895e38
-_BLOCK = 1 << 16  # weights quantised at a time: the temporaries stay in a core's cache
-
-# A group's weights are (code - zero) times a width. Widths are tried relative to the least that reaches both
-# extremes, for the two zeros that fit these best.
-_WIDTHS = (0.8, 0.88, 0.96)
-_ZEROS = (4.0, 11.0)  # the least and the greatest zero that is tried
-# A span's scale is tried relative to the one that maps its greatest width to the greatest size.
-_SCALES = tuple(1.0 - 0.02 * i for i in range(-2, 9))
-_SIZES = 15  # of a q4 step, which is size + 16 * zero
-_LEAST_SCALE = 2.0**-24  # the smallest number in half precision
-_TINY = 1e-30  # what is smaller has no inverse in float32 and no scale in half precision
+#: format -> the largest weight that it takes
+MAX_WEIGHT = {"bf16": 3.3895e38, "q8": 127 * 65504.0, "q4": 105 * 65504.0}
+_CHUNK = 1 << 24  # weights of other dtypes that are turned into float32 at a time
 
 
 def groups(cols: int) -> int:
@@ -50,7 +39,8 @@ def spans(cols: int) -> int:
     return -(-groups(cols) // SPAN)
 
 
-def _num_tiles(rows: int) -> int:
+def num_tiles(rows: int) -> int:
+    """Tiles that hold so many rows."""
     return -(-rows // TILE_ROWS)
 
 
@@ -62,7 +52,7 @@ def weight_bytes(format: str, rows: int, cols: int) -> int:
     """
     _check_format(format)
     scales = {"bf16": 0, "q8": 2 * groups(cols), "q4": groups(cols) + 2 * spans(cols)}[format]
-    return _num_tiles(rows) * _round_up(groups(cols) * CODE_BYTES[format] + scales * TILE_ROWS, ALIGNMENT)
+    return num_tiles(rows) * _round_up(groups(cols) * CODE_BYTES[format] + scales * TILE_ROWS, ALIGNMENT)
 
 
 def expert_layout(format13: str, format2: str, hidden: int, intermediate: int) -> tuple[int, int]:
@@ -111,7 +101,7 @@ class QuantTensor:
         rows, cols = self.shape
         if self.format == "bf16":
             tiles = self.data.view(torch.bfloat16).view(
-                _num_tiles(rows), groups(cols), GROUP // 2, TILE_ROWS, 2
+                num_tiles(rows), groups(cols), GROUP // 2, TILE_ROWS, 2
             )
             full = tiles.permute(0, 3, 1, 2, 4).float()
         else:
@@ -121,7 +111,7 @@ class QuantTensor:
                 whole *= (steps & 15).unsqueeze(-1)
                 scales = scales.repeat_interleave(SPAN, 2)[:, :, : groups(cols)]
             full = whole.float() * scales.float().unsqueeze(-1)
-        return full.reshape(_num_tiles(rows) * TILE_ROWS, groups(cols) * GROUP)[:rows, :cols].contiguous()
+        return full.reshape(num_tiles(rows) * TILE_ROWS, groups(cols) * GROUP)[:rows, :cols].contiguous()
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,7 +187,7 @@ def pack(
         shape: of the matrix, without padding.
         steps: ``[rows, groups]`` uint8, of q4 only.
     """
-    tiles, size = _num_tiles(shape[0]), groups(shape[1])
+    tiles, size = num_tiles(shape[0]), groups(shape[1])
     if steps is not None:
         halves = codes.view(tiles, TILE_ROWS, size, 2, 4, 4).permute(3, 0, 2, 4, 1, 5)
         parts = [(halves[0] | (halves[1] << 4)).reshape(tiles, -1), _by_row(steps, tiles)]
@@ -219,7 +209,7 @@ def unpack(weight: QuantTensor) -> tuple[Tensor, Tensor, Tensor | None]:
 
     They are uint8, half precision and uint8 ``[tiles, 16, groups]``; padding is included.
     """
-    tiles, size = _num_tiles(weight.shape[0]), groups(weight.shape[1])
+    tiles, size = num_tiles(weight.shape[0]), groups(weight.shape[1])
     parts = weight.data.view(tiles, -1)
     at = size * CODE_BYTES[weight.format]
     body, tail = parts[:, :at], parts[:, at:].contiguous()
@@ -246,26 +236,52 @@ def quantize(weight: Tensor, format: str, importance: Tensor | None = None) -> Q
     Raises:
         UsageError: an unknown format, no matrix, or weights or importances that cannot be represented.
     """
+    check_matrix(weight, format)
+    rows, cols = weight.shape
+    spread = None if importance is None else padded_importance(importance, cols)
+    out = torch.empty(weight_bytes(format, rows, cols) + ALIGNMENT, dtype=torch.uint8)
+    out = out[-out.data_ptr() % ALIGNMENT :][: out.numel() - ALIGNMENT]
+    if weight.dtype in (torch.float32, torch.bfloat16) and weight.device.type == "cpu":
+        step = rows
+    else:
+        step = max(1, _CHUNK // (cols * TILE_ROWS)) * TILE_ROWS
+    tile = weight_bytes(format, 1, cols)
+    for begin in range(0, rows, step):
+        chunk = weight[begin : begin + step].detach()
+        chunk = (chunk if step == rows else chunk.to("cpu", torch.float32)).contiguous()
+        part = out[begin // TILE_ROWS * tile :][: weight_bytes(format, chunk.shape[0], cols)]
+        check_range(_native.pack(format, chunk, part, spread), format)
+    return QuantTensor(format, (rows, cols), out)
+
+
+def check_matrix(weight: Tensor, format: str) -> None:
+    """Raises: UsageError: an unknown format, or nothing that can be packed."""
     _check_format(format)
     if weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
         raise UsageError(f"only matrices of floats can be packed, not {weight.dtype} of {list(weight.shape)}")
-    rows, cols = weight.shape
-    spread = None if importance is None else _spread(importance, cols)
-    step = max(1, _BLOCK // (groups(cols) * GROUP * TILE_ROWS)) * TILE_ROWS
-    # bfloat16 that stays bfloat16 is only laid out anew.
-    work = torch.bfloat16 if format == "bf16" and weight.dtype == torch.bfloat16 else torch.float32
-    blocks = (
-        _pack_block(weight[begin : begin + step].detach().to("cpu", work), format, spread)
-        for begin in range(0, rows, step)
-    )
-    if rows <= step:
-        return next(blocks)
-    out = torch.empty(weight_bytes(format, rows, cols), dtype=torch.uint8)
-    at = 0
-    for packed in blocks:
-        out[at : at + packed.nbytes] = packed.data
-        at += packed.nbytes
-    return QuantTensor(format, (rows, cols), out)
+
+
+def check_range(extreme: float, format: str) -> None:
+    """Raises: UsageError: the largest weight of a matrix, which may be NaN, is beyond its format."""
+    if not extreme <= MAX_WEIGHT[format]:
+        raise UsageError(
+            f"{format} takes finite weights of at most {MAX_WEIGHT[format]:g}, and one is {extreme:g}"
+        )
+
+
+def padded_importance(importance: Tensor, cols: int) -> Tensor:
+    """Importances around 1, ``float32 [groups * 32]``, and 0 for missing columns.
+
+    Raises:
+        UsageError: they are not one finite number of at least 0 a column.
+    """
+    found = importance.detach().to("cpu", torch.float32)
+    if found.shape != (cols,) or not bool(torch.isfinite(found).all()) or bool((found < 0).any()):
+        raise UsageError(f"importance must be {cols} finite numbers from 0 up, one a column")
+    mean = float(found.double().mean())
+    # A floor keeps columns that the calibration never saw from being rounded at will.
+    scaled = found / mean + 1e-3 if mean > 0 else torch.ones(cols)
+    return torch.cat((scaled, scaled.new_zeros(groups(cols) * GROUP - cols)))
 
 
 def pack_groups(codes: Tensor, scales: Tensor) -> QuantTensor:
@@ -276,163 +292,9 @@ def pack_groups(codes: Tensor, scales: Tensor) -> QuantTensor:
         scales: ``[rows, cols / 32]`` float16, of either sign.
     """
     rows, cols = codes.shape
-    padded = _num_tiles(rows) * TILE_ROWS
-    full = _padded(codes, padded).view(torch.uint8) ^ 128  # adds 128
+    padded = num_tiles(rows) * TILE_ROWS
+    full = torch.zeros(padded, groups(cols) * GROUP, dtype=torch.int8)
+    full[:rows, :cols] = codes
     wide = torch.zeros(padded, groups(cols), dtype=torch.float16)
     wide[:rows, : scales.shape[1]] = scales
-    return pack(full.view(padded, -1, GROUP), wide, "q8", (rows, cols))
-
-
-def _spread(importance: Tensor, cols: int) -> Tensor:
-    """Importances as ``[32, 1, groups]`` around 1, and 0 for missing columns."""
-    found = importance.detach().to("cpu", torch.float32)
-    if found.shape != (cols,) or not bool(torch.isfinite(found).all()) or bool((found < 0).any()):
-        raise UsageError(f"importance must be {cols} finite numbers from 0 up, one a column")
-    mean = float(found.double().mean())
-    # A floor keeps columns that the calibration never saw from being rounded at will.
-    scaled = found / mean + 1e-3 if mean > 0 else torch.ones(cols)
-    return _by_group(_padded(scaled[None], 1))
-
-
-def _padded(block: Tensor, rows: int) -> Tensor:
-    """Zeros around ``block``, up to ``rows`` rows and whole groups."""
-    if block.shape == (rows, groups(block.shape[1]) * GROUP):
-        return block
-    full = torch.zeros(rows, groups(block.shape[1]) * GROUP, dtype=block.dtype)
-    full[: block.shape[0], : block.shape[1]] = block
-    return full
-
-
-def _by_group(full: Tensor) -> Tensor:
-    """``[rows, cols]`` as ``[32, rows, groups]``: sums over a group then run over whole vectors."""
-    return full.view(full.shape[0], -1, GROUP).permute(2, 0, 1).contiguous()
-
-
-def _pack_block(block: Tensor, format: str, spread: Tensor | None) -> QuantTensor:
-    _check_range(block, format)
-    shape = (block.shape[0], block.shape[1])
-    full = _padded(block, _num_tiles(shape[0]) * TILE_ROWS)
-    if format == "bf16":
-        pairs = full.bfloat16().contiguous().view(torch.int32).view(-1, TILE_ROWS, full.shape[1] // 2)
-        laid = pairs.transpose(1, 2).contiguous()
-        return QuantTensor(format, shape, laid.view(torch.uint8).flatten())
-    x = _by_group(full)
-    weighted = x if spread is None else x * spread
-    if format == "q8":
-        scales = _q8_scales(x, weighted, spread)
-        codes = (x * _inverse(scales.float())).round_().clamp_(-127, 127).add_(128)
-        return pack(codes.to(torch.uint8).permute(1, 2, 0).contiguous(), scales, format, shape)
-    widths, zeros, sharpness = _q4_widths(x, weighted, spread)
-    scales = _q4_scales(widths, zeros, sharpness)
-    codes, steps = _q4_codes(x, spread, widths, zeros, scales)
-    return pack(codes.to(torch.uint8).permute(1, 2, 0).contiguous(), scales, format, shape, steps)
-
-
-def _check_range(block: Tensor, format: str) -> None:
-    limit = _MAX_BF16 if format == "bf16" else _MAX_SCALE * _MOST[format]
-    extreme = float(block.abs().max())
-    if not extreme <= limit:  # also where it is NaN
-        raise UsageError(f"{format} takes finite weights of at most {limit:g}, and one is {extreme:g}")
-
-
-def _inverse(scales: Tensor) -> Tensor:
-    """1 / scale, and 0 where the scale is 0 or next to it."""
-    return torch.where(scales.abs() < _TINY, 0.0, scales.reciprocal())
-
-
-def _rounded(x: Tensor, width: Tensor, zeros: Tensor, out: Tensor) -> Tensor:
-    """``x / width`` to the nearest differences of a code of 4 bits and the zero, in ``out``."""
-    torch.mul(x, _inverse(width), out=out).round_()
-    return torch.minimum(torch.maximum(out, -zeros, out=out), 15 - zeros, out=out)
-
-
-def _fit(q: Tensor, weighted: Tensor, spread: Tensor | None, work: Tensor) -> tuple[Tensor, Tensor]:
-    """The best width of each group for given integers q, and what a deviation of 1 from it costs.
-
-    The (weighted) squared error for a width is that of the best one, <q, x> / <q, q>, plus <q, q> times the
-    square of the difference.
-    """
-    along = torch.mul(q, weighted, out=work).sum(0)
-    torch.mul(q, q, out=work)
-    square = (work if spread is None else work.mul_(spread)).sum(0)
-    return along * _inverse(square), square
-
-
-def _q8_scales(x: Tensor, weighted: Tensor, spread: Tensor | None) -> Tensor:
-    """Half-precision scales ``[rows, groups]``: the best ones for the codes that the extreme weight gives."""
-    extreme = x.gather(0, x.abs().argmax(0, keepdim=True)).squeeze(0)
-    q = (x * (_inverse(extreme) * -127)).round_().clamp_(-127, 127)
-    scales, _ = _fit(q, weighted, spread, torch.empty_like(x))
-    return scales.clamp_(-_MAX_SCALE, _MAX_SCALE).half()
-
-
-def _q4_widths(x: Tensor, weighted: Tensor, spread: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Widths and zeros ``[rows, groups]`` with a small error, and what deviations from the widths cost."""
-    low, high = x.amin(0).clamp_max_(0).neg_(), x.amax(0).clamp_min_(0)
-    middle = (15 * low * _inverse(low + high)).clamp_(*_ZEROS)
-    best_gain = torch.full_like(low, -1.0)
-    best = (torch.zeros_like(low), torch.full_like(low, 8.0), torch.zeros_like(low))
-    q, work = torch.empty_like(x), torch.empty_like(x)
-    for zeros in (middle.floor(), middle.ceil()):
-        reach = torch.maximum(low / zeros, high / (15 - zeros))
-        for factor in _WIDTHS:
-            width, square = _fit(_rounded(x, reach * factor, zeros, q), weighted, spread, work)
-            gain = width * width * square
-            better = gain > best_gain
-            best_gain = torch.where(better, gain, best_gain)
-            best = (
-                torch.where(better, width, best[0]),
-                torch.where(better, zeros, best[1]),
-                torch.where(better, square, best[2]),
-            )
-    return best
-
-
-def _most(zeros: Tensor) -> Tensor:
-    """The greatest size beside a zero: products with all codes are within a signed byte."""
-    return torch.div(127, torch.maximum(zeros, 15 - zeros), rounding_mode="floor").clamp_max_(_SIZES)
-
-
-def _q4_scales(widths: Tensor, zeros: Tensor, sharpness: Tensor) -> Tensor:
-    """Half-precision scales ``[rows, spans]`` whose multiples come nearest to the widths of their groups."""
-    rows, size = widths.shape
-    shape = (rows, -(-size // SPAN), SPAN)
-
-    def spanned(values: Tensor) -> Tensor:
-        full = values.new_zeros(rows, shape[1] * SPAN)
-        full[:, :size] = values
-        return full.view(shape)
-
-    widths, most, sharpness = spanned(widths), spanned(_most(zeros)), spanned(sharpness)
-    top = (widths * _inverse(most)).amax(2)
-    least = torch.where(top > 0, _LEAST_SCALE, 0.0)
-    best_cost, best = torch.full_like(top, torch.inf), torch.zeros_like(top)
-    for factor in _SCALES:
-        scales = torch.maximum((top * factor).clamp_max_(_MAX_SCALE).half().float(), least)
-        each = scales.unsqueeze(2)
-        sizes = torch.minimum((widths * _inverse(each)).round_(), most)
-        cost = (sizes.mul_(each).sub_(widths).square_() * sharpness).sum(2)
-        better = cost < best_cost
-        best_cost, best = torch.where(better, cost, best_cost), torch.where(better, scales, best)
-    return best.half()
-
-
-def _q4_codes(
-    x: Tensor, spread: Tensor | None, widths: Tensor, zeros: Tensor, scales: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Codes ``[32, rows, groups]`` and steps: of the sizes around a width, the one with the least error."""
-    unit = scales.float().repeat_interleave(SPAN, 1)[:, : widths.shape[1]]
-    most = _most(zeros)
-    wanted = (widths * _inverse(unit)).floor_()
-    best_cost, best = torch.full_like(widths, torch.inf), torch.zeros_like(widths)
-    q, work = torch.empty_like(x), torch.empty_like(x)
-    for more in (0, 1):
-        sizes = torch.minimum(wanted + more, most)
-        width = sizes * unit
-        torch.mul(_rounded(x, width, zeros, q), width, out=work).sub_(x).square_()
-        cost = (work if spread is None else work.mul_(spread)).sum(0)
-        better = cost < best_cost
-        best_cost, best = torch.where(better, cost, best_cost), torch.where(better, sizes, best)
-    zeros = torch.where(best > 0, zeros, 8.0)
-    codes = _rounded(x, best * unit, zeros, q).add_(zeros)
-    return codes, (best + 16 * zeros).to(torch.uint8)
+    return pack((full.view(torch.uint8) ^ 128).view(padded, -1, GROUP), wide, "q8", (rows, cols))  # adds 128
