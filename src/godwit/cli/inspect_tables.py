@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from godwit.cli.tables import Tables, size_text
-from godwit.measure.planner import PARTS
+from godwit.models.inventory import PARTS
 
 
 def show(report: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from godwit.config import LayerSpec, ModelConfig
 from godwit.errors import UsageError
 from godwit.kernels import ops
 from godwit.models.batch import ForwardBatch
-from godwit.models.caches import Caches, CacheSpec, PagedKV, RecurrentState
+from godwit.models.caches import Caches, CacheSpec, PagedKV, RecurrentState, cache_spec
 from godwit.models.layers import Embedding, Experts, Linear, build_ffn, build_norm
 from godwit.models.mixers import GatedDeltaNet, build_mixer
 from godwit.qtensor import QuantTensor
@@ -25,6 +25,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, spec: LayerSpec, config: ModelConfig) -> None:
         super().__init__()
+        self.spec = spec
         self.input_norm = build_norm(config.hidden_size, config)
         self.mixer = build_mixer(spec.mixer, config)
         self.ffn_norm = build_norm(config.hidden_size, config)
@@ -42,9 +43,13 @@ class DecoderLayer(nn.Module):
         out: Tensor = x + self.ffn(self.ffn_norm(x), router_logits)
         return out
 
+    def cache_spec(self, dtype: torch.dtype) -> CacheSpec:
+        """What the layer keeps, in ``dtype`` unless its mixer has a dtype of its own for it."""
+        return cache_spec(self.spec.mixer, self.mixer.cache_dtype or dtype)
+
 
 class Stack(Protocol):
-    """A way to run decoder layers and the norm after them other than one module after the other."""
+    """Runs decoder layers and the norm after them in place of the modules' own ``forward``."""
 
     def __call__(
         self,
@@ -101,7 +106,7 @@ class CausalLM(nn.Module):
         num_mtp: MTP layers; None takes the config's count (0 where it states none).
 
     Attributes:
-        stack: runs the layers of a model of packed weights; None: its modules do.
+        stack: runs the layers of a model with packed weights; None: the modules run themselves.
     """
 
     stack: Stack | None = None
@@ -115,6 +120,11 @@ class CausalLM(nn.Module):
         self.norm = build_norm(config.hidden_size, config)
         self.mtp = MTPHead(config) if num_mtp else None
         self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size)
+
+    @property
+    def num_mtp(self) -> int:
+        """MTP layers: 0 or 1."""
+        return int(self.mtp is not None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -182,21 +192,21 @@ class CausalLM(nn.Module):
 
     def cache_specs(self) -> list[CacheSpec]:
         """One spec a layer, the MTP layers' last."""
-        return [layer.mixer.cache_spec(self.dtype) for layer in self._all_layers()]
+        return [layer.cache_spec(self.dtype) for layer in self.all_layers()]
 
     def allocate_caches(self, num_blocks: int, num_rows: int = 1, max_rollback: int = 0) -> Caches:
         """Zeroed caches for this model on its device."""
-        num_mtp = len(self.mtp.layers) if self.mtp is not None else 0
         return Caches.allocate(
             self.cache_specs(),
             num_blocks,
             num_rows,
-            num_mtp=num_mtp,
+            num_mtp=self.num_mtp,
             max_rollback=max_rollback,
             device=self.device,
         )
 
-    def _all_layers(self) -> list[DecoderLayer]:
+    def all_layers(self) -> list[DecoderLayer]:
+        """The decoder layers, the MTP module's last."""
         layers = [*self.layers, *(self.mtp.layers if self.mtp is not None else ())]
         return [layer for layer in layers if isinstance(layer, DecoderLayer)]
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -121,15 +125,22 @@ class SparseMoeBlock(nn.Module):
 class DenseMlp(SwiGLU):
     """The SwiGLU of a layer without experts; takes the same arguments as the sparse block."""
 
+    def __init__(self, spec: DenseSpec, hidden: int) -> None:
+        super().__init__(hidden, spec.intermediate, spec.bias)
+
     def forward(self, x: Tensor, router_logits: list[Tensor] | None = None) -> Tensor:
         return super().forward(x)
 
 
-def build_ffn(spec: FfnSpec, config: ModelConfig) -> DenseMlp | SparseMoeBlock:
+Ffn = DenseMlp | SparseMoeBlock
+_MODULE_OF: Mapping[type, Callable[[Any, int], Ffn]] = MappingProxyType(
+    {DenseSpec: DenseMlp, MoeSpec: SparseMoeBlock}
+)
+
+
+def build_ffn(spec: FfnSpec, config: ModelConfig) -> Ffn:
     """The feed-forward part that ``spec`` describes."""
-    if isinstance(spec, DenseSpec):
-        return DenseMlp(config.hidden_size, spec.intermediate, spec.bias)
-    return SparseMoeBlock(spec, config.hidden_size)
+    return _MODULE_OF[type(spec)](spec, config.hidden_size)
 
 
 def build_norm(size: int, config: ModelConfig) -> RMSNorm:

@@ -8,13 +8,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import torch
-
 from godwit.checkpoint.packed_layout import ExpertStack, Matrix, Plain, TensorBlob
 from godwit.config import ModelConfig
-from godwit.errors import CheckpointError, UsageError
-from godwit.models.causal_lm import CausalLM
-from godwit.models.native import EXACT
+from godwit.errors import UsageError
+from godwit.models.inventory import EXACT, parameters
 from godwit.qtensor import FORMATS
 
 MAX_RECIPE_BYTES = 1 << 20
@@ -103,36 +100,25 @@ class QuantRecipe:
 
 
 def tensor_blobs(config: ModelConfig, num_mtp: int, recipe: QuantRecipe) -> dict[str, TensorBlob]:
-    """What a packed file of this model holds, under the names of ``CausalLM``'s parameters.
+    """The tensors of a packed file of this model, by the names of ``CausalLM``'s parameters.
 
-    Linear maps and embeddings become matrices, the experts of a layer one stack; all else (norms,
-    convolutions, decays, biases, the gate of a shared expert) stays plain float32.
+    Linear maps and embeddings become matrices, the experts of a layer one stack; everything else (norms,
+    convolutions, decays, biases, the gate of a shared expert) stays float32.
 
     Raises:
         UsageError: a rule of the recipe that matches nothing.
-        CheckpointError: the config describes tensors that no machine can address.
+        CheckpointError: the config describes tensors too large for any machine.
     """
-    try:
-        with torch.device("meta"):
-            model = CausalLM(config, num_mtp)
-    except (RuntimeError, OverflowError):
-        raise CheckpointError(
-            "the config describes tensors too large for any machine; fetch it again"
-        ) from None
+    listed = parameters(config, num_mtp)
+    formats = {p.name: recipe.format_of(p.name) for p in listed if p.top_k or p.is_matrix}
     blobs: dict[str, TensorBlob] = {}
-    matrices: list[str] = []
-    for name, parameter in model.named_parameters():
-        shape = tuple(parameter.shape)
-        stack, _, last = name.rpartition(".")
-        if len(shape) == 3:
-            matrices.append(name)
-            if last == "w13":
-                first, second = (recipe.format_of(f"{stack}.{part}") for part in ("w13", "w2"))
-                blobs[stack] = ExpertStack(first, second, shape[0], shape[2], shape[1] // 2)
-        elif len(shape) == 2 and last == "weight" and not name.endswith(".shared_gate.weight"):
-            matrices.append(name)
-            blobs[name] = Matrix(recipe.format_of(name), (shape[0], shape[1]))
-        else:
-            blobs[name] = Plain("F32", shape)
-    recipe.check(matrices)
+    for p in listed:
+        if p.name not in formats:
+            blobs[p.name] = Plain("F32", p.shape)
+        elif not p.top_k:
+            blobs[p.name] = Matrix(formats[p.name], (p.shape[0], p.shape[1]))
+        elif p.name.endswith(".w13"):
+            first, second = (formats[f"{p.packed_name}.{name}"] for name in ("w13", "w2"))
+            blobs[p.packed_name] = ExpertStack(first, second, p.shape[0], p.shape[2], p.shape[1] // 2)
+    recipe.check(list(formats))
     return blobs

@@ -29,7 +29,7 @@ from torch import Tensor
 import godwit
 from godwit.checkpoint.packed_layout import ExpertStack, Matrix, Plain, TensorBlob
 from godwit.checkpoint.packed_writer import PackedWriter
-from godwit.config import AttentionSpec, ModelConfig
+from godwit.config import ModelConfig
 from godwit.errors import UsageError
 from godwit.qtensor import (
     CODE_BYTES,
@@ -130,7 +130,7 @@ def first_layers(raw_config: Mapping[str, Any], num_layers: int | None) -> dict[
     text["num_hidden_layers"] = num_layers
     if isinstance(text.get("layer_types"), list):
         text["layer_types"] = text["layer_types"][:num_layers]
-    if not any(isinstance(layer.mixer, AttentionSpec) for layer in whole.layers[:num_layers]):
+    if all(layer.mixer.part != "attention" for layer in whole.layers[:num_layers]):
         # The module for further tokens is an attention layer like the model's own.
         text |= {name: 0 for name in ("mtp_num_hidden_layers", "num_nextn_predict_layers") if text.get(name)}
     return {**raw, "text_config": text} if nested else text
