@@ -54,7 +54,8 @@ def run(
     asked_batches = counts(batches, "-b", low=1)
     if output is not None and output.is_dir():
         raise UsageError(f"--output {output}: a directory; name a file")
-    from godwit.measure.bench import BenchPlan, bench
+    from godwit.measure.bench import bench
+    from godwit.measure.bench_cases import BenchPlan
 
     common.use_threads(threads)
     source = opened(model)

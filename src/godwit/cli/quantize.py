@@ -22,8 +22,8 @@ from godwit.cli.stopping import tidy_stop
 from godwit.cli.tables import Tables, size_text
 from godwit.config import ModelConfig
 from godwit.errors import MemoryBudgetError, UsageError
-from godwit.models.inventory import PARTS
 from godwit.measure.machine import memory
+from godwit.models.inventory import PARTS
 from godwit.shrink.importance import read_importance
 from godwit.shrink.quantize import Report, quantize_checkpoint
 from godwit.shrink.recipe import QuantRecipe

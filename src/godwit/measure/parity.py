@@ -36,9 +36,7 @@ ROUNDING: Mapping[str, float] = {
     "bf16": 2**-8,
 }
 PRODUCTS_PER_LAYER = 4  # in sequence: into and out of the mixer, w13, w2
-DELTA_AMPLIFICATION = (
-    2.0  # of a relative error by the delta rule, whose small outputs are scaled up by a norm
-)
+DELTA_AMPLIFICATION = 2.0  # of a relative error by the delta rule, whose small outputs a norm scales up
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class KernelCheck:
 
     Attributes:
         format: of the weights.
-        error: relative error of the hidden states. The median over the tokens, since rounding may send a token
+        error: relative error of the hidden states. Median over the tokens: rounding may send a token
             to another expert.
         limit: the largest error that rounding explains.
         cut_invariant: whether the states are bit for bit the same however the sequences are split into steps.

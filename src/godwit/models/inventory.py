@@ -66,7 +66,7 @@ class Parameter:
 
     @property
     def active(self) -> int:
-        """Numbers read to decode one token: none of the MTP module; the one row of the embedding is left out."""
+        """Numbers read to decode one token: none of the MTP module; the embedding's one row is left out."""
         if self.part in ("embedding", "mtp"):
             return 0
         return self.count * self.top_k // self.shape[0] if self.top_k else self.count

@@ -23,7 +23,7 @@ from godwit.errors import CheckpointError, UsageError
 from godwit.kernels import native
 from godwit.models.batch import BLOCK_SIZE, ForwardBatch
 from godwit.models.caches import Caches, PagedKV, RecurrentState
-from godwit.models.causal_lm import CausalLM, DecoderLayer, MTPHead
+from godwit.models.causal_lm import CausalLM, DecoderLayer
 from godwit.models.inventory import EXACT, count_mtp, parameters
 from godwit.models.layers import DenseMlp, Experts, Linear, RMSNorm, SparseMoeBlock, SwiGLU
 from godwit.models.mixers import Attention, GatedDeltaNet
