@@ -1,4 +1,4 @@
-"""`godwit inspect`: what a model is, part by part, and the memory it takes; no weights are needed or read."""
+"""`godwit inspect`: a model's parts and the memory it needs, without reading weights."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def run(model: str | None, *, context: int | None = None, as_json: bool = False)
     """Print the report to stdout.
 
     Raises:
-        CheckpointError: nothing to inspect there; or, after the report, weights that do not fit the config.
+        CheckpointError: no model there; or, after the report, weights that do not match the config.
         UnsupportedModelError: a model type that Godwit does not run.
-        OfflineError: a Hub repository whose config cannot be fetched.
+        OfflineError: the config of a Hub repository cannot be fetched.
     """
     report = {**examine(common.source_of(model), context), "model": model or common.BUILT_IN}
     if as_json:
@@ -85,7 +85,7 @@ def _examine_packed(packed: PackedFile, model: str, context: int | None) -> dict
 
 
 def _if_packed(sizes: Sizes, config: ModelConfig, num_mtp: int, recipe: str) -> dict[str, Any]:
-    """What godwit quantize would make of it: bytes, and the context that fits with them."""
+    """The model after `godwit quantize`: bytes, and the context that fits beside them."""
     packed = sizes_packed(sizes, config, num_mtp, recipe)
     room = _room(packed, config, None)
     spare = room["spare_without_context"]
@@ -117,7 +117,7 @@ def _cache(sizes: Sizes, possible: Sizes | None) -> dict[str, Any]:
 
 
 def _room(sizes: Sizes, config: ModelConfig, context: int | None) -> dict[str, Any]:
-    """What the machine's memory holds; what other programs use of it now is said beside, and may change."""
+    """What fits into the machine's memory; what other programs use now is reported separately."""
     machine = memory()
     budget, free = machine["total"], machine["available"]
     least = _contexts(config, context)[0]
@@ -131,7 +131,7 @@ def _room(sizes: Sizes, config: ModelConfig, context: int | None) -> dict[str, A
 
 
 def _with_weights(model: str | Path) -> Checkpoint | None:
-    """The checkpoint, where weights lie in a local directory; opened, none of them read."""
+    """The checkpoint, if it is a local directory with weights; opened, but no weights are read."""
     path = Path(model)
     if path.is_dir() and ((path / INDEX).exists() or any(path.glob("*.safetensors"))):
         return open_checkpoint(path)
@@ -178,7 +178,7 @@ def _shape(config: ModelConfig, num_mtp: int | None) -> dict[str, Any]:
 
 
 def _weights(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the files hold by stored dtype, and what is wrong with it, in a sentence."""
+    """The files' tensors by stored dtype, and what is wrong with them, in one sentence."""
     names = checkpoint.names()
     tensors, parameters, nbytes = Counter[str](), Counter[str](), Counter[str]()
     for name in names:
@@ -210,7 +210,7 @@ def _contexts(config: ModelConfig, asked: int | None) -> list[int]:
 
 
 def _context(sizes: Sizes, tokens: int, budget: int | None) -> dict[str, Any]:
-    """What one sequence of ``tokens`` keeps, needs and moves; ``spare`` is negative where it does not fit."""
+    """Cache, memory and traffic of one sequence of ``tokens``; ``spare`` is negative if it does not fit."""
     spare = None if budget is None else budget - sizes.resident(tokens)
     return {
         "tokens": tokens,

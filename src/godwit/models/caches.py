@@ -92,7 +92,7 @@ _SPEC_OF: Mapping[type, Callable[[Any, torch.dtype], CacheSpec]] = MappingProxyT
 
 
 def cache_spec(mixer: MixerSpec, dtype: torch.dtype) -> CacheSpec:
-    """What a layer with this mixer keeps; ``dtype`` of keys and values, or of the convolution's window."""
+    """The cache of a layer with this mixer; ``dtype`` of keys and values or of the convolution window."""
     return _SPEC_OF[type(mixer)](mixer, dtype)
 
 
@@ -178,7 +178,7 @@ class Caches:
         """
         if not 0 <= num_tokens <= self.pending[row]:
             raise UsageError(
-                f"cannot undo {num_tokens} tokens: the last step kept {self.pending[row]} undoable"
+                f"cannot undo {num_tokens} tokens: the last step declared {self.pending[row]} tentative"
             )
         if num_tokens == 0:
             return

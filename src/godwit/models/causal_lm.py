@@ -66,7 +66,7 @@ class Stack(Protocol):
 class MTPHead(nn.Module):
     """Predicts one token further: the trunk's normed state joined with the next embedding, one layer, a norm.
 
-    Embedding and head are the trunk's. DeepSeek-V3 (2024) describes the module; sizes follow Qwen3-Next.
+    It uses the trunk's embedding and head. DeepSeek-V3 (2024) describes the module; sizes follow Qwen3-Next.
     """
 
     stack: Stack | None = None
@@ -128,7 +128,7 @@ class CausalLM(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the activations; packed weights are multiplied with float32."""
+        """Of the activations; float32 with packed weights."""
         weight = _held(self.embedding)
         return torch.float32 if isinstance(weight, QuantTensor) else weight.dtype
 
@@ -139,18 +139,21 @@ class CausalLM(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """``[V, H]``, the embedding's where they are tied, of a model whose weights are not packed."""
+        """``[V, H]``, the embedding's if they are tied; only without packed weights."""
         return self.embedding.weight if self.head is None else self.head.weight
 
     def forward(
         self, batch: ForwardBatch, caches: Caches | None = None, *, router_logits: list[Tensor] | None = None
     ) -> Tensor:
-        """Normed hidden states ``[T, H]`` of the packed tokens; ``caches=None`` is training or scoring.
+        """Normed hidden states ``[T, H]`` of the packed tokens; ``caches=None`` for training and scoring.
 
         Args:
             batch: the tokens; see :class:`ForwardBatch`.
             caches: advanced in place.
-            router_logits: collects one ``[T, E]`` tensor per sparse layer when given.
+            router_logits: receives one ``[T, E]`` tensor per sparse layer.
+
+        Raises:
+            UsageError: more tentative tokens than the step has, or than the caches can undo.
         """
         if caches is not None:
             self._check_tentative(batch, caches)
@@ -177,7 +180,11 @@ class CausalLM(nn.Module):
         *,
         router_logits: list[Tensor] | None = None,
     ) -> Tensor:
-        """States ``[T, H]`` whose logits predict the token after ``next_ids [T]``; ``batch`` counts slots."""
+        """States ``[T, H]`` whose logits predict the token after ``next_ids [T]``.
+
+        Raises:
+            UsageError: the model has no MTP module.
+        """
         if self.mtp is None:
             raise UsageError("this model has no MTP module")
         out: Tensor = self.mtp(hidden, self.embedding(next_ids), batch, caches, router_logits)
@@ -191,7 +198,7 @@ class CausalLM(nn.Module):
         )
 
     def cache_specs(self) -> list[CacheSpec]:
-        """One spec a layer, the MTP layers' last."""
+        """One spec per layer, the MTP layer's last."""
         return [layer.cache_spec(self.dtype) for layer in self.all_layers()]
 
     def allocate_caches(self, num_blocks: int, num_rows: int = 1, max_rollback: int = 0) -> Caches:
@@ -214,12 +221,13 @@ class CausalLM(nn.Module):
         for count, length in zip(batch.num_tentative, batch.lengths, strict=True):
             if not 0 <= count <= min(length, caches.max_rollback):
                 raise UsageError(
-                    f"{count} tentative tokens: a step of {length} may undo {caches.max_rollback}"
+                    f"{count} tentative tokens in a step of {length}; "
+                    f"the caches can undo {caches.max_rollback}"
                 )
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Fresh weights: normal with the config's deviation, neutral norms, decays from U(0.01, 16)."""
+        """New weights: normal with the config's deviation, neutral norms, decays from U(0.01, 16)."""
         std = self.config.initializer_range
         for module in self.modules():
             if isinstance(module, Linear | Embedding):
@@ -234,7 +242,7 @@ class CausalLM(nn.Module):
 
 
 def _held(module: Embedding | Linear) -> Tensor | QuantTensor:
-    """A module's weight, which in a packed model is no parameter."""
+    """A module's weight; in a packed model it is not a parameter."""
     held: Tensor | QuantTensor = module.weight
     return held
 

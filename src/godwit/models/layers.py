@@ -56,8 +56,8 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, spec: RotarySpec) -> None:
         super().__init__()
         self.scale = spec.attention_factor
-        # a plain attribute: no module-wide cast may ever round the frequencies
-        with torch.device("cpu"):  # real numbers also where the model is being laid out on the meta device
+        # a plain attribute, so that casting the module never rounds the frequencies
+        with torch.device("cpu"):  # also when the model is built on the meta device
             self.frequencies = ops.rotary_frequencies(spec)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ class SwiGLU(nn.Module):
 class Experts(nn.Module):
     """Stacked experts: ``w13 [E, 2 I, H]`` (gate rows, then up rows) and ``w2 [E, H, I]``.
 
-    In a model of packed weights both are in ``packed``, and the parameters are gone.
+    In a model with packed weights both are in ``packed`` and the parameters do not exist.
     """
 
     packed: QuantExperts | None = None

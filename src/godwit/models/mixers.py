@@ -19,8 +19,7 @@ from godwit.models.layers import Linear, RotaryEmbedding, build_norm
 class Attention(nn.Module):
     """Causal grouped-query attention, optionally with q/k norms and a sigmoid gate on its output.
 
-    The input projection is one matrix with rows query | gate | key | value; gate rows exist where the family
-    has one.
+    The input projection is one matrix with rows query | gate | key | value; the gate's rows are optional.
     """
 
     cache_dtype: torch.dtype | None = None  # of keys and values; None: that of the weights

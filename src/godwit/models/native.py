@@ -53,7 +53,7 @@ def pack_model(model: CausalLM, format: str | Callable[[str], str], *, release: 
     Args:
         model: with ordinary parameters on the CPU.
         format: one of :data:`godwit.qtensor.FORMATS`, with routers and gate projections in bf16; or a
-            function that gives the format of each matrix by its name.
+            function from the name of a matrix to its format.
         release: free each parameter of ``model`` once it is packed, so that there are never two copies.
     """
     with torch.device("meta"):
@@ -154,10 +154,10 @@ def _pack_experts(experts: Experts, format13: str, format2: str) -> QuantExperts
 
 
 def _assign_all(model: CausalLM, values: Iterable[tuple[str, Value]], source: str) -> None:
-    """Put ``values`` where their names say.
+    """Assign ``values`` by name.
 
     Raises:
-        CheckpointError: names or shapes that are not the model's, or parameters that got none.
+        CheckpointError: names or shapes that are not the model's, or parameters without a value.
     """
     # A stack of experts is one value, known by the shape of its w2: [experts, hidden, intermediate].
     wanted = {p.packed_name: p.shape for p in parameters(model.config, model.num_mtp)}
@@ -225,7 +225,7 @@ class NativeStack:
         pending: Sequence[int],
         router_logits: list[Tensor] | None,
     ) -> Tensor:
-        """``x [T, H]`` through all layers and normed; without caches in ones made for this call."""
+        """``x [T, H]`` through all layers and the norm; without caches, in caches made for this call."""
         x = x.float().clone(memory_format=torch.contiguous_format)
         if caches is None:
             batch, caches, pending = self._own_caches(batch)
@@ -277,7 +277,7 @@ def _step(batch: ForwardBatch, pending: Sequence[int]) -> _native.Batch:
 
 
 def _view(cache: PagedKV | RecurrentState) -> _native.PagedCache | _native.RecurrentCache:
-    """The native view of a layer's cache; made once and kept with it."""
+    """The native view of a layer's cache, made once and stored with it."""
     view = cache.native
     if isinstance(view, _native.PagedCache | _native.RecurrentCache):
         return view
@@ -379,7 +379,7 @@ def _sparse(ffn: SparseMoeBlock, norm: RMSNorm) -> _native.Ffn:
     )
 
 
-#: Spec of a mixer or feed-forward part -> what makes its native form from the module and the norm before it.
+#: Type of a mixer's or feed-forward part's spec -> builder of its native form from module and norm.
 _BUILDERS: Mapping[type, Callable[[Any, RMSNorm], Any]] = MappingProxyType(
     {AttentionSpec: _attention, GatedDeltaNetSpec: _delta, DenseSpec: _dense, MoeSpec: _sparse}
 )

@@ -1,4 +1,4 @@
-"""Which weights are stored in which format: built-in recipes, and files that change them."""
+"""Quantisation recipes: which weights are stored in which format, built in or from a file."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ BUILT_IN: Mapping[str, Rules] = {
 
 @dataclass(frozen=True)
 class QuantRecipe:
-    """Rules (pattern, format) for the names of matrices: the first that matches decides.
+    """Rules (pattern, format) for the names of matrices; the first match decides.
 
-    The first ``num_own`` rules are a user's own and have to match something.
+    The first ``num_own`` rules are the user's own and must match something.
     """
 
     name: str
@@ -39,17 +39,17 @@ class QuantRecipe:
 
     @staticmethod
     def find(name: str) -> QuantRecipe:
-        """A built-in recipe by its name, or the recipe in a TOML file.
+        """A built-in recipe by name, or a recipe from a TOML file.
 
         Raises:
-            UsageError: neither of them, or a file that is no recipe.
+            UsageError: neither, or the file is not a recipe.
         """
         if name in BUILT_IN:
             return QuantRecipe(name, BUILT_IN[name])
         path = Path(name)
         if not path.is_file():
             known = ", ".join(BUILT_IN)
-            raise UsageError(f"{name}: neither a recipe of Godwit ({known}) nor a file; name one of them")
+            raise UsageError(f"{name}: neither a built-in recipe ({known}) nor a file; name one of them")
         return QuantRecipe.from_file(path)
 
     @staticmethod
@@ -57,17 +57,18 @@ class QuantRecipe:
         """Read ``base = "q4"`` and a table ``[formats]`` of ``"pattern" = "format"``, tried in order.
 
         Raises:
-            UsageError: unreadable, or not of this form.
+            UsageError: the file cannot be read or has another form.
         """
         try:
             if path.stat().st_size > MAX_RECIPE_BYTES:
-                raise UsageError(f"{path}: larger than {MAX_RECIPE_BYTES >> 20} MiB, so it is no recipe")
+                raise UsageError(f"{path}: larger than {MAX_RECIPE_BYTES >> 20} MiB; it cannot be a recipe")
             content = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise UsageError(f"{path}: cannot be read as TOML ({error}); mend the recipe") from None
+            raise UsageError(f"{path}: cannot be read as TOML ({error}); fix the recipe") from None
         unknown = content.keys() - {"base", "formats"}
         if unknown:
-            raise UsageError(f"{path}: a recipe has base and formats, and not {', '.join(sorted(unknown))}")
+            names = ", ".join(sorted(unknown))
+            raise UsageError(f"{path}: unknown: {names}; a recipe has only base and formats")
         base, formats = content.get("base", "q4"), content.get("formats", {})
         if not isinstance(base, str) or base not in BUILT_IN:
             raise UsageError(f"{path}: base must be one of {', '.join(BUILT_IN)}, not {base!r:.40}")
@@ -86,15 +87,15 @@ class QuantRecipe:
         return next(format for pattern, format in self.rules if fnmatchcase(name, pattern))
 
     def check(self, names: list[str]) -> None:
-        """Refuse rules of the user's own that none of the matrices ``names`` comes under.
+        """Check that each of the user's own rules matches one of the matrices ``names``.
 
         Raises:
-            UsageError: naming the first such rule.
+            UsageError: one does not.
         """
         for pattern, _ in self.rules[: self.num_own]:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise UsageError(
-                    f"{self.name}: no matrix of this model is called {pattern!r:.80}; it has names such as "
+                    f"{self.name}: {pattern!r:.80} matches no matrix of this model; their names are like "
                     f"{', '.join(names[1:4])}"
                 )
 
