@@ -17,8 +17,8 @@ from typing import Any
 import httpx
 import pytest
 
-from godwit.engine.kv_file import read_stretch
-from godwit.engine.spill_folder import open_folder
+from godwit.engine.cache.disk_file import read_stretch
+from godwit.engine.cache.disk_folder import open_folder
 from tests.engine.tiny import write_random_model
 
 CHAT = "/v1/chat/completions"

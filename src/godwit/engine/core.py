@@ -12,12 +12,12 @@ from typing import Protocol
 from torch import Tensor
 
 from godwit.engine.cache import CacheSize, num_blocks
+from godwit.engine.cache.disk import DiskCache
 from godwit.engine.generation import Generation
 from godwit.engine.masks import MaskPool, wait_for_any
 from godwit.engine.runner import ModelRunner
 from godwit.engine.sampling import Row, as_rows
 from godwit.engine.scheduler import Scheduler, Sequence, Work
-from godwit.engine.spill import DiskCache
 from godwit.engine.stream import Reason
 from godwit.errors import GodwitError, MemoryBudgetError, UsageError
 from godwit.models.batch import BLOCK_SIZE, ForwardBatch

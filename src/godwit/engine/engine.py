@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from godwit.engine.cache import CacheSize, num_blocks
+from godwit.engine.cache.disk import DiskCache
 from godwit.engine.core import CoreSettings, Drafter, EngineCore, divide
 from godwit.engine.generation import Generation
 from godwit.engine.sampling import Sampler
 from godwit.engine.scheduler import Sequence
 from godwit.engine.speculative import MAX_DEPTH, Speculator, leaves_room
-from godwit.engine.spill import DiskCache
 from godwit.engine.stream import Channel, GenerationRequest, Stream
 from godwit.errors import MemoryBudgetError, UsageError
 from godwit.models.batch import BLOCK_SIZE

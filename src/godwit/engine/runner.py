@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from godwit.engine.cache import CacheSize, HybridCache, num_blocks
-from godwit.engine.prefix import Hit, PrefixIndex
+from godwit.engine.cache.disk import DiskCache
+from godwit.engine.cache.prefix import Hit, PrefixIndex
 from godwit.engine.scheduler import MIN_SHARED, Sequence, Work
-from godwit.engine.spill import DiskCache
 from godwit.models.batch import BLOCK_SIZE, ForwardBatch
 from godwit.models.causal_lm import CausalLM
 

@@ -13,8 +13,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from godwit.engine.kv_file import FAULTS, MAGIC, Header, read_stretch, write_stretch
-from tests.engine.test_spill import signed
+from godwit.engine.cache.disk_file import FAULTS, MAGIC, Header, read_stretch, write_stretch
+from tests.engine.cache.test_disk import signed
 
 KEY = bytes(range(32))
 TENSORS = [torch.arange(6.0).reshape(1, 6), torch.ones(1, 3, dtype=torch.bfloat16), torch.zeros(0)]

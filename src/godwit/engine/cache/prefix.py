@@ -16,8 +16,9 @@ from heapq import heappop, heappush
 
 from torch import Tensor
 
-from godwit.engine.cache import BlockPool, StateSnapshot
-from godwit.engine.nodes import Node, Resumable, extend_chain, node_key, root_key
+from godwit.engine.cache.hybrid import StateSnapshot
+from godwit.engine.cache.nodes import Node, Resumable, extend_chain, node_key, root_key
+from godwit.engine.cache.pools import BlockPool
 from godwit.models.batch import BLOCK_SIZE
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from godwit.engine import Engine, GenerationRequest, SamplingParams, kv_file
-from godwit.engine.spill import DiskCache, fingerprint
-from godwit.engine.spill_folder import open_folder
+from godwit.engine import Engine, GenerationRequest, SamplingParams
+from godwit.engine.cache import disk_file
+from godwit.engine.cache.disk import DiskCache, fingerprint
+from godwit.engine.cache.disk_folder import open_folder
 from godwit.engine.stream import Finish
 from godwit.errors import UsageError
 from godwit.models.causal_lm import CausalLM
@@ -121,7 +122,7 @@ def test_damaged_files_are_dropped_with_a_warning(
     for wrong in damaged(content):
         path.write_bytes(wrong)
         caplog.clear()
-        with caplog.at_level(logging.WARNING, "godwit.engine.spill"):
+        with caplog.at_level(logging.WARNING, "godwit.engine.cache.disk"):
             disk = DiskCache(restarts.folder, HYBRID, 1 << 30)
             engine = Engine(HYBRID, TOKENIZER, max_context=512, max_sequences=4)
             disk.load(engine.core.runner.index, engine.core.runner.cache)
@@ -140,7 +141,7 @@ def key_of(path: Path) -> bytes:
 def rewritten(path: Path, changes: Mapping[str, object], key: bytes | None = None) -> None:
     """The file with another header and right checksums."""
     content = path.read_bytes()
-    start = len(kv_file.MAGIC) + 8
+    start = len(disk_file.MAGIC) + 8
     size = int.from_bytes(content[start - 8 : start], "little")
     raw = json.loads(content[start : start + size]) | changes
     path.write_bytes(signed(json.dumps(raw).encode(), content[start + size + 32 : -32], key or key_of(path)))
@@ -152,7 +153,7 @@ def signed(header: bytes, tensors: bytes, key: bytes) -> bytes:
     def checksum(data: bytes) -> bytes:
         return hashlib.blake2b(data, digest_size=32, key=key).digest()
 
-    body = kv_file.MAGIC + len(header).to_bytes(8, "little") + header
+    body = disk_file.MAGIC + len(header).to_bytes(8, "little") + header
     body += checksum(body) + tensors
     return body + checksum(body)
 
@@ -181,7 +182,7 @@ def test_hostile_headers_are_dropped(
     restarts.ask(HYBRID, text(50))
     for path in restarts.files():
         rewritten(path, changes)
-    with caplog.at_level(logging.WARNING, "godwit.engine.spill"):
+    with caplog.at_level(logging.WARNING, "godwit.engine.cache.disk"):
         finish = restarts.ask(HYBRID, [*text(50), 7])[0]
     assert finish.cached_tokens == 0 and "is damaged and is dropped" in caplog.text
 
@@ -190,7 +191,7 @@ def test_planted_files_are_dropped(restarts: Restarts, caplog: pytest.LogCapture
     restarts.ask(HYBRID, text(50))
     for path in restarts.files():
         rewritten(path, {}, bytes(32))
-    with caplog.at_level(logging.WARNING, "godwit.engine.spill"):
+    with caplog.at_level(logging.WARNING, "godwit.engine.cache.disk"):
         assert restarts.ask(HYBRID, [*text(50), 7])[0].cached_tokens == 0
     assert "not one made with the key of this cache" in caplog.text
 
@@ -201,12 +202,12 @@ def test_files_of_another_model_or_name_are_dropped(
     restarts.ask(HYBRID, text(50))
     for path in restarts.files():
         rewritten(path, {}, open_folder(restarts.folder, "another model"))
-    with caplog.at_level(logging.WARNING, "godwit.engine.spill"):
+    with caplog.at_level(logging.WARNING, "godwit.engine.cache.disk"):
         assert restarts.ask(HYBRID, [*text(50), 7])[0].cached_tokens == 0
     assert "not one made with the key of this cache" in caplog.text
     real = max(restarts.files(), key=lambda path: path.stat().st_size)
     real.with_name("00" * 20 + ".kv").write_bytes(real.read_bytes())
-    with caplog.at_level(logging.WARNING, "godwit.engine.spill"):
+    with caplog.at_level(logging.WARNING, "godwit.engine.cache.disk"):
         restarts.ask(HYBRID, text(50, 4))
     assert "another one under its name" in caplog.text
 
@@ -250,7 +251,7 @@ def test_the_key_of_the_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     seen = [first]
 
     def begins_anew() -> None:
-        with caplog.at_level(logging.WARNING, "godwit.engine.spill_folder"):
+        with caplog.at_level(logging.WARNING, "godwit.engine.cache.disk_folder"):
             seen.append(open_folder(tmp_path, "a"))
         assert key.stat().st_mode & 0o777 == 0o600
 
@@ -320,7 +321,7 @@ def test_a_file_that_is_damaged_while_the_engine_runs_costs_only_its_tokens(
     first, second = text(200), text(220, 1)
     restarts.ask(HYBRID, first, second)
     with (
-        caplog.at_level(logging.WARNING, "godwit.engine.spill"),
+        caplog.at_level(logging.WARNING, "godwit.engine.cache.disk"),
         Engine(HYBRID, TOKENIZER, max_context=256, max_sequences=1, cache_dir=restarts.folder) as engine,
     ):
         for path in restarts.files():
@@ -339,7 +340,7 @@ def test_a_folder_that_cannot_be_written_costs_only_the_cache(
         raise OSError("no space")
 
     monkeypatch.setattr(os, "replace", fail)
-    with caplog.at_level(logging.WARNING, "godwit.engine.spill"):
+    with caplog.at_level(logging.WARNING, "godwit.engine.cache.disk"):
         restarts.ask(HYBRID, text(50))
     assert "cannot be written: no space" in caplog.text
     assert not restarts.files() and not list(restarts.folder.glob("*/*.tmp*"))

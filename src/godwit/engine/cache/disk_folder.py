@@ -10,7 +10,7 @@ import secrets
 import stat
 from pathlib import Path
 
-from godwit.engine.kv_file import KEY_BYTES
+from godwit.engine.cache.disk_file import KEY_BYTES
 from godwit.errors import CheckpointError, UsageError
 from godwit.safe_files import open_regular
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from godwit.engine.cache import StateSnapshot
+from godwit.engine.cache.hybrid import StateSnapshot
 from godwit.models.batch import BLOCK_SIZE
 
 

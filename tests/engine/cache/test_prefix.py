@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from godwit.engine.cache import BlockPool, StateSnapshot
-from godwit.engine.nodes import extend_chain
-from godwit.engine.prefix import PrefixIndex
+from godwit.engine.cache.nodes import extend_chain
+from godwit.engine.cache.prefix import PrefixIndex
 from godwit.models.batch import BLOCK_SIZE
 
 TEXT = list(range(100))

@@ -23,11 +23,11 @@ from pathlib import Path
 from torch import Tensor
 
 from godwit import __version__, _native
-from godwit.engine.cache import HybridCache, StateSnapshot
-from godwit.engine.kv_file import FAULTS, Header, Tensors, raw_bytes, read_stretch, write_stretch
-from godwit.engine.nodes import Node, Resumable, root_key
-from godwit.engine.prefix import Hit, PrefixIndex
-from godwit.engine.spill_folder import open_folder
+from godwit.engine.cache.disk_file import FAULTS, Header, Tensors, raw_bytes, read_stretch, write_stretch
+from godwit.engine.cache.disk_folder import open_folder
+from godwit.engine.cache.hybrid import HybridCache, StateSnapshot
+from godwit.engine.cache.nodes import Node, Resumable, root_key
+from godwit.engine.cache.prefix import Hit, PrefixIndex
 from godwit.errors import CheckpointError, MemoryBudgetError
 from godwit.models.batch import BLOCK_SIZE
 from godwit.models.caches import PagedKV
