@@ -123,7 +123,7 @@ class ModelRunner:
 
     def _fits(self, seq: Sequence, hit: Hit, reserve: int) -> bool:
         """Whether ``seq`` can begin with ``hit`` and grow to its next token if all unused is evicted."""
-        shared = [] if hit.node is None else [node.block for node in hit.node.upwards()]
+        shared = [] if hit.node is None else [node.block for node in hit.node.ancestors()]
         needed = num_blocks(len(seq.ids) + 1) - hit.position // BLOCK_SIZE
         return self.cache.num_owned(shared) + needed + reserve <= self.cache.blocks.num_blocks
 
@@ -133,7 +133,7 @@ class ModelRunner:
         seq.num_committed, rest = divmod(hit.position, BLOCK_SIZE)
         if hit.node is None:
             return
-        blocks = [node.block for node in hit.node.upwards()][::-1]
+        blocks = [node.block for node in hit.node.ancestors()][::-1]
         self.cache.adopt(slot, blocks[: seq.num_committed], seq.num_committed * BLOCK_SIZE)
         if rest:
             self.cache.blocks.share(blocks[-1:])  # so that it is not evicted to make room for its copy
@@ -141,10 +141,10 @@ class ModelRunner:
                 raise RuntimeError("there is no block for a copy that was found to fit")
             self.cache.copy_block(blocks[-1], self.cache.blocks_of(slot)[-1])
             self.cache.blocks.free(blocks[-1:])
-        if hit.node.resumable is not None:
-            self.cache.restore(slot, hit.node.resumable.state)
-            if hit.node.resumable.logits is not None and hit.position == len(seq.ids):
-                self.ready[seq] = hit.node.resumable.logits
+        if hit.node.snapshot is not None:
+            self.cache.restore(slot, hit.node.snapshot.state)
+            if hit.node.snapshot.logits is not None and hit.position == len(seq.ids):
+                self.ready[seq] = hit.node.snapshot.logits
 
     # steps
 

@@ -26,7 +26,7 @@ from godwit import __version__, _native
 from godwit.engine.cache.disk_file import FAULTS, Header, Tensors, raw_bytes, read_stretch, write_stretch
 from godwit.engine.cache.disk_folder import open_folder
 from godwit.engine.cache.hybrid import HybridCache, StateSnapshot
-from godwit.engine.cache.nodes import Node, Resumable, root_key
+from godwit.engine.cache.nodes import Node, Snapshot, root_key
 from godwit.engine.cache.prefix import Hit, PrefixIndex
 from godwit.errors import CheckpointError, MemoryBudgetError
 from godwit.models.batch import BLOCK_SIZE
@@ -111,11 +111,11 @@ class DiskCache:
     def save(self, end: Node, cache: HybridCache) -> None:
         """Let the text that ends with ``end`` be written, as far as it is not yet; only copies it now."""
         with self._lock:
-            names = {self._known[node.key] for node in end.upwards() if node.key in self._known}
+            names = {self._known[node.key] for node in end.ancestors() if node.key in self._known}
         self._use(names)
-        places = [end, *(node for node in end.beginnings() if node.resumable)]
+        places = [end, *(node for node in end.prefixes() if node.snapshot)]
         for rank, node in reversed(list(enumerate(places))):
-            if rank < 2 or node.saves >= _MIN_SAVED:
+            if rank < 2 or node.saved_tokens >= _MIN_SAVED:
                 self._save_one(node, cache)
 
     def _use(self, names: Iterable[str]) -> None:
@@ -128,7 +128,7 @@ class DiskCache:
         name = _name(node.key)
         with self._lock:
             written = self._known.get(node.key)
-            if written == name or (written and node.resumable is None) or self._waiting.full():
+            if written == name or (written and node.snapshot is None) or self._waiting.full():
                 return
             nodes = [node]
             while (above := nodes[0].parent) and above.parent and above.key not in self._known:
@@ -292,7 +292,7 @@ class DiskCache:
                     fits = tuple(ids[end - len(entry.tail) : end]) == entry.tail
                     if end >= least and fits and end < len(ids) + entry.whole:
                         best, least = list(dict.fromkeys((*way, name))), end + 1
-            return [n for n in best if n == best[-1] or not index.knows(self._entries[n].keys)]
+            return [n for n in best if n == best[-1] or not index.contains(self._entries[n].keys)]
 
     def _header(self, path: Path) -> Header | None:
         try:
@@ -340,7 +340,7 @@ def _copied(nodes: list[Node], cache: HybridCache) -> tuple[Header, Tensors]:
     """A stretch as a file keeps it."""
     blocks = [node.block for node in nodes]
     tensors = [part[blocks].cpu() for layer in _paged(cache) for part in (layer.k, layer.v)]
-    resumable = nodes[-1].resumable
+    resumable = nodes[-1].snapshot
     num_state, pending, has_logits = None, 0, False
     if resumable is not None:
         tensors += resumable.state.tensors
@@ -348,7 +348,7 @@ def _copied(nodes: list[Node], cache: HybridCache) -> tuple[Header, Tensors]:
         if resumable.logits is not None:
             has_logits = True
             tensors.append(resumable.logits)
-    *_, top = nodes[0].upwards()
+    *_, top = nodes[0].ancestors()
     if top.parent is None or nodes[0].parent is None:
         raise RuntimeError("a node has no root")
     header = Header(
@@ -386,7 +386,7 @@ def _graft(header: Header, tensors: Tensors, index: PrefixIndex, cache: HybridCa
             layer.v[blocks] = tensors[2 * place + 1].to(layer.v.device)
         state = None
         if header.num_state is not None:
-            state = Resumable(StateSnapshot(tuple(kept), header.pending), logits)
+            state = Snapshot(StateSnapshot(tuple(kept), header.pending), logits)
             if len(kept) != header.num_state or not cache.accepts(state.state):
                 raise ValueError("its state is not that of this model")
         index.graft(header.root, header.parent, header.tokens, header.keys, blocks, state)

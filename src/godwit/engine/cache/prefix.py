@@ -1,14 +1,13 @@
-"""PrefixIndex: what is computed already for the beginnings of texts.
+"""PrefixIndex: prefixes of texts whose keys, values and states are cached.
 
-A tree: each node stands for a full block of 16 tokens after its parent's text and holds the pool's block with
-their keys and values. A recurrent state cannot be cut, so it is copied at chosen positions, and a text can be
-resumed only where there are both. Such a position may lie inside a block; then a leaf of fewer than 16 tokens
-holds the block that begins with them. Whoever resumes there copies it, since others write on in it.
+A tree: a node stands for a full block of 16 tokens after its parent's text and holds the pool's block with
+their keys and values. A recurrent state cannot be cropped, so it is copied at chosen positions (a snapshot),
+and a text can only be resumed where there is both. A snapshot may lie inside a block; then a leaf of fewer
+than 16 tokens holds that block. A sequence that resumes there copies the block, since it writes to the rest.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,20 +15,21 @@ from heapq import heappop, heappush
 
 from torch import Tensor
 
+from godwit.engine.cache.eviction import EvictionOrder
 from godwit.engine.cache.hybrid import StateSnapshot
-from godwit.engine.cache.nodes import Node, Resumable, extend_chain, node_key, root_key
+from godwit.engine.cache.nodes import Node, Snapshot, extend_chain, node_key, pack, root_key
 from godwit.engine.cache.pools import BlockPool
 from godwit.models.batch import BLOCK_SIZE
 
 
 @dataclass(frozen=True)
 class Hit:
-    """What is known of a text.
+    """The cached prefix of a text.
 
     Attributes:
-        position: tokens after which it can be resumed, at ``node``.
-        note: why not more.
-        known: tokens whose keys and values are known; a state there would have saved more.
+        position: its length in tokens: where the text can be resumed, at ``node``.
+        note: why it is not longer.
+        known: tokens whose keys and values are cached; with a snapshot there, more could be reused.
     """
 
     position: int
@@ -40,7 +40,7 @@ class Hit:
 
 @dataclass
 class PrefixStats:
-    """How much the index holds."""
+    """What the index holds, and what it has evicted since the start."""
 
     num_blocks: int = 0
     num_snapshots: int = 0
@@ -50,11 +50,11 @@ class PrefixStats:
 
 
 class PrefixIndex:
-    """Finds and keeps computed beginnings of texts. It gives blocks back when they are wanted elsewhere.
+    """Finds and keeps cached prefixes. Its blocks can be evicted when sequences need them.
 
     Args:
-        pool: of the blocks; the index is one user of each block that a node holds.
-        recurrent: texts can only be resumed where there is a snapshot.
+        pool: the blocks; the index counts as one user of each block that a node holds.
+        recurrent: whether texts can only be resumed at a snapshot.
         max_bytes: for all snapshots together.
     """
 
@@ -65,19 +65,21 @@ class PrefixIndex:
         self.stats = PrefixStats()
         self._nodes: dict[bytes, Node] = {}
         self._held: Counter[int] = Counter()
-        self._resumable: dict[bytes, Node] = {}
+        self._snapshots = EvictionOrder()
         self._leaves: list[tuple[int, int, Node]] = []  # a heap; some entries are out of date
         self._pushes = 0
         self._clock = 0
 
+    # looking up
+
     def match(self, ids: Sequence[int], salt: str, chain: list[bytes]) -> Hit:
-        """The longest beginning of ``ids`` that can be resumed; ``chain`` keeps keys for the next time."""
+        """The longest prefix of ``ids`` that can be resumed; missing keys are appended to ``chain``."""
         extend_chain(chain, ids, salt)
         path = self._known(chain, ids, salt)
         return self._resume(path, ids) if self.recurrent else self._whole_blocks(path, ids)
 
     def use(self, hit: Hit) -> None:
-        """Count a hit, or that there was none."""
+        """Advance the clock and, if there was a hit, mark its nodes as used."""
         self._clock += 1
         if hit.node is not None:
             self._touch(hit.node)
@@ -94,7 +96,7 @@ class PrefixIndex:
         return path
 
     def _whole_blocks(self, path: list[Node], ids: Sequence[int]) -> Hit:
-        # The last token has to be read again for what follows from it.
+        # The last token has to be computed again, for its logits.
         usable = path[: 1 + (len(ids) - 1) // BLOCK_SIZE]
         if len(usable) < 2:
             return Hit(0, None, _reason(0, 0, len(ids), BLOCK_SIZE))
@@ -103,32 +105,42 @@ class PrefixIndex:
 
     def _resume(self, path: list[Node], ids: Sequence[int]) -> Hit:
         known = path[-1].position if path else 0
-        for node in reversed(path):
-            places = [child for child in node.children.values() if not child.is_full]
-            places.sort(key=lambda place: -place.position)
-            for place in (*places, node):
-                fits = tuple(ids[node.position : place.position]) == place.tokens or place is node
-                ready = place.resumable
-                if ready and fits and (place.position < len(ids) or ready.logits is not None):
-                    note = _reason(place.position, known, len(ids), 1)
-                    return Hit(place.position, place, note, known)
+        for above in reversed(path):
+            following = pack(ids[above.position : above.position + BLOCK_SIZE])
+            for node in (*above.partial_prefixes(following), above):
+                kept = node.snapshot
+                if kept and (node.position < len(ids) or kept.logits is not None):
+                    return Hit(node.position, node, _reason(node.position, known, len(ids), 1), known)
         return Hit(0, None, _reason(0, known, len(ids), 1), known)
+
+    def end_of(self, ids: Sequence[int], salt: str, chain: Sequence[bytes]) -> Node | None:
+        """The last node of ``ids`` at which a longer text could be resumed."""
+        path = self._known(chain, ids, salt)
+        if self.recurrent:
+            return self._resume(path, [*ids, -1]).node
+        return path[-1] if len(path) > 1 else None
+
+    def contains(self, keys: Iterable[bytes]) -> bool:
+        """Whether all these nodes are in the index."""
+        return all(key in self._nodes for key in keys)
+
+    # adding
 
     def commit(
         self, ids: Sequence[int], salt: str, chain: list[bytes], blocks: list[int], first: int, end: int
     ) -> list[tuple[int, int]]:
-        """Make the full blocks ``first`` to ``end`` of a sequence known.
+        """Add the full blocks ``first`` to ``end`` of a sequence.
 
         Returns:
-            (place, block): where another block with the same content is known already, to be used instead.
+            (index, block): where the index already holds another block with the same content, to use instead.
         """
         extend_chain(chain, ids, salt)
         better = []
         for index in range(first, end):
             node = self._nodes.get(chain[index])
             if node is None:
-                tokens = tuple(ids[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE])
-                parent = self._nodes[chain[index - 1]] if index else self._root(salt)
+                tokens = ids[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]
+                parent = self._nodes[chain[index - 1]] if index else self._root(root_key(salt))
                 self._insert(chain[index], parent, tokens, blocks[index])
             elif node.block != blocks[index]:
                 better.append((index, node.block))
@@ -143,45 +155,37 @@ class PrefixIndex:
         take: Callable[[], StateSnapshot],
         logits: Tensor | None = None,
     ) -> bool:
-        """Keep the state after ``ids``, whose full blocks are committed; ``take`` copies it if it is new.
+        """Keep the state after ``ids`` (at least one), whose full blocks are committed.
+
+        Args:
+            take: copies the state; called if there is no snapshot at this position yet.
 
         Returns:
-            whether it is kept.
+            Whether there is a snapshot at this position now.
         """
         full, rest = divmod(len(ids), BLOCK_SIZE)
-        node = self._nodes[chain[full - 1]] if full else self._root(salt)
+        node = self._nodes[chain[full - 1]] if full else self._root(root_key(salt))
         if rest:
-            tail = tuple(ids[full * BLOCK_SIZE :])
+            tail = ids[full * BLOCK_SIZE :]
             key = node_key(node.key, tail)
             node = self._nodes.get(key) or self._insert(key, node, tail, blocks[full])
         self._touch(node)
-        known = node.resumable
-        if known is None or (known.logits is None and logits is not None):
-            kept = None if logits is None else logits.to("cpu", copy=True)
-            self._drop_resumable(node)
-            return self._attach(node, Resumable(take() if known is None else known.state, kept))
-        return True
-
-    def end_of(self, ids: Sequence[int], salt: str, chain: Sequence[bytes]) -> Node | None:
-        """The last node of ``ids`` at which a longer text could be resumed."""
-        path = self._known(chain, ids, salt)
-        if self.recurrent:
-            return self._resume(path, [*ids, -1]).node
-        return path[-1] if len(path) > 1 else None
-
-    def knows(self, keys: Iterable[bytes]) -> bool:
-        """Whether all these nodes are there."""
-        return all(key in self._nodes for key in keys)
+        old = node.snapshot
+        if old is not None and (old.logits is not None or logits is None):
+            return True
+        self._drop_snapshot(node)
+        kept = None if logits is None else logits.to("cpu", copy=True)
+        return self._attach(node, Snapshot(take() if old is None else old.state, kept))
 
     def keep(self, chain: Sequence[bytes]) -> None:
-        """Let what is known of a text be the last to be evicted."""
+        """Mark the known part of a text as used."""
         self._clock += 1
         for key in reversed(chain):
             if key in self._nodes:
                 return self._touch(self._nodes[key])
 
     def can_graft(self, root: bytes, parent: bytes) -> bool:
-        """Whether the node ``parent``, or the root itself, is there to go on from."""
+        """Whether the node ``parent`` is in the index, or is the root itself."""
         return parent == root or parent in self._nodes
 
     def graft(
@@ -191,78 +195,103 @@ class PrefixIndex:
         tokens: Sequence[tuple[int, ...]],
         keys: Sequence[bytes],
         blocks: Sequence[int],
-        resumable: Resumable | None,
-    ) -> None:
-        """Add nodes one below the other that were kept elsewhere, the last with what is resumable.
+        snapshot: Snapshot | None,
+    ) -> bool:
+        """Add a chain of nodes from elsewhere below ``parent``, with a snapshot at the last one.
+
+        Returns:
+            Whether texts can be resumed at the last one now.
 
         Raises:
-            ValueError: the keys are not those of the tokens.
+            ValueError: the keys do not match the tokens.
         """
         expected = parent
-        for key, piece in zip(keys, tokens, strict=True):
-            expected = node_key(expected, piece)
-            if key != expected or not 0 < len(piece) <= BLOCK_SIZE:
-                raise ValueError("its keys are not those of its tokens")
-        if any(len(piece) < BLOCK_SIZE for piece in tokens[:-1]):
-            raise ValueError("a partial block is not at its end")
-        node = self._nodes.get(parent) or self._root_of(root)
-        for key, piece, block in zip(keys, tokens, blocks, strict=True):
-            node = self._nodes.get(key) or self._insert(key, node, piece, block)
-        if resumable is not None and node.resumable is None:
-            self._attach(node, resumable)
-        elif not node.is_full and node.resumable is None:
+        for key, part in zip(keys, tokens, strict=True):
+            expected = node_key(expected, part)
+            if key != expected or not 0 < len(part) <= BLOCK_SIZE:
+                raise ValueError("its keys do not match its tokens")
+        if any(len(part) < BLOCK_SIZE for part in tokens[:-1]):
+            raise ValueError("a partial block is not the last one")
+        node = self._nodes.get(parent) or self._root(root)
+        for key, part, block in zip(keys, tokens, blocks, strict=True):
+            node = self._nodes.get(key) or self._insert(key, node, part, block)
+        if snapshot is not None and node.snapshot is None:
+            self._attach(node, snapshot)
+        elif not node.is_full and node.snapshot is None:
             self._remove(node)
+        return node.alive and (node.snapshot is not None or not self.recurrent)
 
-    def _attach(self, node: Node, resumable: Resumable) -> bool:
-        if not self._make_bytes(resumable.nbytes):
-            self._forget_useless(node)
+    def _root(self, key: bytes) -> Node:
+        if key not in self._nodes:
+            self._nodes[key] = Node(key, None, b"", -1, 0)
+        return self._nodes[key]
+
+    def _insert(self, key: bytes, parent: Node, tokens: Sequence[int], block: int) -> Node:
+        node = Node(key, parent, pack(tokens), block, parent.position + len(tokens), last_used=self._clock)
+        self.pool.share([block])
+        self._held[block] += 1
+        self._nodes[key] = node
+        parent.add_child(node)
+        self.stats.num_blocks += 1
+        self._push(node)
+        return node
+
+    def _touch(self, node: Node) -> None:
+        for each in node.ancestors():
+            each.last_used = self._clock
+
+    # snapshots
+
+    def _attach(self, node: Node, snapshot: Snapshot) -> bool:
+        if not self._make_room(snapshot.nbytes):
+            self._demote(node)
             return False
-        node.before = next((above for above in node.beginnings() if above.resumable), None)
-        for other in self._resumable.values():
-            if other.before is node.before and node in other.beginnings():
-                other.before = node
-        node.resumable = resumable
-        self._resumable[node.key] = node
+        node.previous = next((prefix for prefix in node.prefixes() if prefix.snapshot), None)
+        node.snapshot = snapshot
+        self._snapshots.put(node, self._clock)
+        for longer in node.next_snapshots():
+            if longer.previous is node.previous:
+                longer.previous = node
+                self._snapshots.put(longer, self._clock)
         self.stats.num_snapshots += 1
-        self.stats.snapshot_bytes += resumable.nbytes
+        self.stats.snapshot_bytes += snapshot.nbytes
         return True
 
-    def _make_bytes(self, count: int) -> bool:
-        """Drop the snapshots of least value, until ``count`` more bytes fit."""
-        if count > self.max_bytes:
+    def _make_room(self, num_bytes: int) -> bool:
+        """Drop the snapshots of least value until ``num_bytes`` more fit."""
+        if num_bytes > self.max_bytes:
             return False
-        while self.stats.snapshot_bytes + count > self.max_bytes:
-            node = min(self._resumable.values(), key=self._value)
-            self._drop_resumable(node)
+        while self.stats.snapshot_bytes + num_bytes > self.max_bytes:
+            node = self._snapshots.least(self._clock)
+            self._drop_snapshot(node)
             self.stats.num_evicted_snapshots += 1
-            self._forget_useless(node)
+            self._demote(node)
         return True
 
-    def _value(self, node: Node) -> float:
-        """Tokens that a hit saves, for each byte and each use of the index since the last one."""
-        size = node.resumable.nbytes if node.resumable else 1
-        return node.saves / max(1, size) / (1 + self._clock - node.last_used)
+    def _drop_snapshot(self, node: Node) -> None:
+        if node.snapshot is None:
+            return
+        self._snapshots.remove(node, self._clock)
+        self.stats.num_snapshots -= 1
+        self.stats.snapshot_bytes -= node.snapshot.nbytes
+        node.snapshot = None
+        for longer in node.next_snapshots():
+            if longer.previous is node:
+                longer.previous = node.previous
+        node.previous = None
 
-    def _drop_resumable(self, node: Node) -> None:
-        if node.resumable is not None:
-            del self._resumable[node.key]
-            self.stats.num_snapshots -= 1
-            self.stats.snapshot_bytes -= node.resumable.nbytes
-            node.resumable = None
-            for other in self._resumable.values():
-                if other.before is node:
-                    other.before = node.before
-
-    def _forget_useless(self, node: Node) -> None:
-        """A node that lost its snapshot: one of a partial block goes, a leaf is the first to go later."""
+    def _demote(self, node: Node) -> None:
+        """After a node lost its snapshot: remove a partial block; let a leaf be evicted first."""
         if not node.is_full:
             self._remove(node)
         elif self.recurrent and not node.children and node.parent is not None:
             node.last_used = 0
             self._push(node)
 
+    # eviction of blocks
+
     def evict(self, count: int) -> int:
-        """Free up to ``count`` blocks that no sequence uses, leaves first, of these the longest unused."""
+        """Free up to ``count`` blocks that no sequence uses: leaves first, the least recently used first."""
         freed, in_use = 0, list[Node]()
         while freed < count and self._leaves:
             used, _, node = heappop(self._leaves)
@@ -274,58 +303,29 @@ class PrefixIndex:
                 in_use.append(node)
             else:
                 freed += self._held[node.block] == 1
-                self._drop_resumable(node)
+                self._drop_snapshot(node)
                 self._remove(node)
                 self.stats.num_evicted_blocks += 1
         for node in in_use:
             self._push(node)
         return freed
 
-    def held(self) -> Iterator[int]:
-        """The blocks of all nodes, each as often as it is held."""
-        return self._held.elements()
-
-    def nodes(self) -> list[Node]:
-        """All nodes but the roots, parents before children."""
-        return sorted((n for n in self._nodes.values() if n.parent is not None), key=lambda n: n.position)
-
-    def _root(self, salt: str) -> Node:
-        return self._root_of(root_key(salt))
-
-    def _root_of(self, key: bytes) -> Node:
-        if key not in self._nodes:
-            self._nodes[key] = Node(key, None, b"", -1, 0)
-        return self._nodes[key]
-
-    def _insert(self, key: bytes, parent: Node, tokens: tuple[int, ...], block: int) -> Node:
-        packed = array("i", tokens).tobytes()
-        node = Node(key, parent, packed, block, parent.position + len(tokens), last_used=self._clock)
-        self.pool.share([block])
-        self._held[block] += 1
-        self._nodes[key] = parent.children[key] = node
-        self.stats.num_blocks += 1
-        self._push(node)
-        return node
-
     def _push(self, leaf: Node) -> None:
         self._pushes += 1
         heappush(self._leaves, (leaf.last_used, self._pushes, leaf))
-        if len(self._leaves) > 64 + 4 * self.stats.num_blocks:  # mostly entries that are out of date
+        if len(self._leaves) > 64 + 4 * self.stats.num_blocks:  # most entries are out of date
             leaves = {node for _, _, node in self._leaves if node.alive and not node.children}
             self._leaves = sorted((node.last_used, i, node) for i, node in enumerate(leaves))
             self._pushes += len(leaves)
 
-    def _touch(self, node: Node) -> None:
-        for each in node.upwards():
-            each.last_used = self._clock
-
     def _remove(self, node: Node) -> None:
-        """Take a leaf out of the tree; its parent may be the next leaf."""
+        """Remove a leaf from the tree; its parent may become one."""
         parent = node.parent
         if parent is None:
             return
         node.alive = False
-        del self._nodes[node.key], parent.children[node.key]
+        del self._nodes[node.key]
+        parent.remove_child(node)
         self.pool.free([node.block])
         self._held[node.block] -= 1
         if not self._held[node.block]:
@@ -336,36 +336,55 @@ class PrefixIndex:
         if parent.parent is None:
             del self._nodes[parent.key]
             return
-        if self.recurrent and parent.resumable is None:
+        if self.recurrent and parent.snapshot is None:
             parent.last_used = 0
         self._push(parent)
 
+    # checks
+
+    def held(self) -> Iterator[int]:
+        """The blocks of all nodes, each as often as it is held."""
+        return self._held.elements()
+
+    def nodes(self) -> list[Node]:
+        """All nodes but the roots, parents before children."""
+        return sorted((n for n in self._nodes.values() if n.parent is not None), key=lambda n: n.position)
+
     def check_integrity(self) -> None:
-        """The tree hangs together, and the bytes of the snapshots add up.
+        """Check that the tree is consistent and that the counts of blocks and bytes are right.
 
         Raises:
-            RuntimeError: it is not so, which is a fault of the program.
+            RuntimeError: it is not, which is a bug.
         """
         nodes = self.nodes()
+        nearest = dict[Node, Node | None]()
         for node in nodes:
-            parent = node.parent
-            if parent is None or self._nodes.get(parent.key) is not parent or not parent.is_full:
-                raise RuntimeError(f"a node at {node.position} lost its parent")
-            if parent.children.get(node.key) is not node or not node.alive:
-                raise RuntimeError(f"a node at {node.position} is unknown to its parent")
-            if not node.is_full and (node.children or node.resumable is None):
-                raise RuntimeError(f"the partial block at {node.position} serves nothing")
+            self._check(node, nearest)
         if Counter(node.block for node in nodes) != self._held or len(nodes) != self.stats.num_blocks:
             raise RuntimeError("the blocks that the prefix index holds do not add up")
-        kept = [node.resumable for node in nodes if node.resumable]
-        if sum(one.nbytes for one in kept) != self.stats.snapshot_bytes or len(kept) != len(self._resumable):
+        kept = [node.snapshot for node in nodes if node.snapshot]
+        if sum(one.nbytes for one in kept) != self.stats.snapshot_bytes or len(kept) != len(self._snapshots):
             raise RuntimeError("the bytes of the snapshots do not add up")
         if self.stats.snapshot_bytes > self.max_bytes:
             raise RuntimeError("the snapshots are larger than their budget")
 
+    def _check(self, node: Node, nearest: dict[Node, Node | None]) -> None:
+        """Check one node; ``nearest``: the last snapshot before each of those above it."""
+        parent = node.parent
+        if parent is None or self._nodes.get(parent.key) is not parent or not parent.is_full:
+            raise RuntimeError(f"a node at {node.position} lost its parent")
+        if parent.child(node.packed) is not node or not node.alive:
+            raise RuntimeError(f"a node at {node.position} is unknown to its parent")
+        if not node.is_full and (node.children or node.snapshot is None):
+            raise RuntimeError(f"the partial block at {node.position} has no snapshot")
+        above = parent if parent.snapshot else nearest.get(parent)
+        nearest[node] = next(parent.partial_prefixes(node.packed[:-1]), above)
+        if node.snapshot and node.previous is not nearest[node]:
+            raise RuntimeError(f"the snapshot at {node.position} names the wrong one before it")
+
 
 def _reason(position: int, known: int, length: int, step: int) -> str:
-    """Why no more than ``position`` of ``length`` tokens are reused, ``known`` being in cached blocks."""
+    """Why only ``position`` of ``length`` tokens are reused, when blocks of the first ``known`` are cached."""
     if length - position <= step:
         return ""
     if known > position:
