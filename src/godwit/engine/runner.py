@@ -68,10 +68,6 @@ class ModelRunner:
         if not self.cache.rows.num_free:
             return False
         hit = self.index.match(seq.ids, seq.salt, seq.chain)
-        if self.disk is not None and self.disk.fetch(
-            seq.ids, seq.salt, seq.chain, hit, self.index, self.cache
-        ):
-            hit = self.index.match(seq.ids, seq.salt, seq.chain)
         if seq.scored:
             hit = Hit(0, None, "the probabilities of the whole prompt were asked for")
         if not self._fits(seq, hit, reserve):
@@ -88,6 +84,13 @@ class ModelRunner:
             seq.add_cut(hit.known)  # texts part there, so that others may well begin in the same way
         self.hits[seq] = hit
         return True
+
+    def is_loading(self, seq: Sequence) -> bool:
+        if self.disk is None or seq.scored or not (self.remembers and self.cache.rows.num_free):
+            return False
+        self.disk.receive(self.index, self.cache)
+        position = self.index.match(seq.ids, seq.salt, seq.chain).position
+        return self.disk.fetch(seq.ids, seq.salt, seq.chain, position, self.index, self.cache)
 
     def known(self, seq: Sequence) -> int:
         return self.index.match(seq.ids, seq.salt, seq.chain).position

@@ -148,7 +148,12 @@ def test_a_snapshot_above_an_evicted_one_is_what_saves_then() -> None:
     books.compute(TEXT[:90])
     books.compute(TEXT[:30])
     deep, shallow = books.index.match(TEXT, "", []).node, books.index.match(TEXT[:31], "", []).node
-    assert deep and shallow and (deep.saved_tokens, shallow.saved_tokens) == (60, 30) and deep.previous is shallow
+    assert (
+        deep
+        and shallow
+        and (deep.saved_tokens, shallow.saved_tokens) == (60, 30)
+        and deep.previous is shallow
+    )
     books.index._drop_snapshot(shallow)
     books.index._demote(shallow)
     assert deep.saved_tokens == 90

@@ -113,7 +113,7 @@ class EvictionOrder:
 def _compare(one: _Entry | None, other: _Entry | None, clock: int) -> tuple[_Entry | None, float]:
     """The entry of lesser value, and the clock at which it will no longer be that.
 
-    In integers: one's value is less where ``(1 + clock - other.last_used) * a < (1 + clock - one.last_used) * b``.
+    A value is ``saved_tokens / (nbytes * age)``; both are multiplied by all divisors, to compare integers.
     """
     if one is None or other is None:
         return one or other, inf

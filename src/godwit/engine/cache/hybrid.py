@@ -133,8 +133,8 @@ class HybridCache:
         owner.blocks[index] = block
 
     def copy_block(self, source: int, target: int) -> None:
-        """Give ``target`` the keys and values of ``source``."""
-        for layer in (*self.caches.layers, *self.caches.mtp):
+        """Copy keys and values, but for MTP layers, which begin at the next block."""
+        for layer in self.caches.layers:
             if isinstance(layer, PagedKV):
                 layer.k[target].copy_(layer.k[source])
                 layer.v[target].copy_(layer.v[source])

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from itertools import takewhile
 
 from torch import Tensor
 
@@ -123,6 +124,11 @@ class PrefixIndex:
     def contains(self, keys: Iterable[bytes]) -> bool:
         """Whether all these nodes are in the index."""
         return all(key in self._nodes for key in keys)
+
+    def blocks_of(self, chain: Iterable[bytes]) -> list[int]:
+        """The blocks of the nodes with these keys, up to the first that is missing."""
+        nodes = takewhile(lambda node: node is not None, map(self._nodes.get, chain))
+        return [node.block for node in nodes if node is not None]
 
     # adding
 
@@ -384,7 +390,7 @@ class PrefixIndex:
 
 
 def _reason(position: int, known: int, length: int, step: int) -> str:
-    """Why only ``position`` of ``length`` tokens are reused, when blocks of the first ``known`` are cached."""
+    """Why only ``position`` of ``length`` tokens are reused, with blocks of the first ``known`` cached."""
     if length - position <= step:
         return ""
     if known > position:
