@@ -1,4 +1,4 @@
-"""The prefix index as it would be without any search structure: it looks at every snapshot and every child."""
+"""The prefix index without any search structure: it looks at every snapshot and every child."""
 
 from __future__ import annotations
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,17 @@ def written() -> bytes:
         return path.read_bytes()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_sync() -> Iterator[None]:
+    """Nothing here has to survive a loss of power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 SAMPLE = written()
 
-quick = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+quick = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["00", "x", "float32", "load"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a"]), inner, max_size=1),
