@@ -2,9 +2,9 @@
 
     python benchmarks/prefix_cost.py
 
-Every prompt begins with the same system text and then goes its own way; a state is kept at the end of the prompt
-and of the answer. The index is filled to its budget, so each prompt also evicts snapshots and blocks. Only the
-index works: no model runs, and the states are a few bytes each.
+All prompts begin with the same system text and differ after it; a state is kept at the end of the prompt and of
+the answer. The index is filled to its budget, so each prompt also evicts snapshots and blocks. No model runs, and
+states are a few bytes each: only the index is measured.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who owns which part of the caches: blocks of paged keys and values, and rows of recurrent state."""
+"""HybridCache: which sequence owns which blocks of keys and values, and which row of recurrent state."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from godwit.models.causal_lm import CausalLM
 
 @dataclass(frozen=True)
 class StateSnapshot:
-    """A copy of the row of one sequence in all delta layers, on the host; an attention layer has none.
+    """A host copy of the recurrent state of one sequence in all delta layers.
 
     Attributes:
-        tensors: for each delta layer the newest inputs of its convolution, its state, and its journal.
+        tensors: for each delta layer the last inputs of its convolution, its state, and its journal.
         pending: tokens in the journal.
     """
 
@@ -33,7 +33,7 @@ class StateSnapshot:
 
 @dataclass
 class CachedSequence:
-    """What one sequence owns: a row, and blocks for ``num_tokens`` tokens."""
+    """The row of a sequence, and its blocks for ``num_tokens`` tokens."""
 
     row: int
     blocks: list[int] = field(default_factory=list)
@@ -41,16 +41,16 @@ class CachedSequence:
 
 
 class HybridCache:
-    """The caches of a model and who owns them.
+    """The caches of a model, and the sequences that own parts of them.
 
-    A step is: :meth:`extend` each sequence, run the model on :meth:`batch`. Sequences go by the numbers that
-    :meth:`add_sequence` gives.
+    For each step call :meth:`extend` for each sequence, then run the model on :meth:`batch`. Sequences are
+    identified by the numbers that :meth:`add_sequence` returns.
 
     Args:
         model: allocates the tensors.
-        num_blocks: blocks of 16 tokens, for all sequences together.
-        num_rows: sequences at a time.
-        max_rollback: how many tokens of a step may be undone where the model has a recurrent state.
+        num_blocks: blocks of 16 tokens for all sequences together.
+        num_rows: maximum number of sequences.
+        max_rollback: with a recurrent state, how many tokens of a step may be undone.
     """
 
     def __init__(self, model: CausalLM, num_blocks: int, num_rows: int = 1, *, max_rollback: int = 0) -> None:
@@ -71,7 +71,7 @@ class HybridCache:
         num_sequences: int = 1,
         max_rollback: int = 0,
     ) -> HybridCache:
-        """Caches for ``num_sequences`` sequences of ``max_tokens`` tokens, within ``max_bytes`` where given.
+        """Caches for ``num_sequences`` sequences of ``max_tokens`` tokens, within ``max_bytes`` if given.
 
         Raises:
             MemoryBudgetError: they do not fit.
@@ -89,10 +89,10 @@ class HybridCache:
         return HybridCache(model, blocks, num_sequences, max_rollback=max_rollback)
 
     def add_sequence(self) -> int:
-        """A new, empty sequence.
+        """Start an empty sequence and return its number.
 
         Raises:
-            MemoryBudgetError: all rows are taken.
+            MemoryBudgetError: no row is free.
         """
         row = self.rows.allocate()
         self.caches.reset_row(row)
@@ -101,7 +101,7 @@ class HybridCache:
         return self._next
 
     def num_tokens(self, seq: int) -> int:
-        """Tokens of ``seq`` that have a place in the caches."""
+        """Number of tokens of ``seq`` in the caches."""
         return self._sequences[seq].num_tokens
 
     def blocks_of(self, seq: int) -> list[int]:
@@ -113,34 +113,34 @@ class HybridCache:
         return sorted(self._sequences)
 
     def num_owned(self, besides: Iterable[int] = ()) -> int:
-        """Blocks that at least one sequence uses, or that are among ``besides``."""
+        """Number of blocks that a sequence uses or that are in ``besides``."""
         owned = {block for owner in self._sequences.values() for block in owner.blocks}
         return len(owned.union(besides))
 
     def adopt(self, seq: int, blocks: Sequence[int], num_tokens: int) -> None:
-        """Begin the empty ``seq`` with ``num_tokens`` tokens in ``blocks``, as one more user of them."""
+        """Start the empty ``seq`` with ``num_tokens`` tokens in shared ``blocks``."""
         owner = self._sequences[seq]
         if owner.blocks or len(blocks) != num_blocks(num_tokens):
-            raise UsageError(f"{len(blocks)} blocks of {num_tokens} tokens cannot begin a sequence")
+            raise UsageError(f"a sequence cannot start with {num_tokens} tokens in {len(blocks)} blocks")
         self.blocks.share(blocks)
         owner.blocks, owner.num_tokens = list(blocks), num_tokens
 
     def replace_block(self, seq: int, index: int, block: int) -> None:
-        """Let ``seq`` use ``block`` instead of its own at ``index``, which holds the same."""
+        """Replace the block of ``seq`` at ``index`` by ``block``, which has the same content."""
         owner = self._sequences[seq]
         self.blocks.share([block])
         self.blocks.free([owner.blocks[index]])
         owner.blocks[index] = block
 
     def copy_block(self, source: int, target: int) -> None:
-        """Copy keys and values, but for MTP layers, which begin at the next block."""
+        """Copy keys and values; not those of MTP layers, whose drafts start at a new block."""
         for layer in self.caches.layers:
             if isinstance(layer, PagedKV):
                 layer.k[target].copy_(layer.k[source])
                 layer.v[target].copy_(layer.v[source])
 
     def snapshot(self, seq: int) -> StateSnapshot:
-        """The recurrent state of ``seq`` as it is now."""
+        """A copy of the recurrent state of ``seq``."""
         row = self._sequences[seq].row
         pending = self.caches.pending[row]
         tensors = []
@@ -153,7 +153,7 @@ class HybridCache:
         return StateSnapshot(tuple(tensor.to("cpu", copy=True) for tensor in tensors), pending)
 
     def accepts(self, snapshot: StateSnapshot) -> bool:
-        """Whether a snapshot that came from elsewhere has the form of this model's."""
+        """Whether a snapshot from elsewhere has the shapes and types of this model."""
         if not 0 <= snapshot.pending <= self.caches.max_rollback:
             return False
         wanted = []
@@ -167,7 +167,7 @@ class HybridCache:
         return wanted == [(tensor.shape, tensor.dtype) for tensor in snapshot.tensors]
 
     def restore(self, seq: int, snapshot: StateSnapshot) -> None:
-        """Set the recurrent state of ``seq`` to that of a sequence of equal tokens."""
+        """Set the recurrent state of ``seq`` to a snapshot of the same tokens."""
         row = self._sequences[seq].row
         saved = iter(snapshot.tensors)
         self.caches.pending[row] = snapshot.pending
@@ -182,7 +182,7 @@ class HybridCache:
         """Make room for ``count`` more tokens of ``seq``.
 
         Raises:
-            MemoryBudgetError: not enough free blocks; then nothing changes.
+            MemoryBudgetError: not enough free blocks; nothing changes.
         """
         owner = self._sequences[seq]
         owner.blocks += self.blocks.allocate(num_blocks(owner.num_tokens + count) - len(owner.blocks))
@@ -191,7 +191,7 @@ class HybridCache:
     def batch(
         self, pieces: Mapping[int, Sequence[int]], num_tentative: Sequence[int] | None = None
     ) -> ForwardBatch:
-        """The step that runs ``pieces``: sequence -> its newest ids, for which it was extended."""
+        """The batch that runs ``pieces``: sequence -> its last ids, for which it was extended."""
         owners = [self._sequences[seq] for seq in pieces]
         return ForwardBatch.cached(
             list(pieces.values()),
@@ -203,10 +203,10 @@ class HybridCache:
         )
 
     def rollback(self, seq: int, count: int) -> None:
-        """Forget the last ``count`` tokens of ``seq`` and return the blocks that held only them.
+        """Remove the last ``count`` tokens of ``seq`` and free the blocks that held only them.
 
         Raises:
-            UsageError: more than there are or, with a recurrent state, more than the last step left undoable.
+            UsageError: more tokens than it has or, with a recurrent state, than the last step can undo.
         """
         owner = self._sequences[seq]
         if not 0 <= count <= owner.num_tokens:
@@ -219,19 +219,19 @@ class HybridCache:
         self.blocks.free(dropped[::-1])
 
     def free(self, seq: int) -> None:
-        """End ``seq`` and return all it owns."""
+        """End ``seq`` and free all it owns."""
         owner = self._sequences.pop(seq)
         self.blocks.free(owner.blocks[::-1])
         self.rows.free(owner.row)
 
     def check_integrity(self, held: Iterable[int] = ()) -> None:
-        """Every block and row is free or known to its owners, and sequences own just the blocks they fill.
+        """Check that every block and row is either free or owned, and that no sequence has spare blocks.
 
         Args:
             held: blocks that others hold, each as often as they do.
 
         Raises:
-            RuntimeError: it is not so, which is a fault of the program.
+            RuntimeError: it is not, which is a bug.
         """
         owners = self._sequences.values()
         self.blocks.check_integrity([*held, *(block for owner in owners for block in owner.blocks)])

@@ -1,4 +1,4 @@
-"""Blocks and rows by number, who uses them, and how many bytes they take."""
+"""Pools of blocks and rows: who uses which, and how many bytes they take."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from godwit.models.causal_lm import CausalLM
 
 
 class BlockPool:
-    """Blocks by number; a block is free again when nobody uses it any more."""
+    """Reference-counted blocks, by number."""
 
     def __init__(self, num_blocks: int) -> None:
         self._users = [0] * num_blocks
@@ -28,15 +28,15 @@ class BlockPool:
         return len(self._free)
 
     def allocate(self, count: int) -> list[int]:
-        """``count`` free blocks, now with one user each.
+        """Take ``count`` free blocks; each then has one user.
 
         Raises:
-            MemoryBudgetError: there are fewer; then none is taken.
+            MemoryBudgetError: fewer are free; none is taken.
         """
         if count > len(self._free):
             raise MemoryBudgetError(
-                f"{count} more blocks of {BLOCK_SIZE} tokens are needed, and of {self.num_blocks} only "
-                f"{self.num_free} are free; shorten the text or allow more memory"
+                f"{count} more blocks of {BLOCK_SIZE} tokens are needed, but only {self.num_free} of "
+                f"{self.num_blocks} are free; shorten the text or allow more memory"
             )
         taken = [self._free.pop() for _ in range(count)]
         for block in taken:
@@ -47,13 +47,13 @@ class BlockPool:
         return self._users[block]
 
     def share(self, blocks: Iterable[int]) -> None:
-        """Give each of these used blocks one more user."""
+        """Add a user to each of these blocks, which must be in use."""
         for block in blocks:
             self._refuse_free(block)
             self._users[block] += 1
 
     def free(self, blocks: Iterable[int]) -> None:
-        """Take one user from each of these blocks."""
+        """Remove a user from each of these blocks; without users, a block is free."""
         for block in blocks:
             self._refuse_free(block)
             self._users[block] -= 1
@@ -61,25 +61,25 @@ class BlockPool:
                 self._free.append(block)
 
     def check_integrity(self, held: Iterable[int]) -> None:
-        """Every block is either free or has as many users as ``held`` names it.
+        """Check that each block has as many users as it occurs in ``held``, and is free without any.
 
         Raises:
-            RuntimeError: it is not so, which is a fault of the program.
+            RuntimeError: it does not, which is a bug.
         """
         counted = Counter(held)
         if sorted(self._free) != [block for block, users in enumerate(self._users) if not users]:
-            raise RuntimeError("the list of free blocks contradicts their users")
+            raise RuntimeError("the list of free blocks does not match their users")
         for block, users in enumerate(self._users):
             if counted[block] != users:
-                raise RuntimeError(f"block {block} counts {users} users but is held {counted[block]} times")
+                raise RuntimeError(f"block {block} counts {users} users, but {counted[block]} hold it")
 
     def _refuse_free(self, block: int) -> None:
         if not self._users[block]:
-            raise UsageError(f"block {block} is free already")
+            raise UsageError(f"block {block} is already free")
 
 
 class StatePool:
-    """Rows by number; each has at most one owner."""
+    """Rows by number, each with at most one owner."""
 
     def __init__(self, num_rows: int) -> None:
         self.num_rows = num_rows
@@ -90,26 +90,26 @@ class StatePool:
         return len(self._free)
 
     def allocate(self) -> int:
-        """A free row.
+        """Take a free row.
 
         Raises:
-            MemoryBudgetError: all are taken.
+            MemoryBudgetError: none is free.
         """
         if not self._free:
-            raise MemoryBudgetError(f"all {self.num_rows} sequences that fit are in use; end one first")
+            raise MemoryBudgetError(f"all {self.num_rows} rows are in use; end a sequence first")
         return self._free.pop()
 
     def free(self, row: int) -> None:
-        """Give a row back."""
+        """Return a row."""
         if row in self._free:
-            raise UsageError(f"row {row} is free already")
+            raise UsageError(f"row {row} is already free")
         self._free.append(row)
 
     def check_integrity(self, held: Iterable[int]) -> None:
-        """Every row is free or named once in ``held``.
+        """Check that each row is either free or occurs once in ``held``.
 
         Raises:
-            RuntimeError: it is not so, which is a fault of the program.
+            RuntimeError: it does not, which is a bug.
         """
         if sorted([*self._free, *held]) != list(range(self.num_rows)):
             raise RuntimeError("a row of the state pool is lost, or has two owners")
@@ -117,14 +117,14 @@ class StatePool:
 
 @dataclass(frozen=True)
 class CacheSize:
-    """Bytes that the caches of a model take: per block of 16 tokens, and per sequence."""
+    """Bytes that the caches of a model take per block of 16 tokens and per sequence."""
 
     per_block: int
     per_row: int
 
     @staticmethod
     def of(model: CausalLM, max_rollback: int = 0) -> CacheSize:
-        """The sizes for ``model``; each token that can be undone takes room in the rows."""
+        """The sizes for ``model``; each token that may be undone adds to the rows."""
         per_block = per_row = 0
         for spec in model.cache_specs():
             if isinstance(spec, PagedKVSpec):
@@ -138,7 +138,7 @@ class CacheSize:
         return num_rows * (self.per_row + num_blocks(num_tokens) * self.per_block)
 
     def tokens_within(self, num_bytes: int, num_rows: int, wanted: int) -> int:
-        """How many of ``wanted`` tokens fit for each of ``num_rows`` sequences; may be 0."""
+        """How many of ``wanted`` tokens fit for each of ``num_rows`` sequences, perhaps 0."""
         if self.total(wanted, num_rows) <= num_bytes:
             return wanted
         left = num_bytes - num_rows * self.per_row
@@ -151,5 +151,5 @@ def _journal_bytes(spec: RecurrentSpec) -> int:
 
 
 def num_blocks(num_tokens: int) -> int:
-    """Blocks that hold ``num_tokens`` tokens."""
+    """Number of blocks for ``num_tokens`` tokens."""
     return -(-num_tokens // BLOCK_SIZE)
