@@ -179,8 +179,9 @@ def test_a_long_text_is_written_in_several_files(tmp_path: Path, monkeypatch: py
 def test_a_file_larger_than_the_buffer_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with evicted(tmp_path, ATTENTION) as engine:
         monkeypatch.setattr(engine.core.runner.disk, "_max_buffer", 100)
+        before = engine.stats().disk_files_read
         assert cached(engine, [*FIRST, 7]) < 64
-        assert engine.stats().disk_files_read == 0
+        assert engine.stats().disk_files_read == before
 
 
 def test_what_drafts_need_is_not_written(tmp_path: Path) -> None:
