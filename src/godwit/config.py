@@ -266,7 +266,7 @@ class _Reader:
             layers=tuple(layers),
             norm_eps=fields.number("rms_norm_eps"),
             tie_embeddings=self._tied(),
-            max_position=fields.integer("max_position_embeddings"),
+            max_position=attention.rotary.context(fields.integer("max_position_embeddings")),
             num_mtp_layers=self._num_mtp_layers(),
             router_aux_coef=fields.number("router_aux_loss_coef"),
             initializer_range=fields.number("initializer_range"),

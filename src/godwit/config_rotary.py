@@ -11,6 +11,7 @@ from godwit.config_fields import Fields, checked_number
 from godwit.errors import CheckpointError, UnsupportedModelError
 
 Kind = Literal["linear", "yarn", "llama3"]
+MAX_CONTEXT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,15 @@ class RotarySpec:
     truncate: bool = True
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+
+    def context(self, stated: int) -> int:
+        """The model's context length in tokens, given the file's ``max_position_embeddings``.
+
+        YaRN and linear scaling stretch the original length by their factor, whatever the file states beside
+        them; Llama 3's files state the stretched length.
+        """
+        stretched = self.kind in ("yarn", "linear")
+        return int(self.factor * self.original_max_position) if stretched else stated
 
 
 def read_rotary(fields: Fields, head_dim: int, *, partial: bool) -> RotarySpec:
@@ -87,8 +97,18 @@ def _scaled(fields: Fields, params: Mapping[str, Any], dim: int, theta: float, k
         value = params.get(name)
         return checked_number(name, default if value is None else value, low)
 
-    factor = number("factor", low=1.0)
     length = fields.integer("max_position_embeddings")
+    original_field = "original_max_position_embeddings"
+    stated = fields.text.get(original_field)  # at the top level it counts before the one inside
+    stated = params.get(original_field) if stated is None else stated
+    original = int(checked_number(original_field, length if stated is None else stated, 1.0))
+    # As in transformers, a YaRN section without a factor stretches the original length to the one stated.
+    ratio = max(1.0, length / original) if kind == "yarn" and stated is not None else None
+    factor = number("factor", ratio, low=1.0)
+    if factor * original > MAX_CONTEXT:
+        raise CheckpointError(
+            f"config field factor {factor:g} stretches the context of {original} tokens beyond {MAX_CONTEXT}"
+        )
     if kind == "yarn" and any(params.get(name) for name in ("mscale", "mscale_all_dim")):
         raise UnsupportedModelError("YaRN with mscale is not used by any supported family")
     low_frequency = number("low_freq_factor", 1.0)
@@ -98,7 +118,7 @@ def _scaled(fields: Fields, params: Mapping[str, Any], dim: int, theta: float, k
         theta,
         kind,
         factor,
-        int(number("original_max_position_embeddings", length, low=1.0)),
+        original,
         beta_fast=number("beta_fast", 32.0, low=0.001),
         beta_slow=number("beta_slow", 1.0, low=0.001),
         attention_factor=number("attention_factor", default_attention),
