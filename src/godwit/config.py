@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from godwit.config_fields import Fields
 from godwit.config_rotary import RotarySpec, read_rotary
@@ -325,16 +325,18 @@ class _Reader:
         fields = self.fields
         heads = fields.integer("num_attention_heads", high=65536)
         hidden = fields.integer("hidden_size")
-        kv_heads = fields.integer("num_key_value_heads", high=65536, null=heads)
-        head_dim = fields.integer("head_dim", high=65536, null=max(1, hidden // heads))
+        kv_null = heads if self.model_type in ("llama", "mixtral", "qwen3") else None
+        kv_heads = fields.integer("num_key_value_heads", high=65536, null=kv_null)
+        dim_null = max(1, hidden // heads) if self.model_type in ("llama", "mixtral", "qwen3_moe") else None
+        head_dim = fields.integer("head_dim", high=65536, null=dim_null)
         if heads * head_dim > MAX_WIDTH:
             raise CheckpointError(
                 f"{heads} attention heads of {head_dim} are wider than {MAX_WIDTH} together"
             )
         if heads % kv_heads:
-            raise CheckpointError(f"{kv_heads} num_key_value_heads do not divide {heads} num_attention_heads")
+            self._not_divisible("num_key_value_heads", kv_heads, "num_attention_heads", heads)
         if self.model_type == "llama" and hidden % heads:
-            raise CheckpointError(f"{heads} num_attention_heads do not divide the hidden_size {hidden}")
+            self._not_divisible("num_attention_heads", heads, "hidden_size", hidden)
         bias = self.model_type != "mixtral" and fields.flag("attention_bias")
         if (gate := self.family.output_gate) and not self.text.get("attn_output_gate", True):
             raise UnsupportedModelError("attn_output_gate false is not supported for this model type")
@@ -354,9 +356,13 @@ class _Reader:
                 f"the linear attention heads are {spec.conv_dim} wide, more than {MAX_WIDTH}"
             )
         if spec.num_v_heads % spec.num_k_heads:
-            heads = f"{spec.num_k_heads} linear_num_key_heads", f"{spec.num_v_heads} linear_num_value_heads"
-            raise CheckpointError(" do not divide ".join(heads))
+            names = "linear_num_key_heads", "linear_num_value_heads"
+            self._not_divisible(names[0], spec.num_k_heads, names[1], spec.num_v_heads)
         return spec
+
+    def _not_divisible(self, divisor: str, by: int, name: str, value: int) -> NoReturn:
+        parts = self.fields.stated(divisor, by), self.fields.stated(name, value)
+        raise CheckpointError(" do not divide ".join(parts))
 
     def _ffn(self, index: int) -> FfnSpec:
         family, fields = self.family, self.fields

@@ -1,4 +1,4 @@
-"""The fields of a ``config.json``, checked one by one; absent ones have the defaults of ``transformers``."""
+"""The fields of a ``config.json``, each checked; absent fields have the defaults of ``transformers``."""
 
 from __future__ import annotations
 
@@ -148,8 +148,17 @@ class Fields:
         value = null if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             wanted = f"a whole number from {low} to {high}"
-            raise CheckpointError(f"config field {name} must be {wanted}, found {value!r:.60}")
+            raise CheckpointError(
+                f"config field {name} must be {wanted}, found {value!r:.60}{self._origin(name)}"
+            )
         return value
+
+    def stated(self, name: str, value: int) -> str:
+        """A field and its value for an error message, which says so where the value is a default."""
+        return f"{value} {name}{self._origin(name)}"
+
+    def _origin(self, name: str) -> str:
+        return "" if name in self.text else " (the default; the file does not state it)"
 
     def number(self, name: str, low: float = 0.0) -> float:
         """A number from ``low`` to 1e12. Raises CheckpointError."""
