@@ -14,7 +14,7 @@ import torch
 from godwit import _native
 from godwit.errors import KernelParityError, MemoryBudgetError, UsageError
 from godwit.measure import bench as module
-from godwit.measure.bench import Case, Plan, Runner, bench, spread
+from godwit.measure.bench import BenchPlan, Case, Runner, bench, spread
 from godwit.measure.ceilings import measure_ceilings
 from godwit.measure.costs import ARITHMETICS, costs_of, formats_of, trunk_caches
 from godwit.measure.parity import KernelCheck
@@ -23,7 +23,7 @@ from godwit.models.caches import PagedKV
 from godwit.models.causal_lm import CausalLM
 from tests.engine.tiny import tiny_model
 
-PLAN = Plan((5, 33), 3, (0, 20), (1, 3), repeats=3, chunk=16, profile=True)
+PLAN = BenchPlan((5, 33), 3, (0, 20), (1, 3), repeats=3, chunk=16, profile=True)
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def test_a_report_is_finite_and_agrees_with_itself(kind: str) -> None:
 def test_bytes_are_those_of_the_costs_at_the_mean_depth() -> None:
     model = tiny_model("attention")
     costs = costs_of(model.config, formats_of(model), trunk_caches(model))
-    rows = bench(model, Plan((), 3, (20,), (2,), repeats=1))["decode"]
+    rows = bench(model, BenchPlan((), 3, (20,), (2,), repeats=1))["decode"]
     (row,) = rows
     # three steps read 21, 22 and 23 tokens of each of two sequences
     assert row["bytes_per_token"] == costs.weights / 2 + 22 * costs.kv_per_token
@@ -136,7 +136,11 @@ def test_cases_take_turns_and_ceilings_come_between(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Runner, "seconds", seconds)
     monkeypatch.setattr(module, "measure_ceilings", between)
     said: list[str] = []
-    bench(tiny_model("attention"), Plan((4,), 2, (0,), (1,), repeats=2, chunk=16, profile=True), said.append)
+    bench(
+        tiny_model("attention"),
+        BenchPlan((4,), 2, (0,), (1,), repeats=2, chunk=16, profile=True),
+        said.append,
+    )
     cases = ["prefill of 4", "decode at depth 0, batch 1"]
     assert order == ["prefill of 16", "ceilings", *cases, "ceilings", *cases, "ceilings", *cases]
     look = "measuring what the machine can do now"
@@ -170,17 +174,17 @@ def test_what_is_finished_by_ctrl_c_counts(
     monkeypatch: pytest.MonkeyPatch, call: int, rounds: int, profiles: int
 ) -> None:
     interrupted_at(monkeypatch, call)
-    report = bench(tiny_model("attention"), Plan((4,), 2, repeats=3, chunk=16, profile=True))
+    report = bench(tiny_model("attention"), BenchPlan((4,), 2, repeats=3, chunk=16, profile=True))
     assert report["interrupted"] and report["repeats"] == rounds
     assert len(report["prefill"]) == len(report["decode"]) == 1 and len(report["profile"]) == profiles
-    assert not bench(tiny_model("attention"), Plan((4,), 2, repeats=1, chunk=16))["interrupted"]
+    assert not bench(tiny_model("attention"), BenchPlan((4,), 2, repeats=1, chunk=16))["interrupted"]
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])
 def test_ctrl_c_before_a_round_is_finished(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     interrupted_at(monkeypatch, call)
     with pytest.raises(KeyboardInterrupt):
-        bench(tiny_model("attention"), Plan((4,), 2, repeats=3, chunk=16))
+        bench(tiny_model("attention"), BenchPlan((4,), 2, repeats=3, chunk=16))
 
 
 def test_no_figure_while_the_kernels_are_red(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +203,7 @@ def test_the_parity_of_the_formats_in_use_is_reported(monkeypatch: pytest.Monkey
         return [KernelCheck("q8", 0.01, 0.07, True)]
 
     monkeypatch.setattr(module, "check_kernels", green)
-    report = bench(tiny_model("attention"), Plan((2,), 0, repeats=1))
+    report = bench(tiny_model("attention"), BenchPlan((2,), 0, repeats=1))
     assert report["parity"] == [{"format": "q8", "error": 0.01, "limit": 0.07, "cut_invariant": True}]
     assert set(asked) == {"float32"}
 
@@ -230,13 +234,13 @@ def test_profiling_is_switched_off_again(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("plan", "words"),
     [
-        (Plan((0,), 0), "nothing to measure"),
-        (Plan((), 4, ()), "nothing to measure"),
-        (Plan((4097,), 0), "4097 tokens are asked for in one sequence, but the model is made for 4096"),
-        (Plan((), 128, (0, 4000)), "4128 tokens"),
+        (BenchPlan((0,), 0), "nothing to measure"),
+        (BenchPlan((), 4, ()), "nothing to measure"),
+        (BenchPlan((4097,), 0), "4097 tokens are asked for in one sequence, but the model is made for 4096"),
+        (BenchPlan((), 128, (0, 4000)), "4128 tokens"),
     ],
 )
-def test_plans_that_cannot_be(plan: Plan, words: str) -> None:
+def test_plans_that_cannot_be(plan: BenchPlan, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         bench(tiny_model("attention"), plan)
 
@@ -248,7 +252,7 @@ def test_caches_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_cases_are_named_once() -> None:
-    cases = Plan((7, 7, 0), 2, (0, 0), (1,)).cases(100)
+    cases = BenchPlan((7, 7, 0), 2, (0, 0), (1,)).cases(100)
     assert [str(case) for case in cases] == ["prefill of 7", "decode at depth 0, batch 1"]
     assert [case.blocks for case in cases] == [1, 1]
     assert Case("decode", 17, 16, 3).blocks == 9
@@ -262,5 +266,5 @@ def test_spread() -> None:
 def test_a_model_is_left_as_it_was() -> None:
     model: CausalLM = tiny_model("hybrid")
     before = {name: p.clone() for name, p in model.named_parameters()}
-    bench(model, Plan((4,), 2, repeats=1))
+    bench(model, BenchPlan((4,), 2, repeats=1))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -54,12 +54,12 @@ def run(
     asked_batches = counts(batches, "-b", low=1)
     if output is not None and output.is_dir():
         raise UsageError(f"--output {output}: a directory; name a file")
-    from godwit.measure.bench import Plan, bench
+    from godwit.measure.bench import BenchPlan, bench
 
     common.use_threads(threads)
     source = opened(model)
     limit = source.config.max_position
-    plan = Plan(
+    plan = BenchPlan(
         usual(USUAL_PROMPTS, limit) if asked_prompts is None else asked_prompts,
         new_tokens,
         usual(USUAL_DEPTHS, limit - new_tokens) if asked_depths is None else asked_depths,

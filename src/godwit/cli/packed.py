@@ -12,7 +12,7 @@ from godwit.config import ModelConfig
 from godwit.errors import CheckpointError
 from godwit.measure import planner
 from godwit.measure.planner import Sizes
-from godwit.shrink.recipe import Recipe, tensor_blobs
+from godwit.shrink.recipe import QuantRecipe, tensor_blobs
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def sizes_packed(sizes: Sizes, config: ModelConfig, num_mtp: int, recipe: str) -
     Raises:
         CheckpointError: the config describes tensors that no machine can address.
     """
-    blobs = tensor_blobs(config, num_mtp, Recipe.find(recipe))
+    blobs = tensor_blobs(config, num_mtp, QuantRecipe.find(recipe))
     return PackedSizes.of(sizes, bytes_of_parts(blobs, config))
 
 
@@ -85,7 +85,7 @@ def checked_blobs(packed: PackedFile, num_mtp: int) -> dict[str, TensorBlob]:
         CheckpointError: they are not.
     """
     found = {name: packed.blob(name) for name in packed.names()}
-    wanted = tensor_blobs(packed.config, num_mtp, Recipe.find("q4"))
+    wanted = tensor_blobs(packed.config, num_mtp, QuantRecipe.find("q4"))
     odd = {(name, _sizes_in(blob)) for name, blob in found.items()}
     odd ^= {(name, _sizes_in(blob)) for name, blob in wanted.items()}
     if odd:

@@ -26,7 +26,7 @@ from godwit.measure import planner
 from godwit.measure.machine import memory
 from godwit.shrink.importance import read_importance
 from godwit.shrink.quantize import Report, quantize_checkpoint
-from godwit.shrink.recipe import Recipe
+from godwit.shrink.recipe import QuantRecipe
 from godwit.shrink.synth import synthesize
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def run_quantize(
     Raises: what reading and packing raise; MemoryBudgetError where the original is too large to compare with.
     """
     common.use_threads(threads)
-    rules = Recipe.find(recipe)
+    rules = QuantRecipe.find(recipe)
     checkpoint = open_checkpoint(common.source_of(model))
     _check_tokenizer(checkpoint)
     ids = None if evaluate is None else read_text(evaluate, checkpoint, "--evaluate")

@@ -69,7 +69,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """What to measure. The depths and the batches are combined in all ways.
 
     Attributes:
@@ -225,7 +225,7 @@ def fill_rows(caches: Caches, num_rows: int, generator: torch.Generator) -> None
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurements:
     """The raw results of a run: seconds of each case, the ceilings between rounds, and the circumstances.
 
     Attributes:
@@ -246,7 +246,7 @@ class Measured:
         return len(next(iter(self.cases.values())))
 
 
-def measure(model: CausalLM, plan: Plan, say: Say) -> Measured:
+def measure(model: CausalLM, plan: BenchPlan, say: Say) -> Measurements:
     """Run all cases of ``plan``, round after round. Ctrl-C ends it, and what is finished by then counts.
 
     Raises:
@@ -282,7 +282,7 @@ def measure(model: CausalLM, plan: Plan, say: Say) -> Measured:
     now = MemoryUse.now()
     known = [peak for peak in peaks if peak is not None]
     use = MemoryUse(max(known, default=None), now.resident, now.proportional)
-    return Measured(seconds, routed, ceilings, noise, use, runner.cache_bytes, profile, interrupted)
+    return Measurements(seconds, routed, ceilings, noise, use, runner.cache_bytes, profile, interrupted)
 
 
 def _round(runner: Runner, cases: Sequence[Case], name: str, say: Say) -> list[float]:
@@ -314,7 +314,7 @@ def profile_case(runner: Runner, case: Case) -> dict[str, Any]:
     return {"seconds": seconds, "ops": ops}
 
 
-def bench(model: CausalLM, plan: Plan, say: Say = lambda text: None) -> dict[str, Any]:
+def bench(model: CausalLM, plan: BenchPlan, say: Say = lambda text: None) -> dict[str, Any]:
     """Measure, and refuse where the kernels that would be measured are wrong.
 
     Raises:
@@ -331,7 +331,11 @@ def bench(model: CausalLM, plan: Plan, say: Say = lambda text: None) -> dict[str
 
 
 def report(
-    model: CausalLM, plan: Plan, measured: Measured, formats: dict[str, str], checks: list[KernelCheck]
+    model: CausalLM,
+    plan: BenchPlan,
+    measured: Measurements,
+    formats: dict[str, str],
+    checks: list[KernelCheck],
 ) -> dict[str, Any]:
     """All figures of a run as JSON values; seconds, bytes, tokens a second unless a name says otherwise."""
     costs = costs_of(model.config, formats, trunk_caches(model))

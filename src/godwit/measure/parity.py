@@ -184,7 +184,7 @@ def _plain_parts(weight: QuantTensor | QuantExperts) -> list[tuple[str, Tensor]]
     ]
 
 
-class _Run:
+class _TwoSequences:
     """Two sequences in the caches of a model."""
 
     def __init__(self, model: CausalLM) -> None:
@@ -209,7 +209,7 @@ class _Run:
 
 def _at_once(model: CausalLM, ids: list[int]) -> Tensor:
     """Hidden states of both sequences, read in one step."""
-    hidden = _Run(model).step({0: ids[: LENGTHS[0]], 1: ids[LENGTHS[0] :]})
+    hidden = _TwoSequences(model).step({0: ids[: LENGTHS[0]], 1: ids[LENGTHS[0] :]})
     return torch.cat([hidden[0], hidden[1]]).float()
 
 
@@ -217,7 +217,7 @@ def _in_pieces(model: CausalLM, ids: list[int]) -> Tensor:
     """The same, the second token by token and the first too, after a few uneven pieces."""
     left = {0: ids[: LENGTHS[0]], 1: ids[LENGTHS[0] :]}
     cuts = iter(CUTS)
-    run, found = _Run(model), {0: list[Tensor](), 1: list[Tensor]()}
+    run, found = _TwoSequences(model), {0: list[Tensor](), 1: list[Tensor]()}
     while any(left.values()):
         size = next(cuts, 1)
         pieces = {row: rest[: size if row == 0 else 1] for row, rest in left.items() if rest}

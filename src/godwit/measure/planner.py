@@ -37,7 +37,7 @@ PARTS = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class Part:
+class PartSize:
     """Parameters of one part: all, and those that decoding one token reads."""
 
     total: int = 0
@@ -56,7 +56,7 @@ class Sizes:
         state, conv: per sequence, whatever its length.
     """
 
-    parts: dict[str, Part]
+    parts: dict[str, PartSize]
     kv_per_token: int
     mtp_kv_per_token: int
     state: int
@@ -128,7 +128,7 @@ def _kv_bytes(specs: Iterable[object]) -> int:
     return sum(spec.bytes_per_token for spec in specs if isinstance(spec, PagedKVSpec))
 
 
-def _parts(model: CausalLM) -> dict[str, Part]:
+def _parts(model: CausalLM) -> dict[str, PartSize]:
     counts = {name: [0, 0] for name in PARTS}
     for name, param in model.named_parameters():
         part = part_of(name, model.config)
@@ -136,7 +136,7 @@ def _parts(model: CausalLM) -> dict[str, Part]:
         counts[part][1] += _active(name, part, param.numel(), model.config)
     if model.head is None:
         counts["head"][1] = model.head_weight.numel()
-    return {name: Part(*count) for name, count in counts.items()}
+    return {name: PartSize(*count) for name, count in counts.items()}
 
 
 def part_of(name: str, config: ModelConfig) -> str:

@@ -65,7 +65,7 @@ def compare(
     """
     if len(ids) < 2:
         raise UsageError("a text to measure with must have two tokens at least")
-    readers = [_Reader(model, min(context, len(ids))) for model in (original, changed)]
+    readers = [_CachedReader(model, min(context, len(ids))) for model in (original, changed)]
     found: list[Tensor] = []
     for begin in range(0, len(ids), context):
         text = ids[begin : begin + context]
@@ -83,7 +83,7 @@ def compare(
     return _summary(torch.cat(found, 1))
 
 
-class _Reader:
+class _CachedReader:
     """A model and its caches, which hold one sequence."""
 
     def __init__(self, model: CausalLM, context: int) -> None:

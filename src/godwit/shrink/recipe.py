@@ -30,7 +30,7 @@ BUILT_IN: Mapping[str, Rules] = {
 
 
 @dataclass(frozen=True)
-class Recipe:
+class QuantRecipe:
     """Rules (pattern, format) for the names of matrices: the first that matches decides.
 
     The first ``num_own`` rules are a user's own and have to match something.
@@ -41,22 +41,22 @@ class Recipe:
     num_own: int = 0
 
     @staticmethod
-    def find(name: str) -> Recipe:
+    def find(name: str) -> QuantRecipe:
         """A built-in recipe by its name, or the recipe in a TOML file.
 
         Raises:
             UsageError: neither of them, or a file that is no recipe.
         """
         if name in BUILT_IN:
-            return Recipe(name, BUILT_IN[name])
+            return QuantRecipe(name, BUILT_IN[name])
         path = Path(name)
         if not path.is_file():
             known = ", ".join(BUILT_IN)
             raise UsageError(f"{name}: neither a recipe of Godwit ({known}) nor a file; name one of them")
-        return Recipe.from_file(path)
+        return QuantRecipe.from_file(path)
 
     @staticmethod
-    def from_file(path: Path) -> Recipe:
+    def from_file(path: Path) -> QuantRecipe:
         """Read ``base = "q4"`` and a table ``[formats]`` of ``"pattern" = "format"``, tried in order.
 
         Raises:
@@ -82,7 +82,7 @@ class Recipe:
                     f"{path}: the format of {pattern!r:.80} must be one of {', '.join(FORMATS)}, "
                     f"not {format!r:.40}"
                 )
-        return Recipe(str(path), (*formats.items(), *BUILT_IN[base]), len(formats))
+        return QuantRecipe(str(path), (*formats.items(), *BUILT_IN[base]), len(formats))
 
     def format_of(self, name: str) -> str:
         """The format of the matrix ``name``; experts are asked for as ``...experts.w13`` and ``...w2``."""
@@ -102,7 +102,7 @@ class Recipe:
                 )
 
 
-def tensor_blobs(config: ModelConfig, num_mtp: int, recipe: Recipe) -> dict[str, TensorBlob]:
+def tensor_blobs(config: ModelConfig, num_mtp: int, recipe: QuantRecipe) -> dict[str, TensorBlob]:
     """What a packed file of this model holds, under the names of ``CausalLM``'s parameters.
 
     Linear maps and embeddings become matrices, the experts of a layer one stack; all else (norms,

@@ -44,7 +44,7 @@ from godwit.qtensor import (
     weight_bytes,
 )
 from godwit.shrink.quantize import Report
-from godwit.shrink.recipe import Recipe, tensor_blobs
+from godwit.shrink.recipe import QuantRecipe, tensor_blobs
 
 #: With 0.45, 300 tokens touch 440 of 512 experts, ten each; the 64 most used carry 45 %, and a cache of the
 #: experts used last with room for 18, 36, 54 or 73 % of them holds 35, 60, 75 or 83 % of those asked for.
@@ -87,7 +87,7 @@ def synthesize(
     started = time.monotonic()
     raw = first_layers(raw_config, num_layers)
     config = ModelConfig.from_dict(raw)
-    blobs = tensor_blobs(config, config.num_mtp_layers or 0, Recipe.find(format))
+    blobs = tensor_blobs(config, config.num_mtp_layers or 0, QuantRecipe.find(format))
     source = f"synthetic, seed {seed}, {'skewed' if skew else 'uniform'} routing"
     with PackedWriter(
         out,
@@ -99,7 +99,7 @@ def synthesize(
         restart=restart,
     ) as writer:
         missing = writer.missing()
-        counter = _Counter(blobs, missing, progress)
+        counter = _WeightCounter(blobs, missing, progress)
         for name in missing:
             parts = _Maker(config, name, seed, skew).parts(blobs[name])
             writer.write(name, counter.counted(parts, blobs[name]))
@@ -136,7 +136,7 @@ def first_layers(raw_config: Mapping[str, Any], num_layers: int | None) -> dict[
     return {**raw, "text_config": text} if nested else text
 
 
-class _Counter:
+class _WeightCounter:
     """Tells the weights that are done from the bytes that come by."""
 
     def __init__(
