@@ -40,7 +40,7 @@ from godwit.measure.report import result_row, write_json  # noqa: E402
 from godwit.models.causal_lm import CausalLM  # noqa: E402
 from godwit.models.loader import load_model  # noqa: E402
 from godwit.models.native import load_packed, pack_model  # noqa: E402
-from godwit.shrink.recipe import QuantRecipe  # noqa: E402
+from godwit.models.recipe import QuantRecipe  # noqa: E402
 
 KINDS = ("chat", "repeat", "hot")
 QUESTIONS = (

@@ -22,8 +22,8 @@ from godwit.cli.main import app
 from godwit.cli.options import SamplingOptions
 from godwit.engine import Piece, SamplingParams
 from godwit.errors import CheckpointError, UsageError
+from godwit.models.recipe import QuantRecipe
 from godwit.shrink.quantize import quantize_checkpoint
-from godwit.shrink.recipe import QuantRecipe
 from tests.cli.conftest import Models
 from tests.engine.tiny import CALL
 

@@ -21,6 +21,7 @@ from godwit.models.causal_lm import CausalLM
 from godwit.models.layers import Experts, Linear
 from godwit.models.loader import save_model
 from godwit.models.native import pack_model
+from godwit.models.recipe import QuantRecipe, tensor_blobs
 from godwit.qtensor import quantize
 from godwit.shrink.importance import (
     PRIOR,
@@ -30,7 +31,6 @@ from godwit.shrink.importance import (
     write_importance,
 )
 from godwit.shrink.quantize import quantize_checkpoint
-from godwit.shrink.recipe import QuantRecipe, tensor_blobs
 from tests.engine.tiny import CONFIGS, tiny_model
 
 EXPERTS = "layers.1.ffn.experts"

@@ -17,10 +17,10 @@ from godwit.config import ModelConfig
 from godwit.errors import CheckpointError, UsageError
 from godwit.models.causal_lm import CausalLM
 from godwit.models.loader import export_tensors, load_model, save_model
+from godwit.models.recipe import QuantRecipe
 from godwit.qtensor import QuantExperts, QuantTensor, quantize
 from godwit.shrink.importance import read_importance
 from godwit.shrink.quantize import quantize_checkpoint
-from godwit.shrink.recipe import QuantRecipe
 from tests.engine.tiny import CONFIGS, tiny_model
 from tests.shrink.dequantized import load_dequantized, same_weights
 
@@ -148,7 +148,7 @@ KILLED = """
 import os, sys
 from godwit.checkpoint import packed_writer
 from godwit.shrink.quantize import quantize_checkpoint
-from godwit.shrink.recipe import QuantRecipe
+from godwit.models.recipe import QuantRecipe
 
 packed_writer.SYNC_BYTES = 1
 stop = lambda done, total: os._exit(9) if done > total // 2 else None
@@ -274,7 +274,7 @@ def test_what_is_there_is_not_overwritten(hybrid: Path, tmp_path: Path) -> None:
 MEMORY = """
 import sys, torch
 from godwit.shrink.quantize import quantize_checkpoint
-from godwit.shrink.recipe import QuantRecipe
+from godwit.models.recipe import QuantRecipe
 
 def status(field):
     for line in open("/proc/self/status"):

@@ -13,7 +13,7 @@ from godwit.checkpoint.packed import PackedFile
 from godwit.config import ModelConfig
 from godwit.errors import CheckpointError, UsageError
 from godwit.models.batch import ForwardBatch
-from godwit.shrink.recipe import QuantRecipe, tensor_blobs
+from godwit.models.recipe import QuantRecipe, tensor_blobs
 from godwit.shrink.synth import first_layers, synthesize
 from tests.engine.tiny import CONFIGS
 from tests.shrink.dequantized import load_dequantized

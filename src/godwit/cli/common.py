@@ -194,7 +194,7 @@ def load_weights(
     from godwit.checkpoint.packed import PackedFile
     from godwit.models.loader import load_model
     from godwit.models.native import load_packed, pack_model, rounding_to_bf16
-    from godwit.shrink.recipe import QuantRecipe
+    from godwit.models.recipe import QuantRecipe
 
     if (quantize or isinstance(source, PackedFile)) and dtype != "auto":
         raise UsageError("--dtype is for weights that are not packed; leave it out")

@@ -12,7 +12,7 @@ from godwit.config import ModelConfig
 from godwit.errors import CheckpointError
 from godwit.measure import planner
 from godwit.measure.planner import Sizes
-from godwit.shrink.recipe import QuantRecipe, tensor_blobs
+from godwit.models.recipe import QuantRecipe, tensor_blobs
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from godwit.config import ModelConfig
 from godwit.errors import MemoryBudgetError, UsageError
 from godwit.measure import planner
 from godwit.measure.machine import memory
+from godwit.models.recipe import QuantRecipe
 from godwit.shrink.importance import read_importance
 from godwit.shrink.quantize import Report, quantize_checkpoint
-from godwit.shrink.recipe import QuantRecipe
 from godwit.shrink.synth import synthesize
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from godwit.checkpoint.packed_writer import PackedWriter
 from godwit.errors import CheckpointError, UsageError
 from godwit.models.loader import plan, read_companions
 from godwit.models.names import Placement
+from godwit.models.recipe import QuantRecipe, tensor_blobs
 from godwit.qtensor import join_expert, quantize
-from godwit.shrink.recipe import QuantRecipe, tensor_blobs
 
 Progress = Callable[[int, int], None]
 Item = TypeVar("Item")

@@ -31,6 +31,7 @@ from godwit.checkpoint.packed_layout import ExpertStack, Matrix, Plain, TensorBl
 from godwit.checkpoint.packed_writer import PackedWriter
 from godwit.config import AttentionSpec, ModelConfig
 from godwit.errors import UsageError
+from godwit.models.recipe import QuantRecipe, tensor_blobs
 from godwit.qtensor import (
     CODE_BYTES,
     GROUP,
@@ -44,7 +45,6 @@ from godwit.qtensor import (
     weight_bytes,
 )
 from godwit.shrink.quantize import Report
-from godwit.shrink.recipe import QuantRecipe, tensor_blobs
 
 #: With 0.45, 300 tokens touch 440 of 512 experts, ten each; the 64 most used carry 45 %, and a cache of the
 #: experts used last with room for 18, 36, 54 or 73 % of them holds 35, 60, 75 or 83 % of those asked for.
