@@ -62,16 +62,16 @@ def test_packing_verifying_and_inspecting(random_model: Path, tmp_path: Path) ->
     assert (
         checked.exit_code == 0
         and "whole" in checked.stdout
-        and f"{len(packed.names())} tensors" in checked.stdout
+        and f"{len(packed.blobs)} tensors" in checked.stdout
     )
-    whole = {"path": str(out), "whole": True, "tensors": len(packed.names()), "bytes": packed.nbytes}
+    whole = {"path": str(out), "whole": True, "tensors": len(packed.blobs), "bytes": packed.nbytes}
     assert report("verify", out) == whole
     seen = report("inspect", out)
     assert seen["packed"]["parts"] == found["parts"] and seen["parameters"]["total"] == count
     assert (
         seen["weights"]["bytes"]
         == seen["resident_packed"]
-        == sum(packed.blob(name).nbytes for name in packed.names())
+        == sum(blob.nbytes for blob in packed.blobs.values())
     )
     assert {"q4", "q8", "bf16", "F32"} == set(seen["weights"]["dtypes"])
     shape = report("inspect", random_model)

@@ -66,13 +66,13 @@ def test_what_is_stored(hybrid: Path, tmp_path: Path, threads: int) -> None:
     for name, parameter in model.named_parameters():
         stack, _, part = name.rpartition(".")
         if parameter.dim() == 3:
-            experts = packed.tensor(stack)
+            experts = packed.packed(stack)
             assert isinstance(experts, QuantExperts)
             for index in range(4):
                 found = experts.expert(index)[0 if part == "w13" else 1]
                 assert torch.equal(found.data, quantize(parameter[index], "q4").data)
             continue
-        value = packed.tensor(name)
+        value = packed.packed(name)
         if isinstance(value, QuantTensor):
             assert torch.equal(value.data, quantize(parameter, value.format).data)
         else:
@@ -99,8 +99,8 @@ def test_experts_fused_on_disk_give_the_same_file(hybrid: Path, tmp_path: Path) 
     for source, out in ((hybrid, "a"), (tmp_path / "fused", "b")):
         quantize_checkpoint(source, tmp_path / out, Q4)
     first, second = (PackedFile.open(tmp_path / out) for out in "ab")
-    for name in first.names():
-        one, two = first.tensor(name), second.tensor(name)
+    for name in first.blobs:
+        one, two = first.packed(name), second.packed(name)
         pair = [x if isinstance(x, torch.Tensor) else x.data for x in (one, two)]
         assert torch.equal(*pair), name
 
@@ -220,12 +220,12 @@ def test_importance_reaches_its_matrix(hybrid: Path, tmp_path: Path) -> None:
     read = read_importance(tmp_path / "importance.safetensors")
     quantize_checkpoint(hybrid, tmp_path / "m", Q4, importance=read)
     packed, model = PackedFile.open(tmp_path / "m"), load_model(hybrid)
-    out = packed.tensor("layers.3.mixer.out_proj.weight")
+    out = packed.packed("layers.3.mixer.out_proj.weight")
     weight = model.get_parameter("layers.3.mixer.out_proj.weight")
     assert isinstance(out, QuantTensor)
     assert torch.equal(out.data, quantize(weight, "q4", values["layers.3.mixer.out_proj.weight"]).data)
     assert not torch.equal(out.data, quantize(weight, "q4").data)
-    stack = packed.tensor(EXPERTS)
+    stack = packed.packed(EXPERTS)
     assert isinstance(stack, QuantExperts)
     for index in range(4):
         w13, w2 = stack.expert(index)

@@ -104,8 +104,8 @@ def test_drawn_codes_have_the_size_of_drawn_numbers(tmp_path: Path, format: str)
 def test_the_first_layers_keep_their_kinds(tmp_path: Path) -> None:
     report = synthesize(WIDE, tmp_path / "m", num_layers=5)
     packed = PackedFile.open(tmp_path / "m")
-    assert packed.blob("embedding.weight") == report.blobs["embedding.weight"]
-    assert list(report.blobs) == packed.names()
+    assert packed.blobs["embedding.weight"] == report.blobs["embedding.weight"]
+    assert list(report.blobs) == list(packed.blobs)
     assert packed.config.layers == ModelConfig.from_dict(WIDE).layers[:5]
     assert packed.files() == {} and "uniform" in packed.metadata["source"]
 

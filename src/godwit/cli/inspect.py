@@ -66,7 +66,7 @@ def examine(model: str | Path, context: int | None = None) -> dict[str, Any]:
 
 
 def _examine_packed(packed: PackedFile, model: str, context: int | None) -> dict[str, Any]:
-    num_mtp = int(any(name.startswith("mtp.") for name in packed.names()))
+    num_mtp = int(any(name.startswith("mtp.") for name in packed.blobs))
     sizes = sizes_of(packed.config, num_mtp)
     blobs = checked_blobs(packed, num_mtp)
     parts = bytes_of_parts(blobs, packed.config)

@@ -84,7 +84,7 @@ def checked_blobs(packed: PackedFile, num_mtp: int) -> dict[str, TensorBlob]:
     Raises:
         CheckpointError: they are not.
     """
-    found = {name: packed.blob(name) for name in packed.names()}
+    found = packed.blobs
     wanted = tensor_blobs(packed.config, num_mtp, QuantRecipe.find("q4"))
     odd = {(name, _sizes_in(blob)) for name, blob in found.items()}
     odd ^= {(name, _sizes_in(blob)) for name, blob in wanted.items()}

@@ -26,7 +26,7 @@ from godwit.measure import planner
 from godwit.measure.machine import memory
 from godwit.models.recipe import QuantRecipe
 from godwit.shrink.importance import read_importance
-from godwit.shrink.quantize import Report, quantize_checkpoint
+from godwit.shrink.quantize import PackingReport, quantize_checkpoint
 from godwit.shrink.synth import synthesize
 
 if TYPE_CHECKING:
@@ -102,10 +102,10 @@ def run_verify(path: Path, *, as_json: bool = False) -> None:
     with working("reading") as progress:
         packed.verify(progress)
     if as_json:
-        content = {"path": str(path), "whole": True, "tensors": len(packed.names()), "bytes": packed.nbytes}
+        content = {"path": str(path), "whole": True, "tensors": len(packed.blobs), "bytes": packed.nbytes}
         print(json.dumps(content, indent=2))
     else:
-        print(f"{path}: whole; {len(packed.names()):,} tensors, {size_text(packed.nbytes)}")
+        print(f"{path}: whole; {len(packed.blobs):,} tensors, {size_text(packed.nbytes)}")
 
 
 @contextmanager
@@ -175,7 +175,7 @@ def _compare(checkpoint: Checkpoint, out: Path, ids: list[int]) -> Quality:
         return compare(original, load_packed(out), ids, progress=progress)
 
 
-def _print(report: Report, config: ModelConfig, quality: Quality | None, *, as_json: bool) -> None:
+def _print(report: PackingReport, config: ModelConfig, quality: Quality | None, *, as_json: bool) -> None:
     weights = sum(blob.num_weights for blob in report.blobs.values())
     content: dict[str, Any] = {
         "path": str(report.path),

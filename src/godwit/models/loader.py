@@ -12,27 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from godwit.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
-from godwit.checkpoint.packed_layout import MAX_FILE_BYTES
+from godwit.checkpoint.companions import read_companions
 from godwit.checkpoint.spelling import EMBEDDING, HEAD, canonical_name
 from godwit.config import ModelConfig
 from godwit.errors import CheckpointError
 from godwit.models.causal_lm import CausalLM
 from godwit.models.names import Alternatives, Entry, Placement, name_map
-from godwit.safe_files import read_bounded
 
 _MTP_LAYER = re.compile(r"mtp\.layers\.(\d+)\.")
 _LISTED = 20  # names shown of each kind of complaint
-
-#: Files that travel with a checkpoint besides its tensors and config.
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-)
 
 
 @dataclass
@@ -80,10 +68,10 @@ def load_model(
         CheckpointError: tensors missing, unexpected or of the wrong shape, all listed at once.
         UnsupportedModelError: a model type or quantisation that is not supported.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    checkpoint = open_checkpoint(source) if isinstance(source, str | Path) else source
     pieces, actual, num_mtp = plan(checkpoint)
     if dtype is None:
-        dtype = checkpoint.info(actual[EMBEDDING]).dtype
+        dtype = checkpoint.info(actual[pieces[0].source]).dtype  # of the embedding, which comes first
     with torch.device("meta"):
         model = CausalLM(checkpoint.config, num_mtp).to(dtype)
     if as_stored:
@@ -124,6 +112,39 @@ def plan(checkpoint: Checkpoint) -> tuple[list[Placement], dict[str, str], int]:
         CheckpointError: the names or shapes do not fit the config.
     """
     complaints = _Complaints()
+    if checkpoint.native_names:
+        placements, actual, num_mtp = _plan_native(checkpoint, complaints)
+    else:
+        placements, actual, num_mtp = _plan_published(checkpoint, complaints)
+    for placement in placements:
+        if placement.source not in actual:
+            complaints.missing.append(placement.source)
+            continue
+        shape = checkpoint.info(actual[placement.source]).shape
+        if tuple(shape) != placement.shape:
+            complaints.misshapen.append(
+                f"{actual[placement.source]} is {list(shape)}, expected {list(placement.shape)}"
+            )
+    complaints.raise_if_any(checkpoint.path)
+    return placements, actual, num_mtp
+
+
+def _plan_native(
+    checkpoint: Checkpoint, complaints: _Complaints
+) -> tuple[list[Placement], dict[str, str], int]:
+    """The plan where tensors are named like the model's parameters, and each is one."""
+    actual = {name: name for name in checkpoint.names()}
+    num_mtp = int(any(name.startswith("mtp.") for name in actual))
+    with torch.device("meta"):
+        shapes = {n: tuple(p.shape) for n, p in CausalLM(checkpoint.config, num_mtp).named_parameters()}
+    complaints.unexpected += actual.keys() - shapes.keys()
+    return [Placement(name, shape, name) for name, shape in shapes.items()], actual, num_mtp
+
+
+def _plan_published(
+    checkpoint: Checkpoint, complaints: _Complaints
+) -> tuple[list[Placement], dict[str, str], int]:
+    """The plan where tensors have one of the published spellings of their names."""
     actual: dict[str, str] = {}
     for name in checkpoint.names():
         canonical = canonical_name(name)
@@ -138,16 +159,6 @@ def plan(checkpoint: Checkpoint) -> tuple[list[Placement], dict[str, str], int]:
     pieces = [piece for entry in name_map(checkpoint.config, num_mtp) for piece in _choose(entry, actual)]
     wanted = {piece.source for piece in pieces}
     complaints.unexpected += [actual[name] for name in actual if name not in wanted]
-    for piece in pieces:
-        if piece.source not in actual:
-            complaints.missing.append(piece.source)
-            continue
-        shape = checkpoint.info(actual[piece.source]).shape
-        if tuple(shape) != piece.shape:
-            complaints.misshapen.append(
-                f"{actual[piece.source]} is {list(shape)}, expected {list(piece.shape)}"
-            )
-    complaints.raise_if_any(checkpoint.path)
     return pieces, actual, num_mtp
 
 
@@ -210,24 +221,6 @@ def _text_config(config: ModelConfig) -> dict[str, Any]:
         if not config.model_type.endswith("_text"):
             raw["model_type"] += "_text"
     return {key: value for key, value in raw.items() if key not in ("quantization_config", "torch_dtype")}
-
-
-def read_companions(directory: Path) -> dict[str, bytes]:
-    """The :data:`COMPANIONS` that a directory has.
-
-    Raises:
-        CheckpointError: one is no regular file, is too large, leads out of the directory or cannot be read.
-    """
-    found: dict[str, bytes] = {}
-    for name in COMPANIONS:
-        path = directory / name
-        try:
-            found[name] = read_bounded(path, MAX_FILE_BYTES, folder=directory)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
-    return found
 
 
 def save_model(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from godwit import _native
 from godwit.checkpoint.packed import PackedFile
+from godwit.config import ModelConfig
 from godwit.errors import CheckpointError, UsageError
 from godwit.kernels import native
 from godwit.models.batch import BLOCK_SIZE, ForwardBatch
@@ -39,11 +40,25 @@ def load_packed(source: str | Path | PackedFile) -> CausalLM:
         CheckpointError: the file is damaged, or its tensors are not those of its config, all listed at once.
     """
     file = source if isinstance(source, PackedFile) else PackedFile.open(source)
-    names = list(file.names())
-    num_mtp = int(any(name.startswith("mtp.") for name in names))
+    num_mtp = int(any(name.startswith("mtp.") for name in file.blobs))
+    return assemble(file.config, num_mtp, ((name, file.packed(name)) for name in file.blobs), str(file.path))
+
+
+def assemble(config: ModelConfig, num_mtp: int, values: Iterable[tuple[str, Value]], source: str) -> CausalLM:
+    """A model of packed matrices and plain vectors, each under its parameter's name, on the native kernels.
+
+    Args:
+        config: of the model.
+        num_mtp: its MTP layers.
+        values: taken one by one; a stack of experts under the name of its module.
+        source: where they come from, for messages.
+
+    Raises:
+        CheckpointError: names or shapes that are not the model's, or parameters that got none.
+    """
     with torch.device("meta"):
-        model = CausalLM(file.config, num_mtp)
-    _assign_all(model, ((name, file.tensor(name)) for name in names), str(source))
+        model = CausalLM(config, num_mtp)
+    _assign_all(model, values, source)
     return _finish(model)
 
 
@@ -56,8 +71,6 @@ def pack_model(model: CausalLM, format: str | Callable[[str], str], *, release: 
             function that gives the format of each matrix by its name.
         release: free each parameter of ``model`` once it is packed, which spares a second copy of it.
     """
-    with torch.device("meta"):
-        packed = CausalLM(model.config, int(model.mtp is not None))
 
     def format_of(name: str) -> str:
         if callable(format):
@@ -78,8 +91,7 @@ def pack_model(model: CausalLM, format: str | Callable[[str], str], *, release: 
                 for param in module.parameters(recurse=False):
                     param.data = param.data.new_empty(0)
 
-    _assign_all(packed, values(), "the model")
-    return _finish(packed)
+    return assemble(model.config, int(model.mtp is not None), values(), "the model")
 
 
 @dataclass
@@ -110,6 +122,14 @@ class Rounding:
             self.size += float(whole.square().sum(dtype=torch.float64))
             self.change += float((whole - whole.bfloat16().float()).square().sum(dtype=torch.float64))
         self.exact += self.change == before
+
+    def merge(self, other: Rounding) -> None:
+        """Count the matrices of ``other`` too."""
+        self.dtypes |= other.dtypes
+        self.matrices += other.matrices
+        self.exact += other.exact
+        self.change += other.change
+        self.size += other.size
 
 
 def rounding_to_bf16(model: CausalLM) -> Rounding:

@@ -44,7 +44,7 @@ from godwit.qtensor import (
     spans,
     weight_bytes,
 )
-from godwit.shrink.quantize import Report
+from godwit.shrink.quantize import PackingReport
 
 #: With 0.45, 300 tokens touch 440 of 512 experts, ten each; the 64 most used carry 45 %, and a cache of the
 #: experts used last with room for 18, 36, 54 or 73 % of them holds 35, 60, 75 or 83 % of those asked for.
@@ -67,7 +67,7 @@ def synthesize(
     skew: bool = False,
     progress: Callable[[int, int], None] | None = None,
     restart: bool = False,
-) -> Report:
+) -> PackingReport:
     """Write a random model.
 
     Args:
@@ -104,7 +104,7 @@ def synthesize(
             parts = _Maker(config, name, seed, skew).parts(blobs[name])
             writer.write(name, counter.counted(parts, blobs[name]))
         writer.finish()
-        return Report(
+        return PackingReport(
             writer.path,
             writer.nbytes,
             blobs,
