@@ -148,7 +148,7 @@ class SafetensorsCheckpoint:
         """The tokenizer's files, chat template and generation settings.
 
         Raises:
-            CheckpointError: one is not a regular file, too large, links out of the directory or cannot be read.
+            CheckpointError: one cannot be read, is not a regular file, or links out of the directory.
         """
         return read_companions(self.path)
 

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from godwit.checkpoint import Checkpoint, open_checkpoint, read_raw_config
 from godwit.checkpoint.packed import PackedFile
+from godwit.checkpoint.protocol import num_parameters
 from godwit.cli import common
 from godwit.cli.packed import bytes_of_parts
 from godwit.cli.stopping import tidy_stop
@@ -155,7 +156,7 @@ def read_text(path: Path, checkpoint: Checkpoint, what: str) -> list[int]:
     ids = Tokenizer.from_dir(checkpoint.path).encode(text)
     if len(ids) < 2:
         raise UsageError(f"{path}: holds {len(ids)} tokens, and two at least are needed")
-    needed = 2 * checkpoint.num_parameters
+    needed = 2 * num_parameters(checkpoint)
     available = memory()["available"]
     if available is not None and needed > available:
         raise MemoryBudgetError(
@@ -169,8 +170,9 @@ def _compare(checkpoint: Checkpoint, out: Path, ids: list[int]) -> Quality:
     from godwit.measure.quality import compare
     from godwit.models.loader import load_model
     from godwit.models.native import load_packed
+    from godwit.models.open import resolve_dtype
 
-    original = load_model(checkpoint, dtype=common.resolve_dtype("auto", checkpoint))
+    original = load_model(checkpoint, dtype=resolve_dtype("auto", checkpoint, memory()["available"]))
     with working("comparing") as progress:
         return compare(original, load_packed(out), ids, progress=progress)
 

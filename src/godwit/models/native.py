@@ -132,17 +132,6 @@ class Rounding:
         self.size += other.size
 
 
-def rounding_to_bf16(model: CausalLM) -> Rounding:
-    """What :func:`pack_model` with "bf16" would change; matrices that are bf16 already do not count."""
-    found = Rounding()
-    for name, param in model.named_parameters():
-        stack = param.dim() == 3
-        if param.dtype != torch.bfloat16 and (stack or _is_matrix(name, param)):
-            for matrix in param if stack else (param,):
-                found.add(matrix)
-    return found
-
-
 def _is_matrix(name: str, param: Tensor) -> bool:
     """Whether a parameter is packed; what is not stays float32."""
     return param.dim() == 2 and name.endswith(".weight") and not name.endswith("shared_gate.weight")

@@ -186,13 +186,14 @@ class Packer:
 
     def _assembled(self, placements: list[Placement], shape: tuple[int, ...]) -> Tensor:
         """A parameter from its tensors, in their dtype; a view of the file where it is a single plain one."""
-        tensors = [self._checkpoint.tensor(self._actual[one.source]) for one in placements]
+        names = [self._actual[one.source] for one in placements]
         if len(placements) == 1 and not placements[0].index:
-            return tensors[0].reshape(shape)
-        whole = torch.empty(shape, dtype=reduce(torch.promote_types, (tensor.dtype for tensor in tensors)))
-        for one, tensor in zip(placements, tensors, strict=True):
-            whole[one.index] = tensor.to(whole.dtype)
-            self._checkpoint.release(self._actual[one.source])
+            return self._checkpoint.tensor(names[0]).reshape(shape)
+        dtypes = (self._checkpoint.info(name).dtype for name in names)
+        whole = torch.empty(shape, dtype=reduce(torch.promote_types, dtypes))
+        for one, name in zip(placements, names, strict=True):
+            whole[one.index] = self._checkpoint.tensor(name).to(whole.dtype)
+            self._checkpoint.release(name)
         return whole
 
     def _note(self, matrix: Tensor, format: str) -> None:
