@@ -286,7 +286,7 @@ def test_two_writers_do_not_meet(tmp_path: Path) -> None:
 
 def test_a_taken_place_and_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "m").touch()
-    with pytest.raises(CheckpointError, match="there already"):
+    with pytest.raises(CheckpointError, match="exists already"):
         writer(tmp_path / "m")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(CheckpointError, match=r"the disk has .* free"):

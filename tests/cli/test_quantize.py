@@ -162,7 +162,7 @@ def test_mistakes(
 
 @pytest.mark.parametrize(
     ("out", "sentence"),
-    [("", "no name of a file"), ("/", "no name of a file"), ("text/m", "choose another place")],
+    [("", "not a file name"), ("/", "not a file name"), ("text/m", "choose another place")],
 )
 def test_places_where_no_file_can_be(
     random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, sentence: str
@@ -209,7 +209,7 @@ def test_what_is_there_stays(random_model: Path, tmp_path: Path) -> None:
     (tmp_path / "m").write_text("precious")
     for words in (("quantize", random_model), ("synth", random_model)):
         result = invoke(*words, tmp_path / "m")
-        assert result.exit_code == 3 and "there already" in result.stderr
+        assert result.exit_code == 3 and "exists already" in result.stderr
     assert (tmp_path / "m").read_text() == "precious"
 
 

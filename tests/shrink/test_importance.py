@@ -158,7 +158,7 @@ def test_the_file_comes_back(tmp_path: Path) -> None:
     with safe_open(str(out), "pt") as file:
         assert file.metadata() == {"format": "pt", "tokens": "60", "text": "some.txt"}
     assert [entry.name for entry in out.parent.iterdir()] == [out.name]
-    with pytest.raises(CheckpointError, match="there already"):
+    with pytest.raises(CheckpointError, match="exists already"):
         write_importance(out, found, {})
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="could not be written"):

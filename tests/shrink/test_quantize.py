@@ -266,7 +266,7 @@ def test_weights_that_are_not_those_of_the_config(hybrid: Path, tmp_path: Path) 
 
 def test_what_is_there_is_not_overwritten(hybrid: Path, tmp_path: Path) -> None:
     (tmp_path / "m").write_text("precious")
-    with pytest.raises(CheckpointError, match="there already"):
+    with pytest.raises(CheckpointError, match="exists already"):
         quantize_checkpoint(hybrid, tmp_path / "m", Q4, restart=True)
     assert (tmp_path / "m").read_text() == "precious"
 

@@ -154,7 +154,7 @@ def test_it_goes_on_and_counts(tmp_path: Path) -> None:
     assert report.resumed > 0 and seen[-1][0] == seen[-1][1]
     synthesize(CONFIGS["hybrid"], tmp_path / "whole")
     assert (tmp_path / "m").read_bytes() == (tmp_path / "whole").read_bytes()
-    with pytest.raises(CheckpointError, match="there already"):
+    with pytest.raises(CheckpointError, match="exists already"):
         synthesize(CONFIGS["hybrid"], tmp_path / "m")
 
 
