@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.console import Console
@@ -73,7 +73,7 @@ def run_synth(
     layers: int | None,
     recipe: str,
     seed: int,
-    skew: bool,
+    skew: Literal["uniform", "real"],
     restart: bool,
     as_json: bool,
 ) -> None:
@@ -86,27 +86,27 @@ def run_synth(
             num_layers=layers,
             format=recipe,
             seed=seed,
-            skew=skew,
+            skew=skew == "real",
             progress=progress,
             restart=restart,
         )
     _print(report, PackedFile.open(out).config, None, as_json=as_json)
 
 
-def run_verify(path: Path, *, as_json: bool = False) -> None:
+def run_verify(file: Path, *, as_json: bool = False) -> None:
     """Check every byte of a packed file and say on stdout that all are right.
 
     Raises:
         CheckpointError: the file is damaged.
     """
-    packed = PackedFile.open(path)
+    packed = PackedFile.open(file)
     with working("reading") as progress:
         packed.verify(progress)
     if as_json:
-        content = {"path": str(path), "whole": True, "tensors": len(packed.blobs), "bytes": packed.nbytes}
+        content = {"path": str(file), "whole": True, "tensors": len(packed.blobs), "bytes": packed.nbytes}
         print(json.dumps(content, indent=2))
     else:
-        print(f"{path}: whole; {len(packed.blobs):,} tensors, {size_text(packed.nbytes)}")
+        print(f"{file}: whole; {len(packed.blobs):,} tensors, {size_text(packed.nbytes)}")
 
 
 @contextmanager
