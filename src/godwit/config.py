@@ -1,7 +1,7 @@
-"""ModelConfig: what a model is, read from the ``config.json`` of every supported family.
+"""ModelConfig: a model's architecture, read from the ``config.json`` of every supported family.
 
-Families differ here and nowhere else: the modules of ``godwit.models`` are built from these frozen records
-and never ask which family they serve. Field meanings follow the ``transformers`` configuration classes of the
+Families differ only here: the modules of ``godwit.models`` are built from these frozen records and do not
+know the family. Field meanings follow the ``transformers`` configuration classes of the
 model types in :data:`FAMILIES`.
 """
 
@@ -26,15 +26,15 @@ __all__ = [
 ]  # fmt: skip
 
 MAX_CONFIG_BYTES = 16 * 2**20
-#: Many times those of the largest models. Each layer and expert takes memory before any weight is looked at.
+#: Far beyond the largest models; a limit, since each layer and expert takes memory before any weight is read.
 MAX_LAYERS = 1024
 MAX_EXPERTS = 2**18  # of all layers
-MAX_WIDTH = 2**20  # of all heads of a layer together
+MAX_WIDTH = 2**20  # of all heads of a layer
 
 
 @dataclass(frozen=True)
 class Family:
-    """The facts of a family that its ``config.json`` does not state."""
+    """What ``config.json`` does not state about a family."""
 
     title: str
     norm: Literal["zero_centered", "plain"]
@@ -178,7 +178,7 @@ class ModelConfig:
         raise UnsupportedModelError("a model with MTP needs a full-attention layer to copy its shape")
 
     def untied(self) -> ModelConfig:
-        """The same model with a head of its own, also in ``raw``."""
+        """The same model with a separate output head, also in ``raw``."""
         raw = {**self.raw, "tie_word_embeddings": False}
         if isinstance(text := raw.get("text_config"), Mapping):
             raw["text_config"] = {**text, "tie_word_embeddings": False}
@@ -192,7 +192,7 @@ class ModelConfig:
             UnsupportedModelError: the model type or a feature of it is not supported.
             CheckpointError: a field is missing or makes no sense.
         """
-        return _Reader(raw).model()
+        return _ConfigReader(raw).model()
 
     @staticmethod
     def from_file(path: str | Path) -> ModelConfig:
@@ -204,7 +204,7 @@ def read_config_json(path: str | Path) -> dict[str, Any]:
     """Parse a ``config.json`` with a size limit.
 
     Raises:
-        CheckpointError: no such file, no regular one, too large, a link out of its folder, or not a JSON
+        CheckpointError: missing, not a regular file, too large, a link out of its folder, or not a JSON
             object.
     """
     file = Path(path)
@@ -227,15 +227,15 @@ def read_config_json(path: str | Path) -> dict[str, Any]:
     return raw
 
 
-class _Reader:
-    """Reads one raw config; keeps the text part and the model type at hand."""
+class _ConfigReader:
+    """Reads one raw config."""
 
     def __init__(self, raw: Mapping[str, Any]) -> None:
         self.raw = raw
         text = raw.get("text_config")
         self.text: Mapping[str, Any] = text if isinstance(text, Mapping) else raw
         inner, outer = self.text.get("model_type"), raw.get("model_type")
-        # A wrapper of a supported family fixes the class of its text part, whatever that part calls itself.
+        # The type of a supported wrapper decides, whatever its text part calls itself.
         kind = outer if isinstance(outer, str) and outer in FAMILIES else inner or outer
         if not isinstance(kind, str) or kind not in FAMILIES:
             known = ", ".join(sorted(FAMILIES))
@@ -274,7 +274,7 @@ class _Reader:
         )
 
     def _tied(self) -> bool:
-        """Whether the config lets the embedding serve as head, in a wrapper at either level."""
+        """Whether the embedding is the output head too; a wrapper may say so at either level."""
         tied = self.fields.flag("tie_word_embeddings")
         if self.text is self.raw or "tie_word_embeddings" not in self.raw:
             return tied
@@ -295,7 +295,7 @@ class _Reader:
             raise UnsupportedModelError("attention with a sliding_window is not supported")
 
     def _windowed(self) -> bool:
-        """Whether some layer attends to the last few tokens only."""
+        """Whether some layer uses sliding-window attention."""
         if self.model_type == "llama":
             return False
         if self.model_type != "mixtral" and not self.text.get("use_sliding_window"):
@@ -330,9 +330,7 @@ class _Reader:
         dim_null = max(1, hidden // heads) if self.model_type in ("llama", "mixtral", "qwen3_moe") else None
         head_dim = fields.integer("head_dim", high=65536, null=dim_null)
         if heads * head_dim > MAX_WIDTH:
-            raise CheckpointError(
-                f"{heads} attention heads of {head_dim} are wider than {MAX_WIDTH} together"
-            )
+            raise CheckpointError(f"{heads} attention heads of {head_dim} are wider than {MAX_WIDTH} in all")
         if heads % kv_heads:
             self._not_divisible("num_key_value_heads", kv_heads, "num_attention_heads", heads)
         if self.model_type == "llama" and hidden % heads:
@@ -377,10 +375,10 @@ class _Reader:
         return MoeSpec(experts, top_k, fields.integer(width), shared, renormalize, family.router == "mixtral")
 
     def _num_experts(self, index: int) -> int:
-        """Experts of a layer; 0 where it is dense."""
+        """Number of experts of a layer; 0 if it is dense."""
         if self.family.router == "none" or self._is_dense(index):
             return 0
-        # transformers saves the number of Qwen3-MoE under Mixtral's name too, and there the second one counts
+        # transformers saves Qwen3-MoE's number under Mixtral's name too, and reads that one first
         names = {"mixtral": ("num_experts", "num_local_experts")}
         names["qwen3_moe"] = ("num_local_experts", "num_experts")
         given = (name for name in names.get(self.model_type, ()) if name in self.text)

@@ -132,14 +132,14 @@ def checked_number(name: str, value: object, low: float = 0.0) -> float:
 
 
 class Fields:
-    """The text part of a config. Null means the same as an absent field only where ``null`` is given."""
+    """The text part of a config. A null field is an error, unless the caller gives a value for ``null``."""
 
     def __init__(self, text: Mapping[str, Any], model_type: str) -> None:
         self.text = text
         self.defaults = DEFAULTS[model_type]
 
     def get(self, name: str) -> Any:
-        """The value of a field as it is, else the default."""
+        """The value of a field, unchecked, or its default."""
         return self.text[name] if name in self.text else self.defaults.get(name)
 
     def integer(self, name: str, low: int = 1, high: int = 2**31 - 1, *, null: int | None = None) -> int:

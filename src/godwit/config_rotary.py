@@ -1,4 +1,4 @@
-"""Rotary position embedding: what a model uses, read from the old and the new fields of a ``config.json``."""
+"""Rotary position embedding, read from the old and the new fields of a ``config.json``."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class RotarySpec:
 
 
 def read_rotary(fields: Fields, head_dim: int, *, partial: bool) -> RotarySpec:
-    """The rotary embedding of heads of ``head_dim``; only a ``partial`` family can rotate a part of a head.
+    """The rotary embedding of heads of ``head_dim``; ``partial`` families may rotate a part of each head.
 
-    ``rope_scaling`` replaces ``rope_parameters`` as a whole; what the remaining one lacks comes from the top
-    level, then from the defaults, as in ``transformers``.
+    As in ``transformers``, ``rope_scaling`` replaces ``rope_parameters`` as a whole; fields missing there are
+    taken from the top level, then from the defaults.
 
     Raises:
         UnsupportedModelError: a kind of scaling that is not supported.
@@ -52,7 +52,7 @@ def read_rotary(fields: Fields, head_dim: int, *, partial: bool) -> RotarySpec:
     """
     params = _parameters(fields)
     kind = params.get("rope_type", params.get("type", "default"))
-    if kind == "mrope":  # text positions are equal on all M-RoPE axes: ordinary rotary
+    if kind == "mrope":  # for text, all M-RoPE axes have equal positions: plain rotary
         kind = "default"
     if kind not in ("default", "linear", "yarn", "llama3"):
         raise UnsupportedModelError(f"rope type {kind!r:.60} is not default, linear, yarn or llama3")
@@ -77,7 +77,7 @@ def _parameters(fields: Fields) -> Mapping[str, Any]:
 
 
 def _rotated(fields: Fields, params: Mapping[str, Any], head_dim: int, partial: bool, kind: str) -> int:
-    """Rotated dimensions of a head."""
+    """How many dimensions of a head are rotated."""
     name = "partial_rotary_factor"
     top = fields.text.get(name, 0.25 if partial else None)  # an explicit null rotates whole heads
     value = params.get(name, top)

@@ -507,7 +507,7 @@ def test_bytes_behind_the_header_are_refused_at_once(sample: bytes, place: Calla
     content = bytearray(sample)
     for at in (header_end(sample), -(-header_end(sample) // 4096) * 4096 - 1):
         content[at] = 1
-        with pytest.raises(CheckpointError, match="behind its header are not zero"):
+        with pytest.raises(CheckpointError, match="after its header are not zero"):
             PackedFile.open(place(bytes(content)))
         content[at] = 0
 

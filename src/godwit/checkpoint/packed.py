@@ -1,7 +1,6 @@
 """The packed file: one model in one file, laid out as the native kernels read it (docs/packed-format.md).
 
-Everything is checked against the file's size before anything is handed out; what is handed out are views of a
-private memory map.
+Everything is checked against the file's size first; tensors are views of a private memory map.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ _W13, _W2 = ".w13", ".w2"  # the parameters of a stack of experts
 
 
 def is_packed(path: str | Path) -> bool:
-    """Whether ``path`` is a file that begins like a packed model, or is named like one."""
+    """Whether ``path`` is a file with the magic bytes of a packed model, or its suffix."""
     file = Path(path)
     if not file.is_file():
         return False
@@ -173,22 +172,22 @@ class PackedFile:
         """The embedded files: tokenizer, chat template and their like.
 
         Raises:
-            CheckpointError: one of them is not what its checksum says.
+            CheckpointError: one of them does not match its checksum.
         """
         found = {}
         for name, place in self._files.items():
             found[name] = bytes(self._map[place.offset : place.end])
             if hashlib.sha256(found[name]).hexdigest() != place.sha256:
-                damaged(self.path, f"the embedded file {name} does not have its checksum")
+                damaged(self.path, f"the embedded file {name} does not match its checksum")
         return found
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Read the whole file again: every checksum, and the bytes between the parts, which have to be zeros.
+        """Check every byte of the file: all checksums, and that the padding is zero.
 
         ``progress`` is called with (bytes done, bytes in all).
 
         Raises:
-            CheckpointError: names what is damaged, up to a limit.
+            CheckpointError: lists what is damaged, up to a limit.
         """
         wrong, done = [], 0
         try:
@@ -214,7 +213,7 @@ class PackedFile:
             ) from error
         if wrong:
             listed = ", ".join(wrong[:10]) + (", ..." if wrong[10:] else "")
-            damaged(self.path, f"{len(wrong)} of {len(places)} parts do not have their checksum: {listed}")
+            damaged(self.path, f"{len(wrong)} of {len(places)} parts do not match their checksums: {listed}")
 
     def _parts(self, blob: str) -> tuple[str, ...]:
         stack = isinstance(self._tensors[blob].blob, ExpertStack)

@@ -1,7 +1,8 @@
 """A directory that appears whole or not at all, even if the process that writes it is killed.
 
 The new content grows in a sibling ``.<name>.saving`` and is renamed when complete. A directory that it
-replaces is renamed to ``.<name>.previous`` first, and removed last. The next save cleans up after a killed one.
+replaces is renamed to ``.<name>.previous`` first and removed last. The next save cleans up after a killed
+one.
 """
 
 from __future__ import annotations

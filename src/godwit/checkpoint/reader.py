@@ -24,13 +24,13 @@ from godwit.errors import CheckpointError, UnsupportedModelError
 from godwit.file_kinds import next_step
 
 # Tensors that only a quantised weight brings along: the packings of GPTQ, AWQ, compressed-tensors and
-# bitsandbytes, and scales other than ours. The weight beside them, read as if it were plain, would be noise.
+# bitsandbytes, and scales in other layouts. Without them the weight would be read as noise.
 _COMPANION = re.compile(
     r"(?:.*[._])?(?:qweight|qzeros|scales?|scale_inv|scale_2|g_idx|weight_packed|zero_point|weight_shape"
     r"|absmax|quant_map|trellis|suh|svh|q_weight|W_q)"
 )
 
-_ROWS = 1024  # of the head and the embedding, compared at a time
+_ROWS = 1024  # rows of the head and the embedding compared at a time
 _log = logging.getLogger(__name__)
 
 
@@ -70,8 +70,8 @@ class SafetensorsCheckpoint:
         if not config.tie_embeddings or not self._has_own_head():
             return config
         _log.warning(
-            "%s: config.json ties the head to the embedding, but the checkpoint has another head; it is used "
-            "(tie_word_embeddings should be false)",
+            "%s: config.json ties the head to the embedding, but the checkpoint has a separate head, which "
+            "is used (tie_word_embeddings should be false)",
             self.path,
         )
         return config.untied()
@@ -245,20 +245,20 @@ class SafetensorsCheckpoint:
 
 
 def _coarse_names(weight: str) -> tuple[str, str]:
-    """What scales of a whole tensor or channel are called beside an FP8 weight."""
+    """Names that per-tensor or per-channel scales of an FP8 weight have."""
     return weight + "_scale", weight.removesuffix("weight") + "scale_weight"
 
 
 def _is_coarse(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
-    """Whether there is one scale for a whole tensor or for each of its rows."""
+    """Whether there is one scale for the whole tensor or one per row."""
     return math.prod(scale) == 1 or math.prod(scale) == math.prod(weight[:-1])
 
 
 def open_checkpoint(source: str | Path, *, revision: str | None = None) -> SafetensorsCheckpoint:
     """Open a checkpoint: a local directory, or a Hub repository, which is downloaded unless it is cached.
 
-    Text of the form ``organisation/name`` is taken for a repository if no such local path exists; ``hf://``
-    in front makes sure, and a :class:`~pathlib.Path` is always local. ``revision`` is a branch, tag or commit
+    Text of the form ``organisation/name`` names a repository if no such local path exists; the prefix ``hf://``
+    always does, and a :class:`~pathlib.Path` is always local. ``revision`` is a branch, tag or commit
     of the repository.
 
     Raises:

@@ -4,7 +4,7 @@ Format (https://github.com/huggingface/safetensors): a little-endian u64 header 
 ``{name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {...}}``, then the tensors,
 row-major and little-endian, at offsets counted from the end of the header, with neither overlaps nor gaps.
 
-Nothing of the data is handed out before the whole header has been found consistent with the file.
+No data is handed out before the whole header has been checked against the file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the verbs share: finding a model, its settings, and a session with it."""
+"""Shared by the verbs: finding a model, its settings, and a session with it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PERSONA = "You are Godwit, a helpful assistant."
 DEFAULT_CONTEXT = 16384
 MIN_CONTEXT = 512
 MAX_TOOLS_BYTES = 16 << 20
-# Where neither the user nor the model asks for anything: lively, but without unlikely tokens.
+# The default where neither the user nor the model says how to sample.
 FALLBACK_SAMPLING = {"temperature": 0.7, "top_p": 0.9}
 _FROM_FILE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
               "frequency_penalty")  # fmt: skip
@@ -38,7 +38,7 @@ _FROM_FILE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "p
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model whose files are found and whose weights are not read yet."""
+    """A model whose files are open and whose weights are not read yet."""
 
     name: str
     source: Checkpoint
@@ -53,7 +53,7 @@ class OpenedModel:
         return f"{PERSONA} Today is {datetime.date.today().isoformat()}."
 
     def check_context(self, asked: int | None, num_prompt: int = 0) -> None:
-        """Refuse a context or a prompt that cannot work, before any weights are read.
+        """Refuse an impossible context or prompt before any weights are read.
 
         Args:
             asked: tokens of context; None: not asked for.
@@ -133,7 +133,7 @@ def open_model(model: str | None) -> OpenedModel:
 
     trusted = isinstance(source, Path)  # the built-in one
     with ThreadPoolExecutor(1) as pool:
-        # Tried out in another process while this one loads PyTorch.
+        # Checked in another process while this one loads PyTorch.
         early = pool.submit(Tokenizer.from_dir, source, trusted=trusted) if os.path.isdir(source) else None
         from godwit.models.open import open_source
 
@@ -146,7 +146,7 @@ def open_model(model: str | None) -> OpenedModel:
 
 
 def source_of(model: str | None) -> str | Path:
-    """What to open for the MODEL of a command line: the built-in one has its name, or none.
+    """The path or repository that MODEL means; without one, the built-in model.
 
     Raises:
         CheckpointError: this installation lacks the built-in model.
@@ -167,7 +167,7 @@ def embedded_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     files = checkpoint.files()
     if "tokenizer.json" not in files:
         raise CheckpointError(
-            f"{checkpoint.path}: holds no tokenizer, so it can be measured but not talked to"
+            f"{checkpoint.path}: has no tokenizer, so it can be measured but not used for chat"
         )
     return Tokenizer.from_files(files, str(checkpoint.path))
 
@@ -202,7 +202,7 @@ def built_in() -> Path:
     """The directory of the built-in model.
 
     Raises:
-        CheckpointError: it is not there.
+        CheckpointError: this installation lacks it.
     """
     report = doctor.default_model_report()
     if not report["present"]:
@@ -230,7 +230,7 @@ def loading(name: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def use_threads(threads: int | None) -> int:
-    """Give PyTorch this many threads, else all cores that this process may use; how many it has now."""
+    """Set the number of threads, by default one per usable core; returns it."""
     import torch
 
     native = doctor.native_report()
@@ -246,7 +246,7 @@ def use_threads(threads: int | None) -> int:
 
 
 def resolve_context(model: CausalLM, budget: int | None) -> int:
-    """Tokens of context: what the model is made for, up to a limit, and what fits ``budget`` bytes."""
+    """Default context in tokens: the model's own, up to a limit and to what fits ``budget`` bytes."""
     from godwit.engine import CacheSize
 
     limit = min(model.config.max_position, DEFAULT_CONTEXT)
@@ -256,7 +256,7 @@ def resolve_context(model: CausalLM, budget: int | None) -> int:
 
 
 def cache_size(config: ModelConfig) -> CacheSize:
-    """Bytes of the caches of a model of this configuration, without its weights."""
+    """Sizes of the caches of a model of this configuration."""
     import torch
 
     from godwit.engine.cache import CacheSize
@@ -269,7 +269,7 @@ def cache_size(config: ModelConfig) -> CacheSize:
 def sampling_params(
     options: SamplingOptions, defaults: Mapping[str, Any], logit_bias: Mapping[int, float] | None = None
 ) -> SamplingParams:
-    """What the user asked for, completed by ``defaults`` from generation_config.json, else by ours.
+    """The user's options, then ``defaults`` from generation_config.json, then ours.
 
     Raises:
         UsageError: an option makes no sense.

@@ -1,4 +1,4 @@
-"""Options that several verbs share: each is defined once, with its type, its range and its help."""
+"""Options shared by several verbs, each with its type, range and help, and the decorator of verbs."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ RecipeName = Annotated[
     ),
 ]
 Restart = Annotated[
-    bool, typer.Option("--restart", help="Begin anew where OUT.partial is of something else.")
+    bool, typer.Option("--restart", help="Start over if OUT.partial was made from something else.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")]
 

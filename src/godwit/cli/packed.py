@@ -1,4 +1,4 @@
-"""What a packed file holds, part by part and format by format, for the verbs that report it."""
+"""Contents of a packed file by part and by format, for reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`godwit quantize`, `synth` and `verify`: making packed files, and checking that one is whole."""
+"""`godwit quantize`, `synth` and `verify`: making and checking packed files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from godwit.measure.quality import Quality
 
 MAX_TEXT_BYTES = 64 << 20
-_STOPPED = "{out} is not finished; the same command goes on with {out}.partial"
+_STOPPED = "{out} is not finished; run the same command again to continue from {out}.partial"
 
 
 def run_quantize(
@@ -94,7 +94,7 @@ def run_synth(
 
 
 def run_verify(file: Path, *, as_json: bool = False) -> None:
-    """Check every byte of a packed file and say on stdout that all are right.
+    """Check every byte of a packed file and report on stdout.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -124,21 +124,21 @@ def working(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:
-    """Know before the long work whether what is packed can be talked to."""
+    """Check the tokenizer before the long work; warn if there is none."""
     from godwit.tokenizer import Tokenizer
 
     if (checkpoint.path / "tokenizer.json").is_file():
         Tokenizer.from_dir(checkpoint.path)
     else:
-        without = "has no tokenizer.json, so what is made of it can be measured but not talked to"
+        without = "has no tokenizer.json, so the packed model can be measured but not used for chat"
         print(f"warning: {checkpoint.path} {without}", file=sys.stderr)
 
 
 def read_text(path: Path, checkpoint: Checkpoint, what: str) -> list[int]:
-    """The tokens of a text that the original shall read.
+    """The tokens of a text for the original model to read.
 
     Raises:
-        UsageError: no such text, or too little or too much of it.
+        UsageError: the text cannot be read, or is too short or too long.
         MemoryBudgetError: the original does not fit in memory; `what` needs it.
     """
     from godwit.tokenizer import Tokenizer
@@ -155,13 +155,13 @@ def read_text(path: Path, checkpoint: Checkpoint, what: str) -> list[int]:
         raise UsageError(f"{path}: not UTF-8 text ({error.reason}); name another file") from None
     ids = Tokenizer.from_dir(checkpoint.path).encode(text)
     if len(ids) < 2:
-        raise UsageError(f"{path}: holds {len(ids)} tokens, and two at least are needed")
+        raise UsageError(f"{path}: has {len(ids)} tokens; at least two are needed")
     needed = 2 * num_parameters(checkpoint)
     available = memory()["available"]
     if available is not None and needed > available:
         raise MemoryBudgetError(
             f"{what} loads the original, which takes {size_text(needed)} or more, and "
-            f"{size_text(available)} are available; use a machine with more memory, or do without"
+            f"{size_text(available)} are available; use a machine with more memory, or leave it out"
         )
     return ids
 
@@ -207,7 +207,7 @@ def _show(content: dict[str, Any]) -> None:
     console = Tables()
     console.print(table)
     resumed = content["resumed_tensors"]
-    went_on = f", {resumed:,} tensors having been there" if resumed else ""
+    went_on = f"; {resumed:,} tensors were already there" if resumed else ""
     console.print(
         f"{content['path']}: written in {content['seconds']:,.1f} s{went_on}.", soft_wrap=True, markup=False
     )

@@ -1,4 +1,4 @@
-"""From a checkpoint to a model and back, one tensor at a time."""
+"""Loading a checkpoint into a model and saving it, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Complaints:
     misshapen: list[str] = field(default_factory=list)
 
     def raise_if_any(self, path: Path) -> None:
-        """Raises: CheckpointError: one sentence a kind, every name up to a limit."""
+        """Raises CheckpointError with a sentence for each kind and up to a limit of names."""
         parts = [
             f"{what} tensors ({len(names)}): {', '.join(names[:_LISTED])}{', ...' if names[_LISTED:] else ''}"
             for what, names in (
@@ -57,8 +57,8 @@ def load_model(
     Args:
         source: what :func:`godwit.checkpoint.open_checkpoint` accepts, or an open checkpoint.
         dtype: of the parameters; None keeps the dtype of the embedding on disk.
-        as_stored: every parameter in the dtype of its own tensors, which loses nothing; for packing, since
-            PyTorch's operations want one dtype.
+        as_stored: keep each parameter in the dtype of its own tensors, so that saving it again loses
+            nothing. PyTorch's operations may refuse to run such a model, as they want one dtype.
         device: where the parameters go.
         progress: called with (tensors done, tensors in all).
 
@@ -88,7 +88,7 @@ def load_model(
 
 
 def _allocate(model: nn.Module, device: torch.device | str) -> None:
-    """What Module.to_empty does, without torch.empty_like, which imports sympy for tensors on "meta"."""
+    """Module.to_empty without torch.empty_like, which imports sympy for tensors on "meta"."""
     for module in model.modules():
         for name, param in list(module.named_parameters(recurse=False)):
             real = torch.empty(param.shape, dtype=param.dtype, device=device)
@@ -96,7 +96,7 @@ def _allocate(model: nn.Module, device: torch.device | str) -> None:
 
 
 def _widen(model: CausalLM, pieces: Sequence[Placement], stored: Mapping[str, torch.dtype]) -> None:
-    """Give each parameter of a model without data the dtype that holds all its tensors exactly."""
+    """Give each parameter (on "meta") the dtype that holds all its tensors exactly."""
     dtypes: dict[str, torch.dtype] = {}
     for piece in pieces:
         own = stored[piece.source]
@@ -106,7 +106,7 @@ def _widen(model: CausalLM, pieces: Sequence[Placement], stored: Mapping[str, to
 
 
 def plan(checkpoint: Checkpoint) -> tuple[list[Placement], dict[str, str], int]:
-    """The pieces to read, canonical to actual names, and the number of MTP layers found.
+    """The placements to read, canonical to actual names, and the number of MTP layers found.
 
     Raises:
         CheckpointError: the names or shapes do not fit the config.
@@ -198,7 +198,7 @@ def _part(parameter: Tensor, piece: Placement) -> _Part:
 
 
 def export_tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under its Hugging Face name, packed as published, experts apart."""
+    """Every tensor under its published name and in its published layout."""
     parameters = dict(model.named_parameters())
     num_mtp = len(model.mtp.layers) if model.mtp is not None else 0
     for entry in name_map(model.config, num_mtp):
@@ -208,12 +208,12 @@ def export_tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
 
 
 def _saved_layout(config: ModelConfig) -> int:
-    """Qwen3.5 keeps its experts fused on disk, every other family apart."""
+    """Index of the layout of experts: Qwen3.5 fuses them, every other family stores each by itself."""
     return 1 if config.model_type.startswith("qwen3_5") else 0
 
 
 def _text_config(config: ModelConfig) -> dict[str, Any]:
-    """The raw config to save: a multimodal wrapper's text part, for no other part was loaded."""
+    """The raw config to save; of a multimodal wrapper its text part, since no other part was loaded."""
     raw = dict(config.raw)
     text = raw.get("text_config")
     if isinstance(text, Mapping):
@@ -236,7 +236,7 @@ def save_model(
     Args:
         model: any supported family.
         path: the new directory.
-        companions: directory whose tokenizer, template and generation files are copied along.
+        companions: directory whose tokenizer, template and generation files are copied.
         extra_files: more files by name.
         overwrite: replace an existing directory.
     """
