@@ -58,7 +58,8 @@ def test_a_stopped_writer_says_how_to_go_on(
         patch.setattr(quantize, "working", stopped_halfway(number))
         result = invoke(verb, model, out)
     assert (result.exit_code, result.stdout) == (NUMBERS[number], "")
-    assert f"{out} is not finished; run the same command again to continue from {out}.partial" in result.stderr
+    rest = f"run the same command again to continue from {out}.partial"
+    assert f"{out} is not finished; {rest}" in result.stderr
     assert not out.exists() and "Traceback" not in result.stderr
     again = invoke(verb, model, out)
     assert again.exit_code == 0 and "tensors were already there" in again.stdout

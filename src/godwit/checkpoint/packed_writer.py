@@ -1,7 +1,7 @@
 """Writing a packed file: it appears whole or not at all, and a killed writer can be resumed.
 
 The file grows as ``NAME.partial``; ``NAME.journal`` beside it identifies its source and lists the tensors
-that are on disk, each line added only after its tensor. The prefix is written last, and then the file is renamed.
+that are on disk, each line added only after its tensor. The prefix is written last, then the file is renamed.
 """
 
 from __future__ import annotations
