@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from godwit.errors import UsageError
-from godwit.qfit import MAX_SCALE, SPAN, inverse, q4_codes, q4_scales, q4_widths, q8_scales
+from godwit.qfit import MAX_SCALE, inverse, q4_codes, q4_scales, q4_widths, q8_scales
+from godwit.qfit import SPAN as SPAN
 
 TILE_ROWS = 16  # output rows side by side in a tile
 GROUP = 32  # inputs that share a scale, or in q4 a step

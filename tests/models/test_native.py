@@ -137,13 +137,6 @@ def test_counts_and_formats(model: CausalLM) -> None:
     assert formats(packed)[0] == "q4" and formats(model) == []
 
 
-def test_packing_may_free_what_it_packed(model: CausalLM) -> None:
-    kept = logits(pack_model(model, "bf16"), [20])
-    packed = pack_model(model, "bf16", release=True)
-    assert sum(param.numel() for param in model.parameters()) == 0
-    assert torch.equal(logits(packed, [20]), kept)
-
-
 def rounding_to_bf16(model: CausalLM) -> Rounding:
     """Of all matrices that packing as bf16 would change the dtype of."""
     found = Rounding()

@@ -62,14 +62,13 @@ def assemble(config: ModelConfig, num_mtp: int, values: Iterable[tuple[str, Valu
     return _finish(model)
 
 
-def pack_model(model: CausalLM, format: str | Callable[[str], str], *, release: bool = False) -> CausalLM:
+def pack_model(model: CausalLM, format: str | Callable[[str], str]) -> CausalLM:
     """Pack every matrix of ``model`` in memory.
 
     Args:
         model: with ordinary parameters on the CPU.
         format: one of :data:`godwit.qtensor.FORMATS`, with routers and gate projections in bf16; or a
             function that gives the format of each matrix by its name.
-        release: free each parameter of ``model`` once it is packed, which spares a second copy of it.
     """
 
     def format_of(name: str) -> str:
@@ -87,9 +86,6 @@ def pack_model(model: CausalLM, format: str | Callable[[str], str], *, release: 
                     name = f"{module_name}.{leaf}"
                     packs = _is_matrix(name, param)
                     yield name, quantize(param, format_of(name)) if packs else param.detach().float()
-            if release:
-                for param in module.parameters(recurse=False):
-                    param.data = param.data.new_empty(0)
 
     return assemble(model.config, int(model.mtp is not None), values(), "the model")
 
