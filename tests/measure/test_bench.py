@@ -14,7 +14,9 @@ import torch
 from godwit import _native
 from godwit.errors import KernelParityError, MemoryBudgetError, UsageError
 from godwit.measure import bench as module
-from godwit.measure.bench import BenchPlan, Case, Runner, bench, spread
+from godwit.measure import bench_cases
+from godwit.measure.bench import bench, spread
+from godwit.measure.bench_cases import BenchPlan, Case, CaseRunner
 from godwit.measure.ceilings import measure_ceilings
 from godwit.measure.costs import ARITHMETICS, costs_of, formats_of, trunk_caches
 from godwit.measure.parity import KernelCheck
@@ -81,7 +83,7 @@ def test_bytes_are_those_of_the_costs_at_the_mean_depth() -> None:
 
 def test_routed_experts_are_counted() -> None:
     model = tiny_model("hybrid")
-    runner = Runner(model, [Case("decode", 4, 8, 6)], 16)
+    runner = CaseRunner(model, [Case("decode", 4, 8, 6)], 16)
     one, six = (runner.routed(Case("decode", 4, 8, batch)) for batch in (1, 6))
     assert one == [2.0] * 4  # top two of four
     assert all(2.0 < used <= 4.0 for used in six)
@@ -96,7 +98,7 @@ def test_equal_tokens_are_not_fed_to_all_sequences(monkeypatch: pytest.MonkeyPat
         return forward(batch, *args, **kwargs)
 
     monkeypatch.setattr(model, "forward", spy)
-    runner = Runner(model, [Case("decode", 5, 20, 4), Case("prefill", 40)], 16)
+    runner = CaseRunner(model, [Case("decode", 5, 20, 4), Case("prefill", 40)], 16)
     runner.seconds(Case("decode", 5, 20, 4))
     assert len(seen) == 5 and len({tuple(batch.input_ids.tolist()) for batch in seen}) == 5
     assert all(len(set(batch.input_ids.tolist())) > 1 for batch in seen)
@@ -111,7 +113,7 @@ def test_equal_tokens_are_not_fed_to_all_sequences(monkeypatch: pytest.MonkeyPat
 
 
 def test_caches_hold_what_a_deep_context_would() -> None:
-    runner = Runner(tiny_model("hybrid"), [Case("decode", 2, 100, 2)], 16)
+    runner = CaseRunner(tiny_model("hybrid"), [Case("decode", 2, 100, 2)], 16)
     before = [cache.state.clone() for cache in runner.cache.caches.recurrent()]
     runner.seconds(Case("decode", 2, 100, 2))
     for cache, state in zip(runner.cache.caches.recurrent(), before, strict=True):
@@ -123,9 +125,9 @@ def test_caches_hold_what_a_deep_context_would() -> None:
 
 def test_cases_take_turns_and_ceilings_come_between(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    run = Runner.seconds
+    run = CaseRunner.seconds
 
-    def seconds(self: Runner, case: Case) -> float:
+    def seconds(self: CaseRunner, case: Case) -> float:
         order.append(str(case))
         return run(self, case)
 
@@ -133,7 +135,7 @@ def test_cases_take_turns_and_ceilings_come_between(monkeypatch: pytest.MonkeyPa
         order.append("ceilings")
         return measure_ceilings(1 << 20, 0.0)
 
-    monkeypatch.setattr(Runner, "seconds", seconds)
+    monkeypatch.setattr(CaseRunner, "seconds", seconds)
     monkeypatch.setattr(module, "measure_ceilings", between)
     said: list[str] = []
     bench(
@@ -159,14 +161,14 @@ def test_cases_take_turns_and_ceilings_come_between(monkeypatch: pytest.MonkeyPa
 
 def interrupted_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     """Ctrl-C in the middle of a case, counted from the warm-up on."""
-    run, calls = Runner.seconds, count(1)
+    run, calls = CaseRunner.seconds, count(1)
 
-    def seconds(self: Runner, case: Case) -> float:
+    def seconds(self: CaseRunner, case: Case) -> float:
         if next(calls) == call:
             raise KeyboardInterrupt
         return run(self, case)
 
-    monkeypatch.setattr(Runner, "seconds", seconds)
+    monkeypatch.setattr(CaseRunner, "seconds", seconds)
 
 
 @pytest.mark.parametrize(("call", "rounds", "profiles"), [(5, 1, 0), (7, 2, 0), (9, 3, 1)])
@@ -223,11 +225,11 @@ def test_profiling_is_switched_off_again(monkeypatch: pytest.MonkeyPatch) -> Non
     switched: list[bool] = []
     monkeypatch.setattr(_native, "set_profiling", switched.append)
     monkeypatch.setattr(_native, "profile", lambda: {"ffn": (0.25, 4)})
-    runner = Runner(tiny_model("attention"), [Case("prefill", 4)], 4)
-    found = module.profile_case(runner, Case("prefill", 4))
+    runner = CaseRunner(tiny_model("attention"), [Case("prefill", 4)], 4)
+    found = bench_cases.profile_case(runner, Case("prefill", 4))
     assert found["ops"] == {"ffn": {"seconds": 0.25, "calls": 4}} and switched == [True, False]
     with pytest.raises(MemoryBudgetError):
-        module.profile_case(runner, Case("prefill", 400))
+        bench_cases.profile_case(runner, Case("prefill", 400))
     assert switched[2:] == [True, False]
 
 
@@ -236,7 +238,7 @@ def test_profiling_is_switched_off_again(monkeypatch: pytest.MonkeyPatch) -> Non
     [
         (BenchPlan((0,), 0), "nothing to measure"),
         (BenchPlan((), 4, ()), "nothing to measure"),
-        (BenchPlan((4097,), 0), "4097 tokens are asked for in one sequence, but the model is made for 4096"),
+        (BenchPlan((4097,), 0), "4097 tokens is longer than the model's context of 4096"),
         (BenchPlan((), 128, (0, 4000)), "4128 tokens"),
     ],
 )
@@ -246,9 +248,9 @@ def test_plans_that_cannot_be(plan: BenchPlan, words: str) -> None:
 
 
 def test_caches_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "memory", lambda: {"total": 10**9, "available": 10**5})
+    monkeypatch.setattr(bench_cases, "memory", lambda: {"total": 10**9, "available": 10**5})
     with pytest.raises(MemoryBudgetError, match="ask for smaller depths or batches"):
-        Runner(tiny_model("attention"), [Case("decode", 8, 2000, 4)], 16)
+        CaseRunner(tiny_model("attention"), [Case("decode", 8, 2000, 4)], 16)
 
 
 def test_cases_are_named_once() -> None:

@@ -18,9 +18,9 @@ from godwit.checkpoint.packed_layout import ExpertStack, Matrix, TensorBlob
 from godwit.config import ModelConfig
 from godwit.errors import CheckpointError
 from godwit.models.causal_lm import CausalLM
+from godwit.models.inventory import EXACT
 from godwit.models.layers import Experts
 from godwit.models.loader import export_tensors, load_model, save_model
-from godwit.models.native import EXACT
 from godwit.models.packing import pack_checkpoint
 from godwit.models.recipe import QuantRecipe
 from godwit.qtensor import QuantTensor

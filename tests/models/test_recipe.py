@@ -75,7 +75,7 @@ def test_a_rule_may_reach_what_built_in_recipes_leave(tmp_path: Path) -> None:
         ('formats = "q4"', "table"),
         ('[formats]\n"*" = "q5"', "one of bf16, q8, q4"),
         ('[formats]\n"*" = 4', "one of"),
-        ('rules = "q4"', "and not rules"),
+        ('rules = "q4"', "unknown: rules"),
         ("a = " + "[" * 10000, "TOML"),
     ],
 )
@@ -92,7 +92,7 @@ def test_rules_that_match_nothing_are_refused(tmp_path: Path, pattern: str) -> N
 
 
 def test_unknown_names(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="neither a recipe"):
+    with pytest.raises(UsageError, match="neither a built-in recipe"):
         QuantRecipe.find(str(tmp_path / "absent.toml"))
     assert all(QuantRecipe.find(name).rules == rules for name, rules in BUILT_IN.items())
 

@@ -56,9 +56,16 @@ def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ca
         return torch.cat(rows).view(*x.shape[:-1], -1) if rows else plain(x, w, bias)
 
     def attention(
-        q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], lengths: Sequence[int], scale: float
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_tables: Tensor,
+        lengths: Sequence[int],
+        seq_lens: Sequence[int],
+        scale: float,
     ) -> Tensor:
         rows = []
+        keys, values = reference.gather_sequences(k_cache, v_cache, block_tables, seq_lens)
         for query, key, value in zip(torch.split(q, list(lengths)), keys, values, strict=True):
             for index in range(query.shape[0]):
                 seen = key.shape[0] - query.shape[0] + index + 1
@@ -68,7 +75,7 @@ def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ca
         return torch.cat(rows)
 
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
-    monkeypatch.setitem(ops._TABLE, ("attention", "dense", "cpu"), attention)
+    monkeypatch.setitem(ops._TABLE, ("paged_attention", "dense", "cpu"), attention)
     return random_model()
 
 
@@ -168,7 +175,7 @@ def test_undoing_more_than_was_tentative_is_refused(model: CausalLM) -> None:
     with pytest.raises(UsageError, match="cannot undo 1 tokens"):
         run.rollback(1)
     run.step([1, 2, 3], tentative=2)
-    with pytest.raises(UsageError, match="cannot undo 3 tokens: the last step kept 2"):
+    with pytest.raises(UsageError, match="cannot undo 3 tokens: the last step declared 2 tentative"):
         run.rollback(3)
     with pytest.raises(UsageError, match="cannot undo -1"):
         run.rollback(-1)

@@ -12,6 +12,7 @@ from godwit.config import ModelConfig
 from godwit.errors import CheckpointError
 from godwit.measure import planner
 from godwit.measure.planner import Sizes
+from godwit.models.inventory import count_mtp, parameters
 from godwit.models.recipe import QuantRecipe, tensor_blobs
 
 
@@ -52,9 +53,9 @@ def sizes_packed(sizes: Sizes, config: ModelConfig, num_mtp: int, recipe: str) -
 def bytes_of_parts(blobs: Mapping[str, TensorBlob], config: ModelConfig) -> dict[str, dict[str, Any]]:
     """Weights, bytes and bits a weight (scales and padding included) of each part, the largest first."""
     found: dict[str, dict[str, Any]] = {}
+    parts = {p.packed_name: p.part for p in parameters(config, count_mtp(blobs))}
     for name, blob in blobs.items():
-        # The rule goes by parameters, of which a stack of experts holds two.
-        part = found.setdefault(planner.part_of(f"{name}.", config), {"weights": 0, "bytes": 0})
+        part = found.setdefault(parts[name], {"weights": 0, "bytes": 0})
         part["weights"] += blob.num_weights
         part["bytes"] += blob.nbytes
     for part in found.values():

@@ -23,8 +23,8 @@ from godwit.cli.stopping import tidy_stop
 from godwit.cli.tables import Tables, size_text
 from godwit.config import ModelConfig
 from godwit.errors import MemoryBudgetError, UsageError
-from godwit.measure import planner
 from godwit.measure.machine import memory
+from godwit.models.inventory import PARTS
 from godwit.models.recipe import QuantRecipe
 from godwit.shrink.importance import read_importance
 from godwit.shrink.quantize import PackingReport, quantize_checkpoint
@@ -203,7 +203,7 @@ def _show(content: dict[str, Any]) -> None:
     table.add_column("bits a weight", f"{content['bits']:.2f}", justify="right", no_wrap=True)
     for name, part in content["parts"].items():
         row = (f"{part['weights']:,}", size_text(part["bytes"]), f"{part['bits']:.2f}")
-        table.add_row(planner.PARTS[name], *row)
+        table.add_row(PARTS[name], *row)
     console = Tables()
     console.print(table)
     resumed = content["resumed_tensors"]

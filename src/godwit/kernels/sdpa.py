@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from godwit.kernels.reference import gather_sequences
+
 
 def attention(
     q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], lengths: Sequence[int], scale: float
@@ -18,6 +20,20 @@ def attention(
         for query, key, value in zip(torch.split(q, list(lengths)), keys, values, strict=True)
     ]
     return torch.cat(outputs) if outputs else q
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    lengths: Sequence[int],
+    seq_lens: Sequence[int],
+    scale: float,
+) -> Tensor:
+    """Same contract as :func:`godwit.kernels.reference.paged_attention`."""
+    keys, values = gather_sequences(k_cache, v_cache, block_tables, seq_lens)
+    return attention(q, keys, values, lengths, scale)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -17,6 +17,7 @@ from godwit.checkpoint.spelling import EMBEDDING, HEAD, canonical_name
 from godwit.config import ModelConfig
 from godwit.errors import CheckpointError
 from godwit.models.causal_lm import CausalLM
+from godwit.models.inventory import count_mtp, parameters
 from godwit.models.names import Alternatives, Entry, Placement, name_map
 
 _MTP_LAYER = re.compile(r"mtp\.layers\.(\d+)\.")
@@ -134,11 +135,10 @@ def _plan_native(
 ) -> tuple[list[Placement], dict[str, str], int]:
     """The plan where tensors are named like the model's parameters, and each is one."""
     actual = {name: name for name in checkpoint.names()}
-    num_mtp = int(any(name.startswith("mtp.") for name in actual))
-    with torch.device("meta"):
-        shapes = {n: tuple(p.shape) for n, p in CausalLM(checkpoint.config, num_mtp).named_parameters()}
-    complaints.unexpected += actual.keys() - shapes.keys()
-    return [Placement(name, shape, name) for name, shape in shapes.items()], actual, num_mtp
+    num_mtp = count_mtp(actual)
+    listed = parameters(checkpoint.config, num_mtp)
+    complaints.unexpected += sorted(actual.keys() - {parameter.name for parameter in listed})
+    return [Placement(one.name, one.shape, one.name) for one in listed], actual, num_mtp
 
 
 def _plan_published(

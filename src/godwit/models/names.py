@@ -1,14 +1,16 @@
 """How checkpoint tensors map to the model's parameters, per family, in both directions.
 
-A :class:`Placement` says: this checkpoint tensor is that part of that parameter. Loading writes the tensor there,
+A :class:`Placement` maps a checkpoint tensor to a part of a parameter. Loading writes the tensor there,
 saving reads it from there; packed and interleaved layouts are undone here and nowhere else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +34,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Alternatives:
-    """One group of parameters with several layouts on disk; the first whose names are present is meant."""
+    """Parameters with several layouts on disk; the first option whose names are present applies."""
 
     options: tuple[tuple[Placement, ...], ...]
 
@@ -54,29 +56,19 @@ def name_map(config: ModelConfig, num_mtp: int) -> Iterator[Entry]:
         yield Placement("mtp.pre_fc_norm_hidden.weight", (hidden,), "mtp.hidden_norm.weight")
         yield Placement("mtp.fc.weight", (hidden, 2 * hidden), "mtp.fc.weight")
         yield Placement("mtp.norm.weight", (hidden,), "mtp.norm.weight")
-        for index in range(num_mtp):
-            yield from _layer(f"mtp.layers.{index}.", f"mtp.layers.{index}.", config.mtp_layer, config)
+        yield from _layer("mtp.layers.0.", "mtp.layers.0.", config.mtp_layer, config)
 
 
 def _layer(source: str, target: str, layer: LayerSpec, config: ModelConfig) -> Iterator[Entry]:
     hidden = config.hidden_size
     yield Placement(source + "input_layernorm.weight", (hidden,), target + "input_norm.weight")
     yield Placement(source + "post_attention_layernorm.weight", (hidden,), target + "ffn_norm.weight")
-    if isinstance(layer.mixer, AttentionSpec):
-        yield from _attention(source + "self_attn.", target + "mixer.", layer.mixer, hidden)
-    elif config.family.gdn_packing == "interleaved":
-        yield from _delta_interleaved(source + "linear_attn.", target + "mixer.", layer.mixer, hidden)
-        yield from _delta_common(source + "linear_attn.", target + "mixer.", layer.mixer, hidden)
-    else:
-        yield from _delta_split(source + "linear_attn.", target + "mixer.", layer.mixer, hidden)
-        yield from _delta_common(source + "linear_attn.", target + "mixer.", layer.mixer, hidden)
-    if isinstance(layer.ffn, DenseSpec):
-        yield from _swiglu(source + "mlp.", target + "ffn.", layer.ffn.intermediate, hidden, layer.ffn.bias)
-    else:
-        yield from _moe(source, target + "ffn.", layer.ffn, config)
+    yield from _ENTRIES[type(layer.mixer)](source, target + "mixer.", layer.mixer, config)
+    yield from _ENTRIES[type(layer.ffn)](source, target + "ffn.", layer.ffn, config)
 
 
-def _attention(source: str, target: str, spec: AttentionSpec, hidden: int) -> Iterator[Placement]:
+def _attention(layer: str, target: str, spec: AttentionSpec, config: ModelConfig) -> Iterator[Placement]:
+    source, hidden = layer + "self_attn.", config.hidden_size
     query, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     gates = query if spec.output_gate else 0
     rows: dict[str, Tensor | slice] = {
@@ -102,6 +94,17 @@ def _query_and_gate_rows(spec: AttentionSpec) -> Tensor:
     """Target row of each row of a gated q_proj, which holds query then gate head by head."""
     heads = torch.arange(spec.num_heads)[:, None] * spec.head_dim + torch.arange(spec.head_dim)[None, :]
     return torch.cat((heads, heads + spec.num_heads * spec.head_dim), 1).flatten()
+
+
+def _delta(layer: str, target: str, spec: GatedDeltaNetSpec, config: ModelConfig) -> Iterator[Placement]:
+    source, hidden = layer + "linear_attn.", config.hidden_size
+    packed = {"interleaved": _delta_interleaved, "split": _delta_split}[config.family.gdn_packing]
+    yield from packed(source, target, spec, hidden)
+    yield Placement(source + "conv1d.weight", (spec.conv_dim, 1, spec.conv_kernel), target + "conv_weight")
+    yield Placement(source + "A_log", (spec.num_v_heads,), target + "A_log")
+    yield Placement(source + "dt_bias", (spec.num_v_heads,), target + "dt_bias")
+    yield Placement(source + "norm.weight", (spec.head_v_dim,), target + "norm_weight")
+    yield Placement(source + "out_proj.weight", (hidden, spec.value_dim), target + "out_proj.weight")
 
 
 def _delta_interleaved(source: str, target: str, spec: GatedDeltaNetSpec, hidden: int) -> Iterator[Placement]:
@@ -134,12 +137,8 @@ def _delta_split(source: str, target: str, spec: GatedDeltaNetSpec, hidden: int)
     yield Placement(source + "in_proj_a.weight", (heads, hidden), ba, (slice(heads, 2 * heads),))
 
 
-def _delta_common(source: str, target: str, spec: GatedDeltaNetSpec, hidden: int) -> Iterator[Placement]:
-    yield Placement(source + "conv1d.weight", (spec.conv_dim, 1, spec.conv_kernel), target + "conv_weight")
-    yield Placement(source + "A_log", (spec.num_v_heads,), target + "A_log")
-    yield Placement(source + "dt_bias", (spec.num_v_heads,), target + "dt_bias")
-    yield Placement(source + "norm.weight", (spec.head_v_dim,), target + "norm_weight")
-    yield Placement(source + "out_proj.weight", (hidden, spec.value_dim), target + "out_proj.weight")
+def _dense(layer: str, target: str, spec: DenseSpec, config: ModelConfig) -> Iterator[Placement]:
+    return _swiglu(layer + "mlp.", target, spec.intermediate, config.hidden_size, spec.bias)
 
 
 def _swiglu(source: str, target: str, width: int, hidden: int, bias: bool) -> Iterator[Placement]:
@@ -188,3 +187,8 @@ def _experts_fused(source: str, target: str, spec: MoeSpec, hidden: int) -> Iter
     count, width = spec.num_experts, spec.intermediate
     yield Placement(source + "experts.gate_up_proj", (count, 2 * width, hidden), target + "experts.w13")
     yield Placement(source + "experts.down_proj", (count, hidden, width), target + "experts.w2")
+
+
+_ENTRIES: Mapping[type, Callable[[str, str, Any, ModelConfig], Iterator[Entry]]] = MappingProxyType(
+    {AttentionSpec: _attention, GatedDeltaNetSpec: _delta, DenseSpec: _dense, MoeSpec: _moe}
+)
