@@ -139,7 +139,7 @@ def test_synthetic_models(model: Path, tmp_path: Path) -> None:
         (["--recipe", "recipe.toml"], 2, "no matrix of this model"),
         (["--importance", "absent"], 3, "absent"),
         (["--evaluate", "absent"], 2, "cannot be read"),
-        (["--evaluate", "empty"], 2, "two at least"),
+        (["--evaluate", "empty"], 2, "at least two"),
         (["--evaluate", "latin"], 2, "not UTF-8 text"),
     ],
 )
