@@ -180,9 +180,9 @@ BAD: list[tuple[str, Any, Any, dict[str, Any], str]] = [
         [TensorSource("a", (3,), X.dtype, lambda: X)],
         CONFIG,
         {},
-        "announced was [3] torch.float32",
+        "expected [3] torch.float32",
     ),
-    ("other dtype", [TensorSource("a", (2,), torch.float16, lambda: X)], CONFIG, {}, "announced was [2]"),
+    ("other dtype", [TensorSource("a", (2,), torch.float16, lambda: X)], CONFIG, {}, "expected [2]"),
     ("config", [("a", X)], {"x": X}, {}, "cannot be written as JSON"),
     (
         "stale section",
