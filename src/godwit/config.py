@@ -7,25 +7,21 @@ model types in :data:`FAMILIES`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NoReturn
 
-from godwit.config_fields import Fields
+from godwit.config_fields import Fields, read_config_json
 from godwit.config_rotary import RotarySpec, read_rotary
 from godwit.errors import CheckpointError, UnsupportedModelError
-from godwit.file_kinds import kind_of, refusal
-from godwit.safe_files import check_json, read_bounded
 
 __all__ = [
     "FAMILIES", "AttentionSpec", "DenseSpec", "Family", "FfnSpec", "GatedDeltaNetSpec", "LayerSpec",
     "MixerSpec", "ModelConfig", "MoeSpec", "RotarySpec", "read_config_json",
 ]  # fmt: skip
 
-MAX_CONFIG_BYTES = 16 * 2**20
 #: Far beyond the largest models; a limit, since each layer and expert takes memory before any weight is read.
 MAX_LAYERS = 1024
 MAX_EXPERTS = 2**18  # of all layers
@@ -224,33 +220,6 @@ class ModelConfig:
     def from_file(path: str | Path) -> ModelConfig:
         """Read ``config.json`` (the file, or a directory that holds it)."""
         return ModelConfig.from_dict(read_config_json(path))
-
-
-def read_config_json(path: str | Path) -> dict[str, Any]:
-    """Parse a ``config.json`` with a size limit.
-
-    Raises:
-        CheckpointError: missing, not a regular file, too large, a link out of its folder, or not a JSON
-            object.
-    """
-    file = Path(path)
-    if file.is_dir():
-        file = file / "config.json"
-    try:
-        data = read_bounded(file, MAX_CONFIG_BYTES, folder=file.parent)
-    except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"{file}: no such file; give a model directory or its config.json") from None
-    check_json(data, file)
-    try:
-        raw = json.loads(data.decode())
-    except (ValueError, RecursionError) as error:
-        kind = kind_of(data, len(data))
-        if kind is not None:
-            raise refusal(file, kind) from None
-        raise CheckpointError(f"{file}: not valid JSON ({error}); fetch the file again") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{file}: a model config must be a JSON object, found {type(raw).__name__}")
-    return raw
 
 
 class _ConfigReader:

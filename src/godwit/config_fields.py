@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from godwit.errors import CheckpointError
+from godwit.file_kinds import kind_of, refusal
+from godwit.safe_files import check_json, read_bounded
+
+MAX_CONFIG_BYTES = 16 * 2**20
 
 _COMMON = {
     "hidden_act": "silu",
@@ -170,3 +176,30 @@ class Fields:
         if not isinstance(value, bool):
             raise CheckpointError(f"config field {name} must be true or false, found {value!r:.60}")
         return value
+
+
+def read_config_json(path: str | Path) -> dict[str, Any]:
+    """Parse a ``config.json`` with a size limit.
+
+    Raises:
+        CheckpointError: missing, not a regular file, too large, a link out of its folder, or not a JSON
+            object.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "config.json"
+    try:
+        data = read_bounded(file, MAX_CONFIG_BYTES, folder=file.parent)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{file}: no such file; give a model directory or its config.json") from None
+    check_json(data, file)
+    try:
+        raw = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        kind = kind_of(data, len(data))
+        if kind is not None:
+            raise refusal(file, kind) from None
+        raise CheckpointError(f"{file}: not valid JSON ({error}); fetch the file again") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file}: a model config must be a JSON object, found {type(raw).__name__}")
+    return raw
