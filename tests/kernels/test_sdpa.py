@@ -62,7 +62,7 @@ def test_paged_attention_reads_through_block_tables(
     order = torch.randperm(sum(counts) + 2)
     tables = torch.full((len(shapes), max(counts)), 10**6)  # unused entries point nowhere
     caches = torch.full((2, len(order), block, 2, 24), math.nan)
-    for row, blocks in enumerate(order[: sum(counts)].split(counts)):
+    for row, blocks in enumerate(torch.split(order[: sum(counts)], counts)):
         tables[row, : len(blocks)] = blocks
         slots = (blocks[:, None] * block + torch.arange(block)).flatten()[: seq_lens[row]]
         for cache, new in zip(caches, (keys[row], values[row]), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -56,16 +57,9 @@ def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ca
         return torch.cat(rows).view(*x.shape[:-1], -1) if rows else plain(x, w, bias)
 
     def attention(
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_tables: Tensor,
-        lengths: Sequence[int],
-        seq_lens: Sequence[int],
-        scale: float,
+        q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], lengths: Sequence[int], scale: float
     ) -> Tensor:
         rows = []
-        keys, values = reference.gather_sequences(k_cache, v_cache, block_tables, seq_lens)
         for query, key, value in zip(torch.split(q, list(lengths)), keys, values, strict=True):
             for index in range(query.shape[0]):
                 seen = key.shape[0] - query.shape[0] + index + 1
@@ -75,7 +69,8 @@ def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ca
         return torch.cat(rows)
 
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
-    monkeypatch.setitem(ops._TABLE, ("paged_attention", "dense", "cpu"), attention)
+    paged_attention = partial(reference.paged_attention, attend=attention)
+    monkeypatch.setitem(ops._TABLE, ("paged_attention", "dense", "cpu"), paged_attention)
     return random_model()
 
 

@@ -409,15 +409,6 @@ def gather_kv(cache: Tensor, block_table: Tensor, length: int) -> Tensor:
     return cache.index_select(0, used).flatten(0, 1)[:length]
 
 
-def gather_sequences(
-    k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, seq_lens: Sequence[int]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Keys and values ``[L, kv_heads, D]`` of each sequence; see :func:`paged_attention`."""
-    tables = list(zip(block_tables, seq_lens, strict=True))
-    keys = [gather_kv(k_cache, table, length) for table, length in tables]
-    return keys, [gather_kv(v_cache, table, length) for table, length in tables]
-
-
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -426,6 +417,7 @@ def paged_attention(
     lengths: Sequence[int],
     seq_lens: Sequence[int],
     scale: float,
+    attend: Callable[..., Tensor] = attention,
 ) -> Tensor:
     """:func:`attention` with the keys and values in the blocks of a cache.
 
@@ -436,12 +428,15 @@ def paged_attention(
         lengths: queries of each sequence.
         seq_lens: tokens of each sequence in the cache, its queries included.
         scale: factor of the scores.
+        attend: computes :func:`attention` of the keys and values gathered for it.
 
     Returns:
         ``[T, heads, D]`` in the dtype of q.
     """
-    keys, values = gather_sequences(k_cache, v_cache, block_tables, seq_lens)
-    return attention(q, keys, values, lengths, scale)
+    tables = list(zip(block_tables, seq_lens, strict=True))
+    keys = [gather_kv(k_cache, table, length) for table, length in tables]
+    values = [gather_kv(v_cache, table, length) for table, length in tables]
+    return attend(q, keys, values, lengths, scale)
 
 
 def topk_softmax(logits: Tensor, k: int, *, renormalize: bool) -> tuple[Tensor, Tensor]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from godwit.kernels.reference import gather_sequences
+from godwit.kernels import reference
 
 
 def attention(
@@ -22,18 +23,8 @@ def attention(
     return torch.cat(outputs) if outputs else q
 
 
-def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    lengths: Sequence[int],
-    seq_lens: Sequence[int],
-    scale: float,
-) -> Tensor:
-    """Same contract as :func:`godwit.kernels.reference.paged_attention`."""
-    keys, values = gather_sequences(k_cache, v_cache, block_tables, seq_lens)
-    return attention(q, keys, values, lengths, scale)
+#: Same contract as :func:`godwit.kernels.reference.paged_attention`.
+paged_attention = partial(reference.paged_attention, attend=attention)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

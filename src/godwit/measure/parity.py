@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from godwit.config import AttentionSpec, GatedDeltaNetSpec, ModelConfig
+from godwit.config import ModelConfig
 from godwit.errors import KernelParityError
 from godwit.measure.costs import packed_weights
 from godwit.models.batch import BLOCK_SIZE, ForwardBatch
@@ -114,39 +113,22 @@ def _small_fields(config: ModelConfig, text: Mapping[str, Any]) -> dict[str, Any
         "intermediate_size": WIDTH,
         "initializer_range": HIDDEN**-0.5,  # so that layers change their input as much as at full width
     }
-    mixers = {layer.mixer.part: layer.mixer for layer in reversed(config.layers)}
+    mixers: dict[str, Any] = {layer.mixer.part: layer.mixer for layer in reversed(config.layers)}
     kinds = []
-    for part, (kind, small) in _SMALL_MIXERS.items():
-        if part in mixers:
-            kinds.append(kind)
-            fields |= small(mixers[part])
+    if delta := mixers.get("delta"):
+        kinds.append("linear_attention")
+        heads = min(delta.num_k_heads, 2)
+        fields["linear_num_key_heads"] = heads
+        fields["linear_num_value_heads"] = heads * (delta.num_v_heads // delta.num_k_heads)
+    if attention := mixers.get("attention"):
+        kinds.append("full_attention")
+        heads = min(attention.num_kv_heads, 2)
+        fields["num_key_value_heads"] = heads
+        fields["num_attention_heads"] = heads * (attention.num_heads // attention.num_kv_heads)
+        fields["head_dim"] = attention.head_dim
     if config.family.hybrid:
         fields["layer_types"] = (kinds * 2)[:2]
     return fields | _small_ffn(config, text)
-
-
-def _small_delta(spec: GatedDeltaNetSpec) -> dict[str, int]:
-    heads = min(spec.num_k_heads, 2)
-    ratio = spec.num_v_heads // spec.num_k_heads
-    return {"linear_num_key_heads": heads, "linear_num_value_heads": heads * ratio}
-
-
-def _small_attention(spec: AttentionSpec) -> dict[str, int]:
-    heads = min(spec.num_kv_heads, 2)
-    return {
-        "num_key_value_heads": heads,
-        "num_attention_heads": heads * (spec.num_heads // spec.num_kv_heads),
-        "head_dim": spec.head_dim,
-    }
-
-
-#: Part -> its layer type in a config, and the fields that make it small.
-_SMALL_MIXERS: Mapping[str, tuple[str, Callable[[Any], dict[str, int]]]] = MappingProxyType(
-    {
-        "delta": ("linear_attention", _small_delta),
-        "attention": ("full_attention", _small_attention),
-    }
-)
 
 
 def _small_ffn(config: ModelConfig, text: Mapping[str, Any]) -> dict[str, Any]:
