@@ -22,6 +22,7 @@ FLOORS = (
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms} | {"": 0}
 PARTS = {
     "config": ("config_fields", "config_rotary"),
+    "qtensor": ("qfit",),
     "tokenizer": (
         "added_tokens",
         "chat_template",
