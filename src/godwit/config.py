@@ -1,40 +1,36 @@
-"""ModelConfig: what a model is, read from the ``config.json`` of every supported family.
+"""ModelConfig: a model's architecture, read from the ``config.json`` of every supported family.
 
-Families differ here and nowhere else: the modules of ``godwit.models`` are built from these frozen records
-and never ask which family they serve. Field meanings follow the ``transformers`` configuration classes of the
+Families differ only here: the modules of ``godwit.models`` are built from these frozen records and do not
+know the family. Field meanings follow the ``transformers`` configuration classes of the
 model types in :data:`FAMILIES`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NoReturn
 
-from godwit.config_fields import Fields
+from godwit.config_fields import Fields, read_config_json
 from godwit.config_rotary import RotarySpec, read_rotary
 from godwit.errors import CheckpointError, UnsupportedModelError
-from godwit.file_kinds import kind_of, refusal
-from godwit.safe_files import check_json, read_bounded
 
 __all__ = [
     "FAMILIES", "AttentionSpec", "DenseSpec", "Family", "FfnSpec", "GatedDeltaNetSpec", "LayerSpec",
     "MixerSpec", "ModelConfig", "MoeSpec", "RotarySpec", "read_config_json",
 ]  # fmt: skip
 
-MAX_CONFIG_BYTES = 16 * 2**20
-#: Many times those of the largest models. Each layer and expert takes memory before any weight is looked at.
+#: Far beyond the largest models; a limit, since each layer and expert takes memory before any weight is read.
 MAX_LAYERS = 1024
 MAX_EXPERTS = 2**18  # of all layers
-MAX_WIDTH = 2**20  # of all heads of a layer together
+MAX_WIDTH = 2**20  # of all heads of a layer
 
 
 @dataclass(frozen=True)
 class Family:
-    """The facts of a family that its ``config.json`` does not state."""
+    """What ``config.json`` does not state about a family."""
 
     title: str
     norm: Literal["zero_centered", "plain"]
@@ -204,7 +200,7 @@ class ModelConfig:
         raise UnsupportedModelError("a model with MTP needs a full-attention layer to copy its shape")
 
     def untied(self) -> ModelConfig:
-        """The same model with a head of its own, also in ``raw``."""
+        """The same model with a separate output head, also in ``raw``."""
         raw = {**self.raw, "tie_word_embeddings": False}
         if isinstance(text := raw.get("text_config"), Mapping):
             raw["text_config"] = {**text, "tie_word_embeddings": False}
@@ -218,7 +214,7 @@ class ModelConfig:
             UnsupportedModelError: the model type or a feature of it is not supported.
             CheckpointError: a field is missing or makes no sense.
         """
-        return _Reader(raw).model()
+        return _ConfigReader(raw).model()
 
     @staticmethod
     def from_file(path: str | Path) -> ModelConfig:
@@ -226,42 +222,15 @@ class ModelConfig:
         return ModelConfig.from_dict(read_config_json(path))
 
 
-def read_config_json(path: str | Path) -> dict[str, Any]:
-    """Parse a ``config.json`` with a size limit.
-
-    Raises:
-        CheckpointError: no such file, no regular one, too large, a link out of its folder, or not a JSON
-            object.
-    """
-    file = Path(path)
-    if file.is_dir():
-        file = file / "config.json"
-    try:
-        data = read_bounded(file, MAX_CONFIG_BYTES, folder=file.parent)
-    except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"{file}: no such file; give a model directory or its config.json") from None
-    check_json(data, file)
-    try:
-        raw = json.loads(data.decode())
-    except (ValueError, RecursionError) as error:
-        kind = kind_of(data, len(data))
-        if kind is not None:
-            raise refusal(file, kind) from None
-        raise CheckpointError(f"{file}: not valid JSON ({error}); fetch the file again") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{file}: a model config must be a JSON object, found {type(raw).__name__}")
-    return raw
-
-
-class _Reader:
-    """Reads one raw config; keeps the text part and the model type at hand."""
+class _ConfigReader:
+    """Reads one raw config."""
 
     def __init__(self, raw: Mapping[str, Any]) -> None:
         self.raw = raw
         text = raw.get("text_config")
         self.text: Mapping[str, Any] = text if isinstance(text, Mapping) else raw
         inner, outer = self.text.get("model_type"), raw.get("model_type")
-        # A wrapper of a supported family fixes the class of its text part, whatever that part calls itself.
+        # The type of a supported wrapper decides, whatever its text part calls itself.
         kind = outer if isinstance(outer, str) and outer in FAMILIES else inner or outer
         if not isinstance(kind, str) or kind not in FAMILIES:
             known = ", ".join(sorted(FAMILIES))
@@ -292,7 +261,7 @@ class _Reader:
             layers=tuple(layers),
             norm_eps=fields.number("rms_norm_eps"),
             tie_embeddings=self._tied(),
-            max_position=fields.integer("max_position_embeddings"),
+            max_position=attention.rotary.context(fields.integer("max_position_embeddings")),
             num_mtp_layers=self._num_mtp_layers(),
             router_aux_coef=fields.number("router_aux_loss_coef"),
             initializer_range=fields.number("initializer_range"),
@@ -300,7 +269,7 @@ class _Reader:
         )
 
     def _tied(self) -> bool:
-        """Whether the config lets the embedding serve as head, in a wrapper at either level."""
+        """Whether the embedding is the output head too; a wrapper may say so at either level."""
         tied = self.fields.flag("tie_word_embeddings")
         if self.text is self.raw or "tie_word_embeddings" not in self.raw:
             return tied
@@ -321,7 +290,7 @@ class _Reader:
             raise UnsupportedModelError("attention with a sliding_window is not supported")
 
     def _windowed(self) -> bool:
-        """Whether some layer attends to the last few tokens only."""
+        """Whether some layer uses sliding-window attention."""
         if self.model_type == "llama":
             return False
         if self.model_type != "mixtral" and not self.text.get("use_sliding_window"):
@@ -351,16 +320,16 @@ class _Reader:
         fields = self.fields
         heads = fields.integer("num_attention_heads", high=65536)
         hidden = fields.integer("hidden_size")
-        kv_heads = fields.integer("num_key_value_heads", high=65536, null=heads)
-        head_dim = fields.integer("head_dim", high=65536, null=max(1, hidden // heads))
+        kv_null = heads if self.model_type in ("llama", "mixtral", "qwen3") else None
+        kv_heads = fields.integer("num_key_value_heads", high=65536, null=kv_null)
+        dim_null = max(1, hidden // heads) if self.model_type in ("llama", "mixtral", "qwen3_moe") else None
+        head_dim = fields.integer("head_dim", high=65536, null=dim_null)
         if heads * head_dim > MAX_WIDTH:
-            raise CheckpointError(
-                f"{heads} attention heads of {head_dim} are wider than {MAX_WIDTH} together"
-            )
+            raise CheckpointError(f"{heads} attention heads of {head_dim} are wider than {MAX_WIDTH} in all")
         if heads % kv_heads:
-            raise CheckpointError(f"{kv_heads} num_key_value_heads do not divide {heads} num_attention_heads")
+            self._not_divisible("num_key_value_heads", kv_heads, "num_attention_heads", heads)
         if self.model_type == "llama" and hidden % heads:
-            raise CheckpointError(f"{heads} num_attention_heads do not divide the hidden_size {hidden}")
+            self._not_divisible("num_attention_heads", heads, "hidden_size", hidden)
         bias = self.model_type != "mixtral" and fields.flag("attention_bias")
         if (gate := self.family.output_gate) and not self.text.get("attn_output_gate", True):
             raise UnsupportedModelError("attn_output_gate false is not supported for this model type")
@@ -380,9 +349,13 @@ class _Reader:
                 f"the linear attention heads are {spec.conv_dim} wide, more than {MAX_WIDTH}"
             )
         if spec.num_v_heads % spec.num_k_heads:
-            heads = f"{spec.num_k_heads} linear_num_key_heads", f"{spec.num_v_heads} linear_num_value_heads"
-            raise CheckpointError(" do not divide ".join(heads))
+            names = "linear_num_key_heads", "linear_num_value_heads"
+            self._not_divisible(names[0], spec.num_k_heads, names[1], spec.num_v_heads)
         return spec
+
+    def _not_divisible(self, divisor: str, by: int, name: str, value: int) -> NoReturn:
+        parts = self.fields.stated(divisor, by), self.fields.stated(name, value)
+        raise CheckpointError(" do not divide ".join(parts))
 
     def _ffn(self, index: int) -> FfnSpec:
         family, fields = self.family, self.fields
@@ -397,10 +370,10 @@ class _Reader:
         return MoeSpec(experts, top_k, fields.integer(width), shared, renormalize, family.router == "mixtral")
 
     def _num_experts(self, index: int) -> int:
-        """Experts of a layer; 0 where it is dense."""
+        """Number of experts of a layer; 0 if it is dense."""
         if self.family.router == "none" or self._is_dense(index):
             return 0
-        # transformers saves the number of Qwen3-MoE under Mixtral's name too, and there the second one counts
+        # transformers saves Qwen3-MoE's number under Mixtral's name too, and reads that one first
         names = {"mixtral": ("num_experts", "num_local_experts")}
         names["qwen3_moe"] = ("num_local_experts", "num_experts")
         given = (name for name in names.get(self.model_type, ()) if name in self.text)

@@ -1,12 +1,18 @@
-"""The fields of a ``config.json``, checked one by one; absent ones have the defaults of ``transformers``."""
+"""The fields of a ``config.json``, each checked; absent fields have the defaults of ``transformers``."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from godwit.errors import CheckpointError
+from godwit.file_kinds import kind_of, refusal
+from godwit.safe_files import check_json, read_bounded
+
+MAX_CONFIG_BYTES = 16 * 2**20
 
 _COMMON = {
     "hidden_act": "silu",
@@ -132,14 +138,14 @@ def checked_number(name: str, value: object, low: float = 0.0) -> float:
 
 
 class Fields:
-    """The text part of a config. Null means the same as an absent field only where ``null`` is given."""
+    """The text part of a config. A null field is an error, unless the caller gives a value for ``null``."""
 
     def __init__(self, text: Mapping[str, Any], model_type: str) -> None:
         self.text = text
         self.defaults = DEFAULTS[model_type]
 
     def get(self, name: str) -> Any:
-        """The value of a field as it is, else the default."""
+        """The value of a field, unchecked, or its default."""
         return self.text[name] if name in self.text else self.defaults.get(name)
 
     def integer(self, name: str, low: int = 1, high: int = 2**31 - 1, *, null: int | None = None) -> int:
@@ -148,8 +154,17 @@ class Fields:
         value = null if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             wanted = f"a whole number from {low} to {high}"
-            raise CheckpointError(f"config field {name} must be {wanted}, found {value!r:.60}")
+            raise CheckpointError(
+                f"config field {name} must be {wanted}, found {value!r:.60}{self._origin(name)}"
+            )
         return value
+
+    def stated(self, name: str, value: int) -> str:
+        """A field and its value for an error message, which says so where the value is a default."""
+        return f"{value} {name}{self._origin(name)}"
+
+    def _origin(self, name: str) -> str:
+        return "" if name in self.text else " (the default; the file does not state it)"
 
     def number(self, name: str, low: float = 0.0) -> float:
         """A number from ``low`` to 1e12. Raises CheckpointError."""
@@ -161,3 +176,30 @@ class Fields:
         if not isinstance(value, bool):
             raise CheckpointError(f"config field {name} must be true or false, found {value!r:.60}")
         return value
+
+
+def read_config_json(path: str | Path) -> dict[str, Any]:
+    """Parse a ``config.json`` with a size limit.
+
+    Raises:
+        CheckpointError: missing, not a regular file, too large, a link out of its folder, or not a JSON
+            object.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "config.json"
+    try:
+        data = read_bounded(file, MAX_CONFIG_BYTES, folder=file.parent)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{file}: no such file; give a model directory or its config.json") from None
+    check_json(data, file)
+    try:
+        raw = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        kind = kind_of(data, len(data))
+        if kind is not None:
+            raise refusal(file, kind) from None
+        raise CheckpointError(f"{file}: not valid JSON ({error}); fetch the file again") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file}: a model config must be a JSON object, found {type(raw).__name__}")
+    return raw

@@ -1,4 +1,4 @@
-"""Rotary position embedding: what a model uses, read from the old and the new fields of a ``config.json``."""
+"""Rotary position embedding, read from the old and the new fields of a ``config.json``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from godwit.config_fields import Fields, checked_number
 from godwit.errors import CheckpointError, UnsupportedModelError
 
 Kind = Literal["linear", "yarn", "llama3"]
+MAX_CONTEXT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,21 @@ class RotarySpec:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
 
+    def context(self, stated: int) -> int:
+        """The model's context length in tokens, given the file's ``max_position_embeddings``.
+
+        YaRN and linear scaling stretch the original length by their factor, whatever the file states beside
+        them; Llama 3's files state the stretched length.
+        """
+        stretched = self.kind in ("yarn", "linear")
+        return int(self.factor * self.original_max_position) if stretched else stated
+
 
 def read_rotary(fields: Fields, head_dim: int, *, partial: bool) -> RotarySpec:
-    """The rotary embedding of heads of ``head_dim``; only a ``partial`` family can rotate a part of a head.
+    """The rotary embedding of heads of ``head_dim``; ``partial`` families may rotate a part of each head.
 
-    ``rope_scaling`` replaces ``rope_parameters`` as a whole; what the remaining one lacks comes from the top
-    level, then from the defaults, as in ``transformers``.
+    As in ``transformers``, ``rope_scaling`` replaces ``rope_parameters`` as a whole; fields missing there are
+    taken from the top level, then from the defaults.
 
     Raises:
         UnsupportedModelError: a kind of scaling that is not supported.
@@ -42,7 +52,7 @@ def read_rotary(fields: Fields, head_dim: int, *, partial: bool) -> RotarySpec:
     """
     params = _parameters(fields)
     kind = params.get("rope_type", params.get("type", "default"))
-    if kind == "mrope":  # text positions are equal on all M-RoPE axes: ordinary rotary
+    if kind == "mrope":  # for text, all M-RoPE axes have equal positions: plain rotary
         kind = "default"
     if kind not in ("default", "linear", "yarn", "llama3"):
         raise UnsupportedModelError(f"rope type {kind!r:.60} is not default, linear, yarn or llama3")
@@ -67,7 +77,7 @@ def _parameters(fields: Fields) -> Mapping[str, Any]:
 
 
 def _rotated(fields: Fields, params: Mapping[str, Any], head_dim: int, partial: bool, kind: str) -> int:
-    """Rotated dimensions of a head."""
+    """How many dimensions of a head are rotated."""
     name = "partial_rotary_factor"
     top = fields.text.get(name, 0.25 if partial else None)  # an explicit null rotates whole heads
     value = params.get(name, top)
@@ -87,8 +97,18 @@ def _scaled(fields: Fields, params: Mapping[str, Any], dim: int, theta: float, k
         value = params.get(name)
         return checked_number(name, default if value is None else value, low)
 
-    factor = number("factor", low=1.0)
     length = fields.integer("max_position_embeddings")
+    original_field = "original_max_position_embeddings"
+    stated = fields.text.get(original_field)  # at the top level it counts before the one inside
+    stated = params.get(original_field) if stated is None else stated
+    original = int(checked_number(original_field, length if stated is None else stated, 1.0))
+    # As in transformers, a YaRN section without a factor stretches the original length to the one stated.
+    ratio = max(1.0, length / original) if kind == "yarn" and stated is not None else None
+    factor = number("factor", ratio, low=1.0)
+    if factor * original > MAX_CONTEXT:
+        raise CheckpointError(
+            f"config field factor {factor:g} stretches the context of {original} tokens beyond {MAX_CONTEXT}"
+        )
     if kind == "yarn" and any(params.get(name) for name in ("mscale", "mscale_all_dim")):
         raise UnsupportedModelError("YaRN with mscale is not used by any supported family")
     low_frequency = number("low_freq_factor", 1.0)
@@ -98,7 +118,7 @@ def _scaled(fields: Fields, params: Mapping[str, Any], dim: int, theta: float, k
         theta,
         kind,
         factor,
-        int(number("original_max_position_embeddings", length, low=1.0)),
+        original,
         beta_fast=number("beta_fast", 32.0, low=0.001),
         beta_slow=number("beta_slow", 1.0, low=0.001),
         attention_factor=number("attention_factor", default_attention),

@@ -114,16 +114,16 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
     path = write(tmp_path / "m.godwit")
     assert [entry.name for entry in tmp_path.iterdir()] == ["m.godwit"]
     opened = PackedFile.open(path)
-    assert opened.names() == list(BLOBS) and "head.weight" in opened and "tail.weight" not in opened
+    assert list(opened.blobs) == list(BLOBS) and "head.weight" in opened and "tail.weight" not in opened
     assert (opened.raw_config, opened.files(), opened.metadata) == (CONFIG, FILES, {"recipe": "q4"})
     assert opened.nbytes == path.stat().st_size
     for name, blob in BLOBS.items():
-        assert opened.blob(name) == blob
-        found = opened.tensor(name)
+        assert opened.blobs[name] == blob
+        found = opened.packed(name)
         data = found.view(-1).view(torch.uint8) if isinstance(found, torch.Tensor) else found.data
         assert torch.equal(data, torch.cat(PARTS[name]))
         assert data.data_ptr() % (4096 if isinstance(blob, ExpertStack) else 64) == 0
-    head, experts, half = (opened.tensor(name) for name in ("head.weight", "layers.0.ffn.experts", "half"))
+    head, experts, half = (opened.packed(name) for name in ("head.weight", "layers.0.ffn.experts", "half"))
     assert isinstance(head, QuantTensor) and (head.format, head.shape) == ("q4", (33, 64))
     assert isinstance(experts, QuantExperts) and experts.expert(2)[1].format == "q8"
     assert isinstance(half, torch.Tensor) and half.dtype == torch.bfloat16 and half.shape == (2, 3)
@@ -177,7 +177,7 @@ def test_the_example_of_the_specification(tmp_path: Path) -> None:
 
 def test_a_view_never_changes_the_file(tmp_path: Path) -> None:
     path = write(tmp_path / "m.godwit")
-    norm = PackedFile.open(path).tensor("norm.weight")
+    norm = PackedFile.open(path).packed("norm.weight")
     assert isinstance(norm, torch.Tensor)
     norm.zero_()
     PackedFile.open(path).verify()
@@ -194,7 +194,7 @@ def test_what_is_a_packed_file(tmp_path: Path) -> None:
 
 def test_an_unknown_tensor_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no tensor 'tail'"):
-        PackedFile.open(write(tmp_path / "m.godwit")).tensor("tail")
+        PackedFile.open(write(tmp_path / "m.godwit")).packed("tail")
 
 
 # --- writing
@@ -286,7 +286,7 @@ def test_two_writers_do_not_meet(tmp_path: Path) -> None:
 
 def test_a_taken_place_and_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "m").touch()
-    with pytest.raises(CheckpointError, match="there already"):
+    with pytest.raises(CheckpointError, match="exists already"):
         writer(tmp_path / "m")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(CheckpointError, match=r"the disk has .* free"):
@@ -507,7 +507,7 @@ def test_bytes_behind_the_header_are_refused_at_once(sample: bytes, place: Calla
     content = bytearray(sample)
     for at in (header_end(sample), -(-header_end(sample) // 4096) * 4096 - 1):
         content[at] = 1
-        with pytest.raises(CheckpointError, match="behind its header are not zero"):
+        with pytest.raises(CheckpointError, match="after its header are not zero"):
             PackedFile.open(place(bytes(content)))
         content[at] = 0
 
@@ -546,5 +546,5 @@ def test_random_damage_before_the_data(sample: bytes, changes: list[tuple[int, i
         except CheckpointError as error:
             assert "\n" not in str(error)
             return
-        for name in opened.names():
-            assert opened.blob(name).nbytes > 0 and opened.tensor(name) is not None
+        for name in opened.blobs:
+            assert opened.blobs[name].nbytes > 0 and opened.packed(name) is not None

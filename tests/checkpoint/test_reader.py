@@ -59,7 +59,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"x.safetensors": A, "y.safetensors": A | B},
         "'a' is in both x.safetensors and y.safetensors",
     ),
-    ("missing companion", {ONE: A}, f"{ONE} has a missing companion {TWO}"),
+    ("missing companion", {ONE: A}, f"{TWO} is missing beside {ONE}"),
     ("missing shard", {ONE: A, INDEX: index(a=ONE, b=TWO)}, f"the index names {TWO}, which is missing"),
     ("tensor elsewhere", {ONE: A, TWO: B, INDEX: index(a=ONE, b=ONE)}, f"'b' in {ONE}, which lacks it"),
     ("tensor nowhere", {ONE: A, INDEX: index(a=ONE, c=ONE)}, f"'c' in {ONE}, which lacks it"),

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from godwit.checkpoint import TensorSource, open_checkpoint, publish, quantize_fp8, save_checkpoint
+from godwit.checkpoint import TensorSource, open_checkpoint, quantize_fp8, save_checkpoint
 from godwit.checkpoint.safetensors import DTYPES
 from godwit.errors import CheckpointError
 
@@ -180,9 +180,9 @@ BAD: list[tuple[str, Any, Any, dict[str, Any], str]] = [
         [TensorSource("a", (3,), X.dtype, lambda: X)],
         CONFIG,
         {},
-        "announced was [3] torch.float32",
+        "expected [3] torch.float32",
     ),
-    ("other dtype", [TensorSource("a", (2,), torch.float16, lambda: X)], CONFIG, {}, "announced was [2]"),
+    ("other dtype", [TensorSource("a", (2,), torch.float16, lambda: X)], CONFIG, {}, "expected [2]"),
     ("config", [("a", X)], {"x": X}, {}, "cannot be written as JSON"),
     (
         "stale section",
@@ -226,25 +226,17 @@ def test_destinations(tmp_path: Path) -> None:
     for name, sentence in [
         ("file", "not a directory"),
         ("file/sub", "could not be written"),
-        ("home", "no config.json, so it is no checkpoint and is not overwritten"),
+        ("home", "no config.json, so it is not a checkpoint and is not overwritten"),
         ("n" * 300, "File name too long"),
     ]:
         with pytest.raises(CheckpointError, match=sentence):
             save_checkpoint(tmp_path / name, [("a", X)], CONFIG, overwrite=True)
-    with pytest.raises(CheckpointError, match="not a place for a checkpoint"):
+    with pytest.raises(CheckpointError, match="cannot be a checkpoint"):
         save_checkpoint("/", [("a", X)], CONFIG, overwrite=True)
     assert (tmp_path / "home" / "diary.txt").read_text() == "dear diary"
     assert sorted(os.listdir(tmp_path)) == ["empty", "file", "home"]
 
 
-@pytest.fixture(params=["exchange", "two renames"])
-def swap(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param != "exchange":
-        monkeypatch.setattr(publish, "_exchange", lambda *_: False)
-    return str(request.param)
-
-
-@pytest.mark.usefixtures("swap")
 def test_overwriting_replaces_the_whole_directory(tmp_path: Path) -> None:
     path = tmp_path / "m"
     save_checkpoint(path, TENSORS.items(), CONFIG, extra_files={"old.json": b""}, max_shard_bytes=10)
@@ -311,7 +303,6 @@ def load():
 if moment == "publishing":
     publish._publish = die
 if moment == "between renames":
-    publish._exchange = lambda *_: False
     rename = os.rename
     def once(source, target):
         rename(source, target)
@@ -319,7 +310,7 @@ if moment == "between renames":
             die()
     os.rename = once
 if moment == "cleaning":
-    publish.shutil.rmtree = die  # only reached where two directories were exchanged, or renamed in turn
+    publish.shutil.rmtree = die  # the old directory is removed last
 sources = [TensorSource(name, (2,), torch.float32, load) for name in "xy"]
 save_checkpoint(path, sources, {"model_type": "new"}, max_shard_bytes=8, overwrite=True)
 """
@@ -348,7 +339,7 @@ def test_a_killed_save_leaves_the_old_state_and_a_remnant(
     assert_same(read_all(path), {"a": X})
 
 
-def test_a_save_killed_after_the_exchange_has_happened(tmp_path: Path) -> None:
+def test_a_save_killed_after_the_renames_has_been_made(tmp_path: Path) -> None:
     path = tmp_path / "m"
     save_checkpoint(path, TENSORS.items(), CONFIG)
     kill_a_save(path, "cleaning")
@@ -392,3 +383,20 @@ def test_two_saves_at_once(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "m", [TensorSource("a", (2,), X.dtype, nested)], CONFIG)
     assert_same(read_all(tmp_path / "m"), {"a": X})
     assert os.listdir(tmp_path) == ["m"]
+
+
+def test_a_replacement_that_fails_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m"
+    save_checkpoint(path, TENSORS.items(), CONFIG)
+    rename = os.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        if str(source).endswith(".saving"):
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(CheckpointError, match="nothing was changed there"):
+        save_checkpoint(path, [("a", X)], CONFIG, overwrite=True)
+    assert os.listdir(tmp_path) == ["m"]
+    assert_same(read_all(path), TENSORS)

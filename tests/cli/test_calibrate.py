@@ -54,12 +54,12 @@ def test_what_is_refused(models: Models, text: Path, tmp_path: Path, monkeypatch
     (tmp_path / "taken").write_text("precious")
     (tmp_path / "empty").touch()
     for words, code, sentence in (
-        ((model, text, tmp_path / "taken"), 3, "there already"),
+        ((model, text, tmp_path / "taken"), 3, "exists already"),
         ((model, tmp_path / "absent", out), 2, "No such file"),
         ((model, tmp_path, out), 2, "Is a directory"),
-        ((model, tmp_path / "empty", out), 2, "two at least"),
+        ((model, tmp_path / "empty", out), 2, "at least two"),
         ((tmp_path / "taken", text, out), 3, "in place of the file"),
-        ((model, text, "/"), 3, "no name of a file"),
+        ((model, text, "/"), 3, "not a file name"),
     ):
         result = invoke("calibrate", *words)
         assert (result.exit_code, result.stdout) == (code, "") and sentence in result.stderr

@@ -7,23 +7,20 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from godwit import tokenizer_trial
-from godwit.checkpoint import TensorInfo, open_checkpoint
 from godwit.cli import common, doctor
 from godwit.cli.generate import write
 from godwit.cli.main import app
 from godwit.cli.options import SamplingOptions
 from godwit.engine import Piece, SamplingParams
 from godwit.errors import CheckpointError, UsageError
+from godwit.models.recipe import QuantRecipe
 from godwit.shrink.quantize import quantize_checkpoint
-from godwit.shrink.recipe import QuantRecipe
 from tests.cli.conftest import Models
 from tests.engine.tiny import CALL
 
@@ -294,17 +291,6 @@ def test_tools_may_be_wrapped(tmp_path: Path) -> None:
     for content in ([tool], {"tools": [tool]}, [{"name": "f"}]):
         file.write_text(json.dumps(content))
         assert common.read_tools(file) == [tool]
-
-
-def test_arithmetic(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = open_checkpoint(models("hello"))
-    assert common.resolve_dtype("auto", checkpoint) == torch.float32
-    assert common.resolve_dtype("bfloat16", checkpoint) == torch.bfloat16
-    info = TensorInfo((1000, 1000), torch.bfloat16, "BF16", 2_000_000)
-    stored: Any = SimpleNamespace(names=lambda: ["w"], info=lambda name: info, num_parameters=1_000_000)
-    for free, wanted in ((9_000_000, torch.float32), (None, torch.float32), (7_000_000, torch.bfloat16)):
-        monkeypatch.setattr(common, "memory", lambda free=free: {"total": None, "available": free})
-        assert common.resolve_dtype("auto", stored) == wanted
 
 
 def test_the_context_fits_the_memory(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,8 +75,9 @@ def test_options_reach_the_verb(generate: Verb) -> None:
     given += "--reasoning-effort low --thinking-budget 9 --context 64"
     result = invoke(*given.split())
     assert (result.exit_code, result.stdout, result.stderr) == (0, "answer\n", "")
-    assert generate.args == ("m",)
+    assert generate.args == ()
     assert generate.kwargs == {
+        "model": "m",
         "prompt": "hi",
         "raw": True,
         "system": None,
@@ -107,7 +108,7 @@ def test_options_reach_the_verb(generate: Verb) -> None:
 def test_nothing_asked_for_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     chat = Verb(monkeypatch, "chat")
     assert invoke("chat").exit_code == 0
-    assert chat.args == (None,) and chat.kwargs["sampling"] == SamplingOptions()
+    assert chat.kwargs["model"] is None and chat.kwargs["sampling"] == SamplingOptions()
     assert invoke("chat").exit_code == 0
     assert chat.kwargs["sampling"].stop == [] and chat.kwargs["thinking"] == ThinkingOptions()
 

@@ -58,10 +58,11 @@ def test_a_stopped_writer_says_how_to_go_on(
         patch.setattr(quantize, "working", stopped_halfway(number))
         result = invoke(verb, model, out)
     assert (result.exit_code, result.stdout) == (NUMBERS[number], "")
-    assert f"{out} is not finished; the same command goes on with {out}.partial" in result.stderr
+    rest = f"run the same command again to continue from {out}.partial"
+    assert f"{out} is not finished; {rest}" in result.stderr
     assert not out.exists() and "Traceback" not in result.stderr
     again = invoke(verb, model, out)
-    assert again.exit_code == 0 and "tensors having been there" in again.stdout
+    assert again.exit_code == 0 and "tensors were already there" in again.stdout
     assert [entry.name for entry in tmp_path.iterdir()] == ["m.godwit"]
     assert [signal.getsignal(each) for each in NUMBERS] == handlers
 

@@ -230,6 +230,71 @@ def test_rotary_fields_old_and_new(fields: Mapping[str, Any], expected: RotarySp
     assert isinstance(mixer, AttentionSpec) and mixer.rotary == expected
 
 
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        # Qwen3's model card: the stated length stays that of training plus an answer
+        ({"max_position_embeddings": 40960, "rope_scaling": _YARN}, 131072),
+        ({"max_position_embeddings": 32768, "rope_scaling": {**_YARN, "type": "yarn"}}, 131072),
+        ({"max_position_embeddings": 32768, "rope_scaling": {"type": "yarn", "factor": 4}}, 131072),
+        ({"max_position_embeddings": 32768, "rope_scaling": {**_YARN, "factor": 2.5}}, 81920),
+        ({"max_position_embeddings": 131072, "rope_scaling": _YARN}, 131072),
+        # Qwen3-Next's card: 262,144 times 4
+        ({"rope_scaling": {**_YARN, "original_max_position_embeddings": 262144}}, 1048576),
+        ({"rope_parameters": {**_YARN, "rope_theta": 1e7, "partial_rotary_factor": 0.25}}, 131072),
+        ({"rope_parameters": {"rope_theta": 1e7}, "rope_scaling": _YARN}, 131072),
+        ({"rope_scaling": {**_YARN, "factor": None}}, 262144),
+        ({"original_max_position_embeddings": 65536, "rope_scaling": _YARN}, 262144),
+        (
+            {"original_max_position_embeddings": 65536, "rope_scaling": {"type": "yarn", "factor": 8.0}},
+            524288,
+        ),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 4.0}}, 16384),
+        # Llama 3.1 states the stretched length
+        (
+            {
+                "max_position_embeddings": 131072,
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 8192,
+                },
+            },
+            131072,
+        ),
+        ({"rope_scaling": {"type": "default"}}, 262144),
+        ({"rope_scaling": None}, 262144),
+    ],
+)
+def test_scaling_lengthens_the_context(fields: Mapping[str, Any], expected: int) -> None:
+    assert ModelConfig.from_dict({**QWEN3_NEXT_80B, **fields}).max_position == expected
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        _YARN,
+        {"rope_type": "yarn", "factor": 2.0},
+        {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 32768},
+    ],
+)
+def test_yarn_is_read_as_transformers_reads_it(section: Mapping[str, Any]) -> None:
+    library = pytest.importorskip("transformers", reason="the reference implementation is not installed")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    raw = {**QWEN3_32B, "max_position_embeddings": 131072, "rope_scaling": dict(section)}
+    wanted, factor = ROPE_INIT_FUNCTIONS["yarn"](library.AutoConfig.for_model(**raw))
+    mixer = ModelConfig.from_dict(raw).layers[0].mixer
+    assert isinstance(mixer, AttentionSpec)
+    assert torch.allclose(rotary_frequencies(mixer.rotary).float(), wanted, rtol=1e-6)
+    assert mixer.rotary.attention_factor == pytest.approx(factor)
+
+
 @pytest.mark.parametrize("family", TINY, ids=lambda family: family.name)
 def test_transformers_writes_what_was_asked(family: Family, tmp_path: Path) -> None:
     """The config.json that the library saves means the same model as the fields it was made from."""
@@ -276,6 +341,7 @@ BAD: tuple[tuple[Mapping[str, Any], type[GodwitError], str], ...] = (
     ({"rope_scaling": {"type": "longrope"}}, UnsupportedModelError, "longrope"),
     ({"rope_scaling": {"type": "yarn"}}, CheckpointError, "factor"),
     ({"rope_scaling": {"type": "yarn", "factor": 0.5}}, CheckpointError, "factor"),
+    ({"rope_scaling": {"type": "yarn", "factor": 1e6}}, CheckpointError, "beyond 2147483647"),
     ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": 0}}, CheckpointError, "beta_fast"),
     (
         {"rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": "x"}},
@@ -298,7 +364,7 @@ BAD: tuple[tuple[Mapping[str, Any], type[GodwitError], str], ...] = (
     ({"mtp_num_hidden_layers": 2}, UnsupportedModelError, "mtp_num_hidden_layers"),
     ({"num_hidden_layers": 4096}, CheckpointError, "num_hidden_layers must be a whole number from 1 to 1024"),
     ({"num_experts": 2**20}, CheckpointError, "experts in all, more than 262144"),
-    ({"num_attention_heads": 2**16, "head_dim": 2**10}, CheckpointError, "are wider than 1048576 together"),
+    ({"num_attention_heads": 2**16, "head_dim": 2**10}, CheckpointError, "are wider than 1048576 in all"),
     ({"linear_num_value_heads": 2**16}, CheckpointError, "heads are 8392704 wide, more than 1048576"),
     ({"mtp_num_hidden_layers": "1"}, CheckpointError, "mtp_num_hidden_layers"),
 )

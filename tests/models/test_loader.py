@@ -191,7 +191,7 @@ def test_a_head_of_its_own_in_a_tied_checkpoint_is_used(
     assert not checkpoint.config.tie_embeddings and not checkpoint.config.raw["tie_word_embeddings"]
     loaded = load_model(checkpoint)
     assert loaded.head is not None and torch.equal(loaded.head.weight, model.head_weight)
-    assert len(caplog.records) == 1 and "has another head; it is used" in caplog.text
+    assert len(caplog.records) == 1 and "has a separate head, which is used" in caplog.text
     save_model(loaded, tmp_path / "again")
     assert load_model(tmp_path / "again").head is not None
     assert len(caplog.records) == 1

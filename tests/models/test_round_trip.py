@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from godwit.checkpoint import open_checkpoint
+from godwit.checkpoint.companions import read_companions
 from godwit.config import ModelConfig
 from godwit.errors import CheckpointError
 from godwit.models.causal_lm import CausalLM
-from godwit.models.loader import load_model, read_companions, save_model
+from godwit.models.loader import load_model, save_model
 from tests.models.families import BY_NAME, FAMILIES, Family
 from tests.models.harness import Pair, error, limit, load_reference, randomize, reference_logits, tokens
 

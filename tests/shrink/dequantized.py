@@ -13,10 +13,10 @@ from godwit.qtensor import QuantExperts, QuantTensor
 
 def load_dequantized(path: Path) -> CausalLM:
     packed = PackedFile.open(path)
-    model = CausalLM(packed.config, int(any(name.startswith("mtp.") for name in packed.names())))
+    model = CausalLM(packed.config, int(any(name.startswith("mtp.") for name in packed.blobs)))
     parameters = dict(model.requires_grad_(False).named_parameters())
-    for name in packed.names():
-        value = packed.tensor(name)
+    for name in packed.blobs:
+        value = packed.packed(name)
         if isinstance(value, QuantExperts):
             w13, w2 = parameters.pop(f"{name}.w13"), parameters.pop(f"{name}.w2")
             for index in range(value.num_experts):

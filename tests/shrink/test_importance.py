@@ -21,6 +21,7 @@ from godwit.models.causal_lm import CausalLM
 from godwit.models.layers import Experts, Linear
 from godwit.models.loader import save_model
 from godwit.models.native import pack_model
+from godwit.models.recipe import QuantRecipe, tensor_blobs
 from godwit.qtensor import quantize
 from godwit.shrink.importance import (
     PRIOR,
@@ -30,7 +31,6 @@ from godwit.shrink.importance import (
     write_importance,
 )
 from godwit.shrink.quantize import quantize_checkpoint
-from godwit.shrink.recipe import QuantRecipe, tensor_blobs
 from tests.engine.tiny import CONFIGS, tiny_model
 
 EXPERTS = "layers.1.ffn.experts"
@@ -158,7 +158,7 @@ def test_the_file_comes_back(tmp_path: Path) -> None:
     with safe_open(str(out), "pt") as file:
         assert file.metadata() == {"format": "pt", "tokens": "60", "text": "some.txt"}
     assert [entry.name for entry in out.parent.iterdir()] == [out.name]
-    with pytest.raises(CheckpointError, match="there already"):
+    with pytest.raises(CheckpointError, match="exists already"):
         write_importance(out, found, {})
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="could not be written"):

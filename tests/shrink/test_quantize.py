@@ -17,10 +17,10 @@ from godwit.config import ModelConfig
 from godwit.errors import CheckpointError, UsageError
 from godwit.models.causal_lm import CausalLM
 from godwit.models.loader import export_tensors, load_model, save_model
+from godwit.models.recipe import QuantRecipe
 from godwit.qtensor import QuantExperts, QuantTensor, quantize
 from godwit.shrink.importance import read_importance
 from godwit.shrink.quantize import quantize_checkpoint
-from godwit.shrink.recipe import QuantRecipe
 from tests.engine.tiny import CONFIGS, tiny_model
 from tests.shrink.dequantized import load_dequantized, same_weights
 
@@ -66,13 +66,13 @@ def test_what_is_stored(hybrid: Path, tmp_path: Path, threads: int) -> None:
     for name, parameter in model.named_parameters():
         stack, _, part = name.rpartition(".")
         if parameter.dim() == 3:
-            experts = packed.tensor(stack)
+            experts = packed.packed(stack)
             assert isinstance(experts, QuantExperts)
             for index in range(4):
                 found = experts.expert(index)[0 if part == "w13" else 1]
                 assert torch.equal(found.data, quantize(parameter[index], "q4").data)
             continue
-        value = packed.tensor(name)
+        value = packed.packed(name)
         if isinstance(value, QuantTensor):
             assert torch.equal(value.data, quantize(parameter, value.format).data)
         else:
@@ -99,8 +99,8 @@ def test_experts_fused_on_disk_give_the_same_file(hybrid: Path, tmp_path: Path) 
     for source, out in ((hybrid, "a"), (tmp_path / "fused", "b")):
         quantize_checkpoint(source, tmp_path / out, Q4)
     first, second = (PackedFile.open(tmp_path / out) for out in "ab")
-    for name in first.names():
-        one, two = first.tensor(name), second.tensor(name)
+    for name in first.blobs:
+        one, two = first.packed(name), second.packed(name)
         pair = [x if isinstance(x, torch.Tensor) else x.data for x in (one, two)]
         assert torch.equal(*pair), name
 
@@ -148,7 +148,7 @@ KILLED = """
 import os, sys
 from godwit.checkpoint import packed_writer
 from godwit.shrink.quantize import quantize_checkpoint
-from godwit.shrink.recipe import QuantRecipe
+from godwit.models.recipe import QuantRecipe
 
 packed_writer.SYNC_BYTES = 1
 stop = lambda done, total: os._exit(9) if done > total // 2 else None
@@ -220,12 +220,12 @@ def test_importance_reaches_its_matrix(hybrid: Path, tmp_path: Path) -> None:
     read = read_importance(tmp_path / "importance.safetensors")
     quantize_checkpoint(hybrid, tmp_path / "m", Q4, importance=read)
     packed, model = PackedFile.open(tmp_path / "m"), load_model(hybrid)
-    out = packed.tensor("layers.3.mixer.out_proj.weight")
+    out = packed.packed("layers.3.mixer.out_proj.weight")
     weight = model.get_parameter("layers.3.mixer.out_proj.weight")
     assert isinstance(out, QuantTensor)
     assert torch.equal(out.data, quantize(weight, "q4", values["layers.3.mixer.out_proj.weight"]).data)
     assert not torch.equal(out.data, quantize(weight, "q4").data)
-    stack = packed.tensor(EXPERTS)
+    stack = packed.packed(EXPERTS)
     assert isinstance(stack, QuantExperts)
     for index in range(4):
         w13, w2 = stack.expert(index)
@@ -266,7 +266,7 @@ def test_weights_that_are_not_those_of_the_config(hybrid: Path, tmp_path: Path) 
 
 def test_what_is_there_is_not_overwritten(hybrid: Path, tmp_path: Path) -> None:
     (tmp_path / "m").write_text("precious")
-    with pytest.raises(CheckpointError, match="there already"):
+    with pytest.raises(CheckpointError, match="exists already"):
         quantize_checkpoint(hybrid, tmp_path / "m", Q4, restart=True)
     assert (tmp_path / "m").read_text() == "precious"
 
@@ -274,7 +274,7 @@ def test_what_is_there_is_not_overwritten(hybrid: Path, tmp_path: Path) -> None:
 MEMORY = """
 import sys, torch
 from godwit.shrink.quantize import quantize_checkpoint
-from godwit.shrink.recipe import QuantRecipe
+from godwit.models.recipe import QuantRecipe
 
 def status(field):
     for line in open("/proc/self/status"):

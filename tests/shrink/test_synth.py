@@ -13,7 +13,7 @@ from godwit.checkpoint.packed import PackedFile
 from godwit.config import ModelConfig
 from godwit.errors import CheckpointError, UsageError
 from godwit.models.batch import ForwardBatch
-from godwit.shrink.recipe import QuantRecipe, tensor_blobs
+from godwit.models.recipe import QuantRecipe, tensor_blobs
 from godwit.shrink.synth import first_layers, synthesize
 from tests.engine.tiny import CONFIGS
 from tests.shrink.dequantized import load_dequantized
@@ -104,8 +104,8 @@ def test_drawn_codes_have_the_size_of_drawn_numbers(tmp_path: Path, format: str)
 def test_the_first_layers_keep_their_kinds(tmp_path: Path) -> None:
     report = synthesize(WIDE, tmp_path / "m", num_layers=5)
     packed = PackedFile.open(tmp_path / "m")
-    assert packed.blob("embedding.weight") == report.blobs["embedding.weight"]
-    assert list(report.blobs) == packed.names()
+    assert packed.blobs["embedding.weight"] == report.blobs["embedding.weight"]
+    assert list(report.blobs) == list(packed.blobs)
     assert packed.config.layers == ModelConfig.from_dict(WIDE).layers[:5]
     assert packed.files() == {} and "uniform" in packed.metadata["source"]
 
@@ -154,7 +154,7 @@ def test_it_goes_on_and_counts(tmp_path: Path) -> None:
     assert report.resumed > 0 and seen[-1][0] == seen[-1][1]
     synthesize(CONFIGS["hybrid"], tmp_path / "whole")
     assert (tmp_path / "m").read_bytes() == (tmp_path / "whole").read_bytes()
-    with pytest.raises(CheckpointError, match="there already"):
+    with pytest.raises(CheckpointError, match="exists already"):
         synthesize(CONFIGS["hybrid"], tmp_path / "m")
 
 

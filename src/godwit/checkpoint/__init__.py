@@ -1,11 +1,13 @@
-"""Checkpoints: directories of safetensors (plain or FP8), local or from the Hub, read and written."""
+"""Checkpoints: the protocol that the loader reads, and directories of safetensors, plain or FP8."""
 
 from godwit.checkpoint.fp8 import dequantize_fp8, quantize_fp8
-from godwit.checkpoint.reader import Checkpoint, TensorInfo, open_checkpoint, read_raw_config
+from godwit.checkpoint.protocol import Checkpoint, TensorInfo
+from godwit.checkpoint.reader import SafetensorsCheckpoint, open_checkpoint, read_raw_config
 from godwit.checkpoint.writer import TensorSource, save_checkpoint
 
 __all__ = [
     "Checkpoint",
+    "SafetensorsCheckpoint",
     "TensorInfo",
     "TensorSource",
     "dequantize_fp8",

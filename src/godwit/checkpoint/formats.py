@@ -1,4 +1,4 @@
-"""What directories and checkpoints hold that Godwit does not read: named, with the step that leads on."""
+"""Names the formats in a directory that Godwit does not read, and what to do instead."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 
 _SIDE_BYTES = 1 << 20  # of a README or a small JSON file
 _BASE_MODEL = re.compile(r"^base_model:\s*(?:-\s*)?[\"']?([\w.-]+/[\w.-]+)", re.MULTILINE | re.ASCII)
-#: Of what a directory without *.safetensors may hold instead, in the order in which it is looked for.
+#: What a directory without *.safetensors may hold instead, in the order of the checks.
 _INSTEAD = (
     ((".onnx", ".onnx_data", ".ort"), "holds an ONNX model"),
     (PICKLES, "its weights are pickles (.bin, .pt, .pth), which can run code and are never opened"),
@@ -77,11 +77,11 @@ _TENSORS = (
 
 
 def check_directory(directory: Path) -> None:
-    """Refuse a directory that holds no checkpoint, naming what it holds instead.
+    """Refuse a directory without a checkpoint, and say what it holds instead.
 
     Raises:
         UnsupportedModelError: another format, or a part of a model.
-        CheckpointError: nothing of use, or an unfinished download.
+        CheckpointError: nothing usable, or an unfinished download.
         OSError: the directory cannot be read.
     """
     names = sorted(os.listdir(directory))
@@ -99,7 +99,7 @@ def check_directory(directory: Path) -> None:
 
 
 def _refuse_parts(directory: Path, names: list[str]) -> None:
-    """Refuse what has weights but is no language model of its own."""
+    """Refuse what has weights but is not a language model by itself."""
     if "config.json" in names:
         return
     if "adapter_config.json" in names:
@@ -120,7 +120,7 @@ def _refuse_parts(directory: Path, names: list[str]) -> None:
 
 
 def _gguf(directory: Path, names: list[str]) -> Kind | None:
-    """What a directory of GGUF files is, or one that was fetched from a repository of them."""
+    """The kind of a directory of GGUF files, or of one fetched from a repository of them."""
     if {"blobs", "manifests"} <= set(names):
         return Kind("Ollama's store, whose models are GGUF files (the format of llama.cpp)")
     files = [name for name in names if name.lower().endswith(".gguf") or name.startswith("sha256-")]
@@ -142,14 +142,14 @@ def _without_weights(directory: Path, names: list[str]) -> str:
         return "its download is not finished; finish or repeat it"
     inside = _checkpoint_inside(directory)
     if inside is not None:
-        return f"no checkpoint itself, but {inside} is one; give that directory"
+        return f"not a checkpoint itself, but {inside} is one; give that directory"
     if "config.json" in names:
         return "has a config.json but no weights (*.safetensors); fetch the weights too"
     return "holds no checkpoint; give a directory with config.json and *.safetensors files"
 
 
 def _checkpoint_inside(directory: Path) -> Path | None:
-    """A checkpoint one or two levels down, as in a folder of models or of the Hub's cache."""
+    """A checkpoint one or two levels down, as in a folder of models or the Hub's cache."""
     for pattern in ("*/config.json", "snapshots/*/config.json"):
         for config in sorted(directory.glob(pattern)):
             if any(config.parent.glob("*.safetensors")):
@@ -158,7 +158,7 @@ def _checkpoint_inside(directory: Path) -> Path | None:
 
 
 def original_of(directory: Path, raw_config: Mapping[str, Any] | None = None) -> str | None:
-    """The repository that a quantised checkpoint was made from, as its README or config say."""
+    """The repository that a quantised checkpoint was made from, according to its README or config."""
     try:
         text = read_beginning(directory / "README.md", _SIDE_BYTES, folder=directory)
         found = _BASE_MODEL.search(text.decode("utf-8", "replace"))
@@ -198,7 +198,7 @@ def name_of_quantization(section: Mapping[str, Any]) -> str:
 
 
 def name_of_tensors(directory: Path, names: Iterable[str]) -> str | None:
-    """The quantisation that explains tensors which only a quantised weight brings along, if any does."""
+    """The quantisation that tensors with these names belong to, if it is known."""
     last = {name.rpartition(".")[2] for name in names}
     for pattern, name in _TENSORS:
         if any(re.fullmatch(pattern, part) for part in last):

@@ -102,11 +102,13 @@ def dequantize_fp8(
     block: tuple[int, int] = DEFAULT_BLOCK,
     *,
     out: torch.Tensor | None = None,
+    rows: slice | None = None,
 ) -> torch.Tensor:
     """The weight ``[..., out, in]`` in bfloat16, multiplied in float32 and rounded once.
 
     With ``out`` given (same shape, any floating dtype and device) the rounded values are written there
-    instead; the memory in between is a few MiB either way.
+    instead; the memory in between is a few MiB either way. With ``rows``, a range of the first dimension,
+    only these are computed.
 
     Raises:
         CheckpointError: the scales have the wrong shape, or some of them are not finite.
@@ -117,6 +119,8 @@ def dequantize_fp8(
             f"FP8 weight of shape {list(shape)} has scales of shape {list(scale.shape)}, "
             f"which do not fit blocks of {block[0]} x {block[1]}; fetch the checkpoint again"
         )
+    if rows is not None:
+        return _some_rows(q, scale, block, range(*rows.indices(shape[0])))
     scale = scale.to(torch.float32)
     if not bool(torch.isfinite(scale).all()):
         raise CheckpointError("an FP8 weight has scales that are not finite; fetch the checkpoint again")
@@ -126,6 +130,14 @@ def dequantize_fp8(
         values.mul_(_spread(scale[matrix], block, first, last, shape[-1]))
         weight[matrix][first:last].copy_(values.to(torch.bfloat16))
     return weight
+
+
+def _some_rows(q: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], rows: range) -> torch.Tensor:
+    height = block[0] if q.dim() == 2 else 1  # of more dimensions the first counts matrices, not rows
+    first, last = rows.start // height, -(-rows.stop // height)
+    begin = first * height
+    part = dequantize_fp8(q[begin : last * height], scale[first:last], block)
+    return part[rows.start - begin : rows.stop - begin]
 
 
 def quantize_fp8(

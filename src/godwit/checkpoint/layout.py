@@ -1,4 +1,4 @@
-"""Which files of a model directory hold the weights, and that they agree with the index."""
+"""Finds the weight files of a model directory and checks them against the index."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _read_index(directory: Path) -> dict[str, str] | None:
 
 
 def _check_shard_name(path: Path, name: object) -> None:
-    # A file name and nothing else, on any system: an index must not reach outside its directory.
+    # A bare file name on any system: an index must not lead outside its directory.
     plain = isinstance(name, str) and name == PureWindowsPath(name).name and name.isprintable()
     if not plain or not str(name).endswith(".safetensors"):
         raise CheckpointError(
@@ -98,5 +98,5 @@ def _check_numbers(directory: Path, names: list[str]) -> None:
             wanted = f"{match[1]}-{number:05d}-of-{match[3]}.safetensors" if match else name
             if wanted not in names:
                 raise CheckpointError(
-                    f"{directory}: {name} has a missing companion {wanted}; fetch the checkpoint again"
+                    f"{directory}: {wanted} is missing beside {name}; fetch the checkpoint again"
                 )

@@ -1,7 +1,6 @@
 """The packed file: one model in one file, laid out as the native kernels read it (docs/packed-format.md).
 
-Everything is checked against the file's size before anything is handed out; what is handed out are views of a
-private memory map.
+Everything is checked against the file's size first; tensors are views of a private memory map.
 """
 
 from __future__ import annotations
@@ -17,26 +16,33 @@ import torch
 
 from godwit.checkpoint import safetensors
 from godwit.checkpoint.packed_layout import (
+    DTYPES,
     MAGIC,
     SUFFIX,
+    ExpertStack,
     FileBlob,
+    Matrix,
     Packed,
     Place,
+    Plain,
     TensorBlob,
     damaged,
     read_table,
 )
+from godwit.checkpoint.protocol import TensorInfo
 from godwit.checkpoint.safetensors import shown
 from godwit.config import ModelConfig
 from godwit.errors import CheckpointError
 from godwit.pages import ask_for_large_pages
+from godwit.qtensor import QuantExperts, QuantTensor, weight_bytes
 from godwit.safe_files import open_regular, read_beginning
 
 _CHUNK = 1 << 20
+_W13, _W2 = ".w13", ".w2"  # the parameters of a stack of experts
 
 
 def is_packed(path: str | Path) -> bool:
-    """Whether ``path`` is a file that begins like a packed model, or is named like one."""
+    """Whether ``path`` is a file with the magic bytes of a packed model, or its suffix."""
     file = Path(path)
     if not file.is_file():
         return False
@@ -49,8 +55,12 @@ def is_packed(path: str | Path) -> bool:
 class PackedFile:
     """An open packed model: header checked, data mapped and not yet read.
 
-    The map is private: writing to a view changes this process's copy of a page, never the file.
+    As a :class:`~godwit.checkpoint.protocol.Checkpoint` its tensors are those of the unpacked model, in
+    float32; :meth:`packed` gives them as they are stored. The map is private: writing to a view changes this
+    process's copy of a page, never the file.
     """
+
+    native_names = True
 
     def __init__(self, path: Path) -> None:
         """Open the file ``path``; see :meth:`open`."""
@@ -88,23 +98,16 @@ class PackedFile:
         """
         return ModelConfig.from_dict(self.raw_config)
 
-    def names(self) -> list[str]:
-        """Tensor names in the order of their bytes: the parameter names of ``CausalLM``."""
-        return list(self._tensors)
+    @property
+    def blobs(self) -> dict[str, TensorBlob]:
+        """What is stored, in the order of its bytes, under the parameter names of ``CausalLM``.
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
-
-    def blob(self, name: str) -> TensorBlob:
-        """What a tensor is, without reading it.
-
-        Raises:
-            CheckpointError: there is no such tensor.
+        A stack of experts is one blob, named like the module that holds its two parameters.
         """
-        return self._place(name)[0]
+        return {name: self._place(name)[0] for name in self._tensors}
 
-    def tensor(self, name: str) -> Packed:
-        """A tensor as views of the memory map.
+    def packed(self, name: str) -> Packed:
+        """One of :attr:`blobs` as views of the memory map.
 
         Raises:
             CheckpointError: there is no such tensor.
@@ -113,26 +116,78 @@ class PackedFile:
         data = torch.frombuffer(self._map, dtype=torch.uint8, count=blob.nbytes, offset=place.offset)
         return blob.view(data)
 
+    def names(self) -> list[str]:
+        """The parameter names of ``CausalLM``, in the order of their bytes."""
+        return [name for blob in self._tensors for name in self._parts(blob)]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names()
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and format of one parameter, without reading it.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        blob = self._place(self._blob_of(name))[0]
+        if isinstance(blob, Plain):
+            return TensorInfo(blob.shape, DTYPES[blob.dtype], blob.dtype, blob.nbytes)
+        if isinstance(blob, Matrix):
+            return TensorInfo(blob.shape, torch.float32, blob.format, blob.nbytes)
+        rows, cols, format = (
+            (2 * blob.intermediate, blob.hidden, blob.format13)
+            if name.endswith(_W13)
+            else (blob.hidden, blob.intermediate, blob.format2)
+        )
+        nbytes = blob.num_experts * weight_bytes(format, rows, cols)
+        return TensorInfo((blob.num_experts, rows, cols), torch.float32, format, nbytes)
+
+    def tensor(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """One parameter, dequantised to float32 unless it is stored as it is.
+
+        Args:
+            name: one of :meth:`names`.
+            rows: only this range of the first dimension.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        value = self.packed(self._blob_of(name))
+        wanted = slice(None) if rows is None else rows
+        if isinstance(value, QuantExperts):
+            which = 0 if name.endswith(_W13) else 1
+            chosen = range(*wanted.indices(value.num_experts))
+            out = torch.empty(len(chosen), *self.info(name).shape[1:])
+            for place, index in enumerate(chosen):
+                out[place] = value.expert(index)[which].dequantize()
+            return out
+        return (value.dequantize() if isinstance(value, QuantTensor) else value)[wanted]
+
+    def release(self, name: str) -> None:
+        """Drop the resident pages of the blob that holds a parameter."""
+        place = self._place(self._blob_of(name))[1]
+        safetensors.release_pages(self._map, place.offset, place.end)
+
     def files(self) -> dict[str, bytes]:
         """The embedded files: tokenizer, chat template and their like.
 
         Raises:
-            CheckpointError: one of them is not what its checksum says.
+            CheckpointError: one of them does not match its checksum.
         """
         found = {}
         for name, place in self._files.items():
             found[name] = bytes(self._map[place.offset : place.end])
             if hashlib.sha256(found[name]).hexdigest() != place.sha256:
-                damaged(self.path, f"the embedded file {name} does not have its checksum")
+                damaged(self.path, f"the embedded file {name} does not match its checksum")
         return found
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Read the whole file again: every checksum, and the bytes between the parts, which have to be zeros.
+        """Check every byte of the file: all checksums, and that the padding is zero.
 
         ``progress`` is called with (bytes done, bytes in all).
 
         Raises:
-            CheckpointError: names what is damaged, up to a limit.
+            CheckpointError: lists what is damaged, up to a limit.
         """
         wrong, done = [], 0
         try:
@@ -158,7 +213,16 @@ class PackedFile:
             ) from error
         if wrong:
             listed = ", ".join(wrong[:10]) + (", ..." if wrong[10:] else "")
-            damaged(self.path, f"{len(wrong)} of {len(places)} parts do not have their checksum: {listed}")
+            damaged(self.path, f"{len(wrong)} of {len(places)} parts do not match their checksums: {listed}")
+
+    def _parts(self, blob: str) -> tuple[str, ...]:
+        stack = isinstance(self._tensors[blob].blob, ExpertStack)
+        return (blob + _W13, blob + _W2) if stack else (blob,)
+
+    def _blob_of(self, name: str) -> str:
+        """The blob of a parameter: its own, or the stack of experts that it is a part of."""
+        stack = name.removesuffix(_W13).removesuffix(_W2)
+        return stack if stack in self._tensors and name in self._parts(stack) else name
 
     def _place(self, name: str) -> tuple[TensorBlob, Place]:
         place = self._tensors.get(name)

@@ -1,7 +1,7 @@
-"""The table of a packed file: what its blobs are, where they lie, and the header that says so.
+"""The table of a packed file: its blobs, their places, and the header that lists them.
 
-docs/packed-format.md specifies it byte by byte. Offsets follow from the order and the sizes of the blobs, and
-sizes from formats and shapes, so a header is checked by writing it again from its few free choices.
+docs/packed-format.md specifies it byte by byte. Offsets follow from the order and sizes of the blobs, and
+sizes from formats and shapes, so an entry is checked by computing it again from its few free fields.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class Place:
 
 
 def data_start(header_bytes: int) -> int:
-    """Where the offsets of a header of so many bytes count from."""
+    """Where the blobs begin after a header of ``header_bytes``; offsets count from there."""
     return -(-(PREFIX.size + header_bytes) // PAGE) * PAGE
 
 
@@ -180,7 +180,7 @@ def arrange(files: Mapping[str, FileBlob], tensors: Mapping[str, TensorBlob]) ->
 
 @dataclass(frozen=True)
 class Table:
-    """All that a header says; offsets are absolute, tensors and files in the order of their bytes."""
+    """A parsed header; offsets are absolute, tensors and files in the order of their bytes."""
 
     start: int  # where the blobs begin, which is the end of the header rounded up
     config: Mapping[str, Any]
@@ -196,7 +196,7 @@ def header_text(
     tensors: Mapping[str, TensorBlob],
     sums: Mapping[tuple[str, str], str],
 ) -> bytes:
-    """The header; missing checksums are zeros, so that its length is known before the data are."""
+    """The header; missing checksums are zeros, so its length is known before the data are written."""
     offsets = arrange(files, tensors)
 
     def entry(table: str, name: str, blob: Blob) -> dict[str, Any]:
@@ -221,7 +221,7 @@ def read_table(file: BinaryIO, size: int, path: Path) -> Table:
     """Read and check everything before the blobs of a file of ``size`` bytes.
 
     Raises:
-        CheckpointError: this is no whole packed file; the sentence says why.
+        CheckpointError: this is not a complete packed file; the message says why.
     """
     first = file.read(PREFIX.size)
     if first[: len(MAGIC)] != MAGIC:
@@ -243,15 +243,15 @@ def read_table(file: BinaryIO, size: int, path: Path) -> Table:
     if len(header) != length:
         damaged(path, f"cut short: its header should have {length} bytes, {size - PREFIX.size} are there")
     if hashlib.sha256(header).digest() != digest:
-        damaged(path, "its header does not have its checksum")
+        damaged(path, "its header does not match its checksum")
     start = data_start(length)
     if any(file.read(start - PREFIX.size - length)):
-        damaged(path, "the bytes behind its header are not zero")
-    return _Reader(path, size, start).table(strict_json(header, path, "header"))
+        damaged(path, "the bytes after its header are not zero")
+    return _HeaderReader(path, size, start).table(strict_json(header, path, "header"))
 
 
-class _Reader:
-    """Turns one parsed header into a table; the path and the sizes are for complaints."""
+class _HeaderReader:
+    """Turns one parsed header into a table."""
 
     def __init__(self, path: Path, size: int, start: int) -> None:
         self.path, self.size, self.start = path, size, start
@@ -283,7 +283,7 @@ class _Reader:
             digest = entry.get("sha256")
             if not isinstance(digest, str) or not _SUM.fullmatch(digest):
                 damaged(self.path, f"{shown(name)} has no checksum")
-            # The entry must be the one that Godwit would write: the same place and size, no further field.
+            # The entry must be what Godwit would write: the same place and size, and no other field.
             if not _same(entry, {**blob.fields(), "offset": offset, "sha256": digest}):
                 damaged(self.path, f"the entry of {shown(name)} contradicts itself or its place in the file")
             place = Place(blob, self.start + offset, digest)
@@ -295,14 +295,14 @@ class _Reader:
 
     def _file(self, name: str, entry: object) -> FileBlob:
         if not _FILE_NAME.fullmatch(name):
-            damaged(self.path, f"{shown(name)} is no name for an embedded file")
+            damaged(self.path, f"{shown(name)} is not a valid name of an embedded file")
         if not isinstance(entry, dict):
             damaged(self.path, f"the entry of {shown(name)} is not a JSON object")
         return FileBlob(self._count(entry, "nbytes", name, 0, MAX_FILE_BYTES))
 
     def _tensor(self, name: str, entry: object) -> TensorBlob:
         if not _TENSOR_NAME.fullmatch(name) or len(name) > MAX_NAME:
-            damaged(self.path, f"{shown(name)} is no name of a tensor")
+            damaged(self.path, f"{shown(name)} is not a valid name of a tensor")
         if not isinstance(entry, dict):
             damaged(self.path, f"the entry of {shown(name)} is not a JSON object")
         kind = entry.get("kind")
@@ -341,12 +341,12 @@ class _Reader:
 
 
 def _same(entry: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    # Types too: to Python 64 equals 64.0, and 1 equals true.
+    # Compare types as well: in Python, 64 == 64.0 and 1 == True.
     return entry.keys() == wanted.keys() and all(
         type(entry[name]) is type(value) and entry[name] == value for name, value in wanted.items()
     )
 
 
 def damaged(path: Path, why: str) -> NoReturn:
-    """Raise the error of a file that cannot be trusted."""
+    """Raise the error for a damaged file."""
     raise CheckpointError(f"{path}: {why}; the file is damaged, fetch or pack it again")

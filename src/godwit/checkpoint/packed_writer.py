@@ -1,7 +1,7 @@
-"""Writing a packed file: it appears whole or not at all, and a killed writer goes on where it was.
+"""Writing a packed file: it appears whole or not at all, and a killed writer can be resumed.
 
-The file grows as ``NAME.partial``; ``NAME.journal`` beside it says what it will be and which tensors are on
-the disk, each line added only after its tensor. The prefix is written last, and then the file is renamed.
+The file grows as ``NAME.partial``; ``NAME.journal`` beside it identifies its source and lists the tensors
+that are on disk, each line added only after its tensor. The prefix is written last, then the file is renamed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from godwit.checkpoint.packed_layout import (
 from godwit.errors import CheckpointError
 from godwit.safe_files import read_bounded
 
-#: Bytes after which what is written is forced to the disk; a kill loses at most that much and one tensor.
+#: Written bytes are synced after this many; a kill loses at most that much and one tensor.
 SYNC_BYTES = 256 << 20
 _KEY = "sha256"
 _MAX_JOURNAL = 64 << 20
@@ -46,9 +46,9 @@ class PackedWriter:
         config: becomes the model's config.
         files: embedded files.
         tensors: what will be written.
-        metadata: text for the reader's information.
-        identity: what the tensors are made from; a partial file of another identity is not continued.
-        restart: begin anew in that case.
+        metadata: text about the file.
+        identity: identifies the source; a partial file of another source is not resumed.
+        restart: start over in that case.
 
     Raises:
         CheckpointError: the file exists, another process writes it, a partial file is of something else, or
@@ -99,12 +99,12 @@ class PackedWriter:
         try:
             if error is not None:
                 with suppress(OSError):
-                    self._record()  # of a run that was interrupted as much as possible counts
+                    self._record()  # keep as much of an interrupted run as possible
         finally:
             os.close(self._file)
 
     def missing(self) -> list[str]:
-        """Tensors that are not written yet, in the order of the file."""
+        """Tensors still to be written, in the order of the file."""
         return [name for name in self._table[3] if ("tensors", name) not in self._sums]
 
     def write(self, name: str, parts: Iterable[torch.Tensor]) -> None:
@@ -117,7 +117,7 @@ class PackedWriter:
                 self._record()
 
     def _record(self) -> None:
-        """Wait until the tensors written lately are on the disk, and say so in the journal."""
+        """Sync the tensors written since the last call and add them to the journal."""
         os.fsync(self._file)
         with open(self.journal, "ab") as journal:
             for name in self._unrecorded:
@@ -127,7 +127,7 @@ class PackedWriter:
         self._unrecorded.clear()
 
     def finish(self) -> None:
-        """Put the header before the tensors and the file in its place."""
+        """Write the header and rename the file."""
         if self.missing():
             raise ValueError(f"{self.path}: {', '.join(self.missing()[:5])} not written yet")
         header = header_text(*self._table, self._sums)
@@ -136,7 +136,7 @@ class PackedWriter:
             os.fsync(self._file)
             _write_at(self._file, prefix_of(header), 0)
             os.fsync(self._file)
-            if hasattr(os, "posix_fadvise"):  # out of small pages: the reader asks for large ones
+            if hasattr(os, "posix_fadvise"):  # drop the small cached pages, as the reader asks for large ones
                 os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
             os.rename(self.partial, self.path)
             publish.sync_directory(self.path.parent)
@@ -154,7 +154,7 @@ class PackedWriter:
         return digest.hexdigest()
 
     def _claim(self, restart: bool) -> int:
-        """Open the partial file for this process alone, and learn what it holds already."""
+        """Open and lock the partial file, and find out what it already holds."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
@@ -165,7 +165,7 @@ class PackedWriter:
             try:
                 self._resume(file, restart)
             except BaseException:
-                if not os.fstat(file).st_size:  # nothing to go on with
+                if not os.fstat(file).st_size:  # nothing to resume
                     self.partial.unlink()
                     self.journal.unlink(missing_ok=True)
                 raise
@@ -197,7 +197,7 @@ class PackedWriter:
         os.replace(fresh, self.journal)
 
     def _read_journal(self) -> tuple[str, dict[str, str]]:
-        """The identity and the checksums of the tensors written; the last line may be cut off."""
+        """The identity and the checksums of the written tensors; the last line may be truncated."""
         identity, sums = "", dict[str, str]()
         with suppress(OSError, UnicodeDecodeError, CheckpointError):
             content = read_bounded(self.journal, _MAX_JOURNAL)
@@ -227,9 +227,7 @@ class PackedWriter:
             yield
         except OSError as error:
             begun = os.path.lexists(self.partial)
-            rest = (
-                f"; what there is so far stays in {self.partial.name}" if begun else "; choose another place"
-            )
+            rest = f"; the partial file stays in {self.partial.name}" if begun else "; choose another place"
             raise CheckpointError(
                 f"{self.path}: could not be written ({error.strerror or error}){rest}"
             ) from error

@@ -1,13 +1,12 @@
-"""A directory that appears whole or not at all, whenever the process that writes it is killed.
+"""A directory that appears whole or not at all, even if the process that writes it is killed.
 
-The new content grows in a sibling ``.<name>.saving`` and takes its place in one rename, or in one exchange
-with the directory it replaces. Whatever a killed save left in the sibling is removed by the next one.
+The new content grows in a sibling ``.<name>.saving`` and is renamed when complete. A directory that it
+replaces is renamed to ``.<name>.previous`` first and removed last. The next save cleans up after a killed
+one.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import fcntl
 import os
 import shutil
@@ -18,13 +17,11 @@ from pathlib import Path
 from godwit.errors import CheckpointError
 
 _MARKER = "config.json"
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
 
 
 @contextmanager
 def published_directory(path: str | Path, *, overwrite: bool) -> Iterator[Path]:
-    """A staging directory to fill; on leaving without an error it becomes ``path``.
+    """A staging directory to fill; if the block ends without an error, it becomes ``path``.
 
     ``path`` may be missing or empty; with ``overwrite`` it may also be a checkpoint, which is then replaced
     as a whole.
@@ -34,7 +31,7 @@ def published_directory(path: str | Path, *, overwrite: bool) -> Iterator[Path]:
     """
     destination = Path(os.path.realpath(path))
     if not destination.name:
-        raise CheckpointError(f"{destination}: not a place for a checkpoint; name a directory to create")
+        raise CheckpointError(f"{destination}: cannot be a checkpoint; name a directory to create")
     staging = destination.with_name(f".{destination.name}.saving")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -53,12 +50,12 @@ def refuse_existing(path: Path) -> None:
     """Make sure that a file can be created under this name.
 
     Raises:
-        CheckpointError: something is there already, or it is no name of a file.
+        CheckpointError: the path exists already, or does not name a file.
     """
     if not path.name:
-        raise CheckpointError(f"{str(path)!r}: no name of a file; name the file to create")
+        raise CheckpointError(f"{str(path)!r}: not a file name; name the file to create")
     if os.path.lexists(path):
-        raise CheckpointError(f"{path}: is there already; remove it or choose another name")
+        raise CheckpointError(f"{path}: exists already; remove it or choose another name")
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -81,14 +78,14 @@ def _check_destination(destination: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{destination}: not empty; choose another name, or ask to overwrite it")
     if names and _MARKER not in names:
         raise CheckpointError(
-            f"{destination}: holds files but no {_MARKER}, so it is no checkpoint and is not overwritten; "
+            f"{destination}: holds files but no {_MARKER}, so it is not a checkpoint and is not overwritten; "
             "choose another name"
         )
 
 
 @contextmanager
 def _claimed(staging: Path, destination: Path) -> Iterator[None]:
-    """Holds the staging directory, emptied, for this process alone; removes it if the save fails."""
+    """Lock and empty the staging directory; remove it if the save fails."""
     staging.mkdir(exist_ok=True)
     descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
@@ -116,19 +113,19 @@ def _empty(directory: Path) -> None:
 
 
 def lock(descriptor: int) -> bool:
-    """Claim an open file for this process; False where another has it."""
+    """Lock an open file for this process; False if another process holds it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
-        # Some network file systems lock no directories; there the user keeps saves apart.
+        # Some network file systems cannot lock directories; there, concurrent saves are up to the user.
         return True
     return True
 
 
 def is_still(path: Path, descriptor: int) -> bool:
-    """Whether ``path`` names the very file that is open."""
+    """Whether ``path`` still names the open file."""
     with suppress(FileNotFoundError):
         return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(descriptor))
     return False
@@ -139,7 +136,7 @@ def _previous(destination: Path) -> Path:
 
 
 def _recover(destination: Path) -> None:
-    """Finish a replacement in two renames that was cut off: see :func:`_replace`."""
+    """Complete or undo a replacement that was cut off between or after its renames."""
     previous = _previous(destination)
     if not previous.is_dir():
         return
@@ -159,37 +156,26 @@ def _publish(staging: Path, destination: Path) -> None:
 
 
 def _replace(staging: Path, destination: Path) -> None:
-    # The lock keeps another save from taking the old directory for its staging while we remove it.
+    """Put ``staging`` in the place of a checkpoint; :func:`_recover` completes it if this is cut off."""
+    # The lock keeps another save from taking the old directory for its staging while it is removed.
     old = os.open(destination, os.O_RDONLY | os.O_DIRECTORY)
     try:
         lock(old)
-        if _exchange(staging, destination):
-            shutil.rmtree(staging, ignore_errors=True)
-            return
         previous = _previous(destination)
         os.rename(destination, previous)
-        os.rename(staging, destination)
+        try:
+            os.rename(staging, destination)
+        except OSError:
+            os.rename(previous, destination)
+            raise
+        sync_directory(destination.parent)
         shutil.rmtree(previous, ignore_errors=True)
     finally:
         os.close(old)
 
 
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two directories in one step; False where the system or the file system cannot."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:
-        return False
-    names = os.fsencode(first), os.fsencode(second)
-    if rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], ctypes.c_uint(_RENAME_EXCHANGE)) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL):
-        return False
-    raise OSError(code, os.strerror(code))
-
-
 def sync_directory(path: Path) -> None:
-    """Make renames in a directory last through a loss of power."""
+    """Make renames in a directory survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

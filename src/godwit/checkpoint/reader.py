@@ -1,11 +1,10 @@
-"""Checkpoint: the tensors of a model directory under their logical names."""
+"""SafetensorsCheckpoint: the tensors of a model directory under their logical names."""
 
 from __future__ import annotations
 
 import logging
 import math
 import re
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,11 @@ from typing import Any
 import torch
 
 from godwit.checkpoint import fp8
+from godwit.checkpoint.companions import read_companions
 from godwit.checkpoint.formats import check_directory, name_of_tensors, original_of
 from godwit.checkpoint.hub import locate, locate_config
 from godwit.checkpoint.layout import open_shards
+from godwit.checkpoint.protocol import TensorInfo, num_parameters
 from godwit.checkpoint.safetensors import DTYPES, SafetensorsFile, TensorEntry, shown
 from godwit.checkpoint.spelling import EMBEDDING, HEAD, canonical_name
 from godwit.config import ModelConfig, read_config_json
@@ -23,35 +24,24 @@ from godwit.errors import CheckpointError, UnsupportedModelError
 from godwit.file_kinds import next_step
 
 # Tensors that only a quantised weight brings along: the packings of GPTQ, AWQ, compressed-tensors and
-# bitsandbytes, and scales other than ours. The weight beside them, read as if it were plain, would be noise.
+# bitsandbytes, and scales in other layouts. Without them the weight would be read as noise.
 _COMPANION = re.compile(
     r"(?:.*[._])?(?:qweight|qzeros|scales?|scale_inv|scale_2|g_idx|weight_packed|zero_point|weight_shape"
     r"|absmax|quant_map|trellis|suh|svh|q_weight|W_q)"
 )
 
-_ROWS = 1024  # of the head and the embedding, compared at a time
+_ROWS = 1024  # rows of the head and the embedding compared at a time
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """What :meth:`Checkpoint.tensor` would return, and how it is stored.
-
-    ``stored`` is the dtype string in the file; ``nbytes`` counts the file's bytes, with FP8 scales.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    stored: str
-    nbytes: int
-
-
-class Checkpoint:
+class SafetensorsCheckpoint:
     """An open checkpoint directory: headers checked, data mapped and not yet read.
 
-    Opening it does not need a supported model type; :attr:`config` does. Code that a checkpoint brings along
-    (``auto_map``) is never run.
+    A :class:`~godwit.checkpoint.protocol.Checkpoint`. Code that a directory brings along (``auto_map``) is
+    never run.
     """
+
+    native_names = False
 
     def __init__(self, path: Path) -> None:
         """Open the directory ``path``; see :func:`open_checkpoint`."""
@@ -80,8 +70,8 @@ class Checkpoint:
         if not config.tie_embeddings or not self._has_own_head():
             return config
         _log.warning(
-            "%s: config.json ties the head to the embedding, but the checkpoint has another head; it is used "
-            "(tie_word_embeddings should be false)",
+            "%s: config.json ties the head to the embedding, but the checkpoint has a separate head, which "
+            "is used (tie_word_embeddings should be false)",
             self.path,
         )
         return config.untied()
@@ -105,19 +95,24 @@ class Checkpoint:
             return TensorInfo(entry.shape, DTYPES[entry.dtype], entry.dtype, entry.nbytes)
         return TensorInfo(entry.shape, torch.bfloat16, entry.dtype, entry.nbytes + self._entry(scale).nbytes)
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str, rows: slice | None = None) -> torch.Tensor:
         """One tensor on the CPU.
 
         A plain tensor is a view of the memory map (writing to it changes a private copy, never the file); an
-        FP8 weight comes dequantised, as a new bfloat16 tensor.
+        FP8 weight is dequantised into a new bfloat16 tensor.
+
+        Args:
+            name: one of :meth:`names`.
+            rows: only this range of the first dimension.
 
         Raises:
             CheckpointError: there is no such tensor, or its scales are damaged.
         """
         self._entry(name)
-        if name not in self._scales:
-            return self._shards[name].tensor(name)
-        return self._dequantize(name, None)
+        if name in self._scales:
+            return self._dequantize(name, None, rows)
+        whole = self._shards[name].tensor(name)
+        return whole if rows is None else whole[rows]
 
     def read_into(self, name: str, target: torch.Tensor) -> None:
         """Copy one tensor into ``target`` (same shape, any dtype and device); drop the file's pages.
@@ -135,7 +130,7 @@ class Checkpoint:
             )
         with torch.no_grad():
             if name in self._scales:
-                self._dequantize(name, target)
+                self._dequantize(name, target, None)
             else:
                 target.copy_(self._shards[name].tensor(name))
         self.release(name)
@@ -149,6 +144,19 @@ class Checkpoint:
             self._entry(stored)
             self._shards[stored].release(stored)
 
+    def files(self) -> dict[str, bytes]:
+        """The tokenizer's files, chat template and generation settings.
+
+        Raises:
+            CheckpointError: one cannot be read, is not a regular file, or links out of the directory.
+        """
+        return read_companions(self.path)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the headers of the files say about them."""
+        return {key: text for shard in self._shards.values() for key, text in shard.metadata.items()}
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors in the files, with FP8 scales."""
@@ -157,7 +165,7 @@ class Checkpoint:
     @property
     def num_parameters(self) -> int:
         """Elements of all logical tensors; FP8 scales do not count."""
-        return sum(math.prod(self._entry(name).shape) for name in self.names())
+        return num_parameters(self)
 
     def _entry(self, name: str) -> TensorEntry:
         shard: SafetensorsFile | None = self._shards.get(name)
@@ -182,10 +190,10 @@ class Checkpoint:
         self.release(embedding)
         return not same
 
-    def _dequantize(self, name: str, out: torch.Tensor | None) -> torch.Tensor:
+    def _dequantize(self, name: str, out: torch.Tensor | None, rows: slice | None) -> torch.Tensor:
         q, scale = (self._shards[stored].tensor(stored) for stored in (name, self._scales[name]))
         try:
-            return fp8.dequantize_fp8(q, scale, self._block, out=out)
+            return fp8.dequantize_fp8(q, scale, self._block, out=out, rows=rows)
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: tensor {shown(name)}: {error}") from None
 
@@ -237,20 +245,20 @@ class Checkpoint:
 
 
 def _coarse_names(weight: str) -> tuple[str, str]:
-    """What scales of a whole tensor or channel are called beside an FP8 weight."""
+    """Names that per-tensor or per-channel scales of an FP8 weight have."""
     return weight + "_scale", weight.removesuffix("weight") + "scale_weight"
 
 
 def _is_coarse(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
-    """Whether there is one scale for a whole tensor or for each of its rows."""
+    """Whether there is one scale for the whole tensor or one per row."""
     return math.prod(scale) == 1 or math.prod(scale) == math.prod(weight[:-1])
 
 
-def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(source: str | Path, *, revision: str | None = None) -> SafetensorsCheckpoint:
     """Open a checkpoint: a local directory, or a Hub repository, which is downloaded unless it is cached.
 
-    Text of the form ``organisation/name`` is taken for a repository if no such local path exists; ``hf://``
-    in front makes sure, and a :class:`~pathlib.Path` is always local. ``revision`` is a branch, tag or commit
+    Text of the form ``organisation/name`` names a repository if no such local path exists; the prefix ``hf://``
+    always does, and a :class:`~pathlib.Path` is always local. ``revision`` is a branch, tag or commit
     of the repository.
 
     Raises:
@@ -258,7 +266,7 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
         UnsupportedModelError: quantised in a way that is not read.
         OfflineError: the Hub cannot be reached and its cache lacks the repository.
     """
-    return Checkpoint(locate(source, revision))
+    return SafetensorsCheckpoint(locate(source, revision))
 
 
 def read_raw_config(source: str | Path, *, revision: str | None = None) -> dict[str, Any]:

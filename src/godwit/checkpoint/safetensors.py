@@ -4,7 +4,7 @@ Format (https://github.com/huggingface/safetensors): a little-endian u64 header 
 ``{name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {...}}``, then the tensors,
 row-major and little-endian, at offsets counted from the end of the header, with neither overlaps nor gaps.
 
-Nothing of the data is handed out before the whole header has been found consistent with the file.
+No data is handed out before the whole header has been checked against the file.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class SafetensorsFile:
         try:
             with open_regular(path, folder=folder) as file:
                 size = os.fstat(file.fileno()).st_size
-                self.entries = _read_header(file, size, path)
+                self.entries, self.metadata = _read_header(file, size, path)
                 self._map = map_file(file.fileno(), size, path)
         except OSError as error:
             raise CheckpointError(
@@ -165,10 +165,15 @@ class SafetensorsFile:
     def release(self, name: str) -> None:
         """Unmap the pages that only this tensor occupies; a living view reads them from the file again."""
         entry = self.entries[name]
-        page = mmap.PAGESIZE
-        first, last = -(-entry.begin // page) * page, entry.end // page * page
-        if last > first and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+        release_pages(self._map, entry.begin, entry.end)
+
+
+def release_pages(area: mmap.mmap, begin: int, end: int) -> None:
+    """Drop the resident pages that lie within bytes [begin, end) of a private map."""
+    page = mmap.PAGESIZE
+    first, last = -(-begin // page) * page, end // page * page
+    if last > first and hasattr(mmap, "MADV_DONTNEED"):
+        area.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def map_file(descriptor: int, size: int, path: Path) -> mmap.mmap:
@@ -191,7 +196,8 @@ def map_file(descriptor: int, size: int, path: Path) -> mmap.mmap:
         ) from None
 
 
-def _read_header(file: BinaryIO, size: int, path: Path) -> dict[str, TensorEntry]:
+def _read_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """The tensors in the order of their bytes, and the header's metadata."""
     first = file.read(_LENGTH_BYTES)
     length = int.from_bytes(first, "little")
     if length >> 32:  # no header is that long, so these are the first bytes of something else
@@ -209,21 +215,22 @@ def _read_header(file: BinaryIO, size: int, path: Path) -> dict[str, TensorEntry
     if not data.startswith(b"{"):
         _damaged(path, "its header does not start with '{', so it is not a safetensors file")
     header = strict_json(data, path, "header")
-    _check_metadata(header.pop("__metadata__", {}), path)
+    metadata = _metadata(header.pop("__metadata__", {}), path)
     entries = [_entry(name, fields, start, path) for name, fields in header.items()]
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     _check_layout(entries, start, size, path)
-    return {entry.name: entry for entry in entries}
+    return {entry.name: entry for entry in entries}, metadata
 
 
-def _check_metadata(metadata: object, path: Path) -> None:
+def _metadata(metadata: object, path: Path) -> dict[str, str]:
     if metadata is None:
-        return
+        return {}
     # Some exporters write null for what they do not know; other values would be a sign of damage.
     if not isinstance(metadata, dict) or not all(
         value is None or isinstance(value, str) for value in metadata.values()
     ):
         _damaged(path, "the __metadata__ of its header does not map text to text")
+    return {key: value for key, value in metadata.items() if value is not None}
 
 
 def _entry(name: str, fields: object, start: int, path: Path) -> TensorEntry:

@@ -1,4 +1,4 @@
-"""One name for each tensor of the text model, whatever the exporter called it."""
+"""One canonical name for each tensor of the text model."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _TOWERS = (
     "image_newline",
 )
 _WRAPPERS = ("model.language_model.", "language_model.model.", "language_model.")
-#: What stands at the top level, also where a wrapper put it under its own prefix.
+#: Top-level parts, which some wrappers put under their own prefix.
 _TOP = ("lm_head.", "mtp.")
-#: What checkpoints of a bare decoder hold without its prefix.
+#: Parts that checkpoints of a bare decoder hold without its prefix.
 _BARE = ("embed_tokens.", "layers.", "norm.")
 
 
 def canonical_name(name: str) -> str | None:
-    """Fold the spellings in the wild into one; None for tensors that are not part of the text model.
+    """The canonical form of a published name; None for tensors that are not part of the text model.
 
     Multimodal wrappers keep the text model under ``model.language_model.`` or ``language_model.model.``,
     their towers and projectors beside it, and the head at the top or under ``language_model.``; some

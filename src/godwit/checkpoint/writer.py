@@ -1,4 +1,4 @@
-"""Writing a checkpoint: shards that stream through memory, an index, ``config.json`` and extra files."""
+"""Writing a checkpoint: streamed shards, an index, ``config.json`` and extra files."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _OF_TORCH: Mapping[str, str] = MappingProxyType({"format": "pt"})  # what transf
 
 @dataclass(frozen=True)
 class TensorSource:
-    """A tensor to be saved, described now and produced by ``load`` when its turn comes.
+    """A tensor to be saved: described now, produced by ``load`` when it is written.
 
     ``load`` must return exactly this shape and dtype, on any device and with any strides; it is called once,
-    and its result is dropped as soon as it is written.
+    and its result is dropped once written.
     """
 
     name: str
@@ -54,12 +54,12 @@ def save_checkpoint(
 ) -> None:
     """Write a model directory that appears whole or not at all.
 
-    Of a generator of pairs at most one shard is held in memory (and the tensor after it), of
-    :class:`TensorSource` objects one tensor. ``safetensors`` and ``transformers`` read the files as well.
+    From a generator of pairs, at most one shard and the tensor after it are in memory; from
+    :class:`TensorSource` objects, one tensor. ``safetensors`` and ``transformers`` can read the files.
 
     Args:
         path: the directory to create. It must be missing or empty, unless ``overwrite`` is set and it is a
-            checkpoint: then it is replaced as a whole, also the files that this save does not write.
+            checkpoint: then all of it is replaced, including files that this save does not write.
         tensors: pairs or sources, each name once; they are written in this order, shard by shard.
         raw_config: becomes ``config.json``.
         extra_files: file name -> content, such as the tokenizer's files.
@@ -127,7 +127,7 @@ def _check_quantization(raw_config: Mapping[str, Any], stored: set[torch.dtype])
 def _write_shards(
     staging: Path, tensors: Iterable[tuple[str, torch.Tensor] | TensorSource], max_bytes: int
 ) -> set[torch.dtype]:
-    """Write all shards under their final names, and an index if there are several; the dtypes seen."""
+    """Write all shards, and an index if there are several; returns the dtypes seen."""
     shard_names: list[list[str]] = []
     total_bytes = total_elements = 0
     dtypes: set[torch.dtype] = set()
@@ -137,7 +137,7 @@ def _write_shards(
         total_elements += sum(math.prod(source.shape) for source in shard)
         dtypes.update(source.dtype for source in shard)
         _write_shard(_numbered(staging, len(shard_names)), shard)
-        # The generator below fills the next shard while this loop still refers to the last one.
+        # The generator fills the next shard while this loop still refers to the last one.
         shard.clear()
     if not shard_names:
         raise CheckpointError("there are no tensors to save")
@@ -221,7 +221,7 @@ def _bytes_of(source: TensorSource) -> memoryview:
     if tuple(tensor.shape) != source.shape or tensor.dtype != source.dtype or tensor.is_meta:
         raise CheckpointError(
             f"tensor {shown(source.name)} came as {list(tensor.shape)} {tensor.dtype} on {tensor.device}, "
-            f"announced was {list(source.shape)} {source.dtype}"
+            f"expected {list(source.shape)} {source.dtype}"
         )
     flat = tensor.to("cpu").contiguous().reshape(-1)
     data: np.ndarray[tuple[int], np.dtype[np.uint8]] = flat.view(torch.uint8).numpy()

@@ -11,7 +11,9 @@ from godwit.checkpoint import open_checkpoint
 from godwit.checkpoint.publish import refuse_existing
 from godwit.cli import common
 from godwit.cli.quantize import read_text, working
+from godwit.measure.machine import memory
 from godwit.models.loader import load_model
+from godwit.models.open import resolve_dtype
 from godwit.shrink.importance import PRIOR, collect_importance, write_importance
 
 
@@ -26,7 +28,9 @@ def run(model: str, text: Path, out: Path, *, tokens: int, threads: int | None, 
     source = open_checkpoint(common.source_of(model))
     ids = read_text(text, source, "godwit calibrate")[:tokens]
     with common.loading(model) as progress:
-        original = load_model(source, dtype=common.resolve_dtype("auto", source), progress=progress)
+        original = load_model(
+            source, dtype=resolve_dtype("auto", source, memory()["available"]), progress=progress
+        )
     started = time.monotonic()
     with working("reading") as progress:
         found = collect_importance(original, ids, progress=progress)

@@ -1,4 +1,4 @@
-"""What the verbs share: finding a model, its settings, and a session with it."""
+"""Shared by the verbs: finding a model, its settings, and a session with it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,10 @@ from godwit.errors import CheckpointError, MemoryBudgetError, UsageError
 from godwit.measure.machine import memory
 
 if TYPE_CHECKING:
-    import torch
-
     from godwit.checkpoint import Checkpoint
-    from godwit.checkpoint.packed import PackedFile
     from godwit.config import ModelConfig
     from godwit.engine import CacheSize, SamplingParams, Session, ThinkingRules
     from godwit.models.causal_lm import CausalLM
-    from godwit.models.native import Rounding
     from godwit.tokenizer import Tokenizer
 
 BUILT_IN = "built-in"
@@ -34,7 +30,7 @@ PERSONA = "You are Godwit, a helpful assistant."
 DEFAULT_CONTEXT = 16384
 MIN_CONTEXT = 512
 MAX_TOOLS_BYTES = 16 << 20
-# Where neither the user nor the model asks for anything: lively, but without unlikely tokens.
+# The default where neither the user nor the model says how to sample.
 FALLBACK_SAMPLING = {"temperature": 0.7, "top_p": 0.9}
 _FROM_FILE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
               "frequency_penalty")  # fmt: skip
@@ -42,10 +38,10 @@ _FROM_FILE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "p
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model whose files are found and whose weights are not read yet."""
+    """A model whose files are open and whose weights are not read yet."""
 
     name: str
-    source: Checkpoint | PackedFile
+    source: Checkpoint
     tokenizer: Tokenizer
 
     def system(self, asked: str | None) -> str | None:
@@ -57,7 +53,7 @@ class OpenedModel:
         return f"{PERSONA} Today is {datetime.date.today().isoformat()}."
 
     def check_context(self, asked: int | None, num_prompt: int = 0) -> None:
-        """Refuse a context or a prompt that cannot work, before any weights are read.
+        """Refuse an impossible context or prompt before any weights are read.
 
         Args:
             asked: tokens of context; None: not asked for.
@@ -137,21 +133,20 @@ def open_model(model: str | None) -> OpenedModel:
 
     trusted = isinstance(source, Path)  # the built-in one
     with ThreadPoolExecutor(1) as pool:
-        # Tried out in another process while this one loads PyTorch.
+        # Checked in another process while this one loads PyTorch.
         early = pool.submit(Tokenizer.from_dir, source, trusted=trusted) if os.path.isdir(source) else None
-        from godwit.checkpoint import open_checkpoint
-        from godwit.checkpoint.packed import PackedFile, is_packed
+        from godwit.models.open import open_source
 
-        if is_packed(source):
-            packed = PackedFile.open(source)
-            return OpenedModel(model or BUILT_IN, packed, embedded_tokenizer(packed))
-        checkpoint = open_checkpoint(source)
-        tokenizer = Tokenizer.from_dir(checkpoint.path) if early is None else early.result()
+        checkpoint = open_source(source)
+        if checkpoint.path.is_dir():
+            tokenizer = Tokenizer.from_dir(checkpoint.path) if early is None else early.result()
+        else:
+            tokenizer = embedded_tokenizer(checkpoint)
     return OpenedModel(model or BUILT_IN, checkpoint, tokenizer)
 
 
 def source_of(model: str | None) -> str | Path:
-    """What to open for the MODEL of a command line: the built-in one has its name, or none.
+    """The path or repository that MODEL means; without one, the built-in model.
 
     Raises:
         CheckpointError: this installation lacks the built-in model.
@@ -161,95 +156,53 @@ def source_of(model: str | None) -> str | Path:
     return model
 
 
-def embedded_tokenizer(packed: PackedFile) -> Tokenizer:
-    """The tokenizer inside a packed file.
+def embedded_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer inside a model of one file.
 
     Raises:
         CheckpointError: there is none, as in files for benchmarks.
     """
     from godwit.tokenizer import Tokenizer
 
-    files = packed.files()
+    files = checkpoint.files()
     if "tokenizer.json" not in files:
-        raise CheckpointError(f"{packed.path}: holds no tokenizer, so it can be measured but not talked to")
-    return Tokenizer.from_files(files, str(packed.path))
+        raise CheckpointError(
+            f"{checkpoint.path}: has no tokenizer, so it can be measured but not used for chat"
+        )
+    return Tokenizer.from_files(files, str(checkpoint.path))
 
 
 def load_weights(
-    source: Checkpoint | PackedFile,
+    source: Checkpoint,
     dtype: DtypeName = "auto",
     quantize: QuantizeName | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CausalLM:
-    """The model, ready to run: on the native kernels, unless a dtype or this CPU ask for PyTorch.
+    """:func:`godwit.models.open.load_weights` with notices on stderr and this machine's free memory."""
+    from godwit.models import open as models
 
-    Args:
-        source: packed weights are mapped as they are; others are packed as bf16 while loading, with a line on
-            stderr about what that changes.
-        dtype: anything but "auto" asks for PyTorch's kernels and this arithmetic.
-        quantize: pack the matrices in this format while loading.
-
-    Raises: what loading raises; UsageError for options that exclude each other.
-    """
-    from godwit.checkpoint.packed import PackedFile
-    from godwit.models.loader import load_model
-    from godwit.models.native import load_packed, pack_model, rounding_to_bf16
-    from godwit.shrink.recipe import QuantRecipe
-
-    if (quantize or isinstance(source, PackedFile)) and dtype != "auto":
-        raise UsageError("--dtype is for weights that are not packed; leave it out")
-    if isinstance(source, PackedFile):
-        if quantize:
-            raise UsageError(f"{source.path} is packed already, so --quantize cannot go with it")
-        return load_packed(source)
-    if quantize or (dtype == "auto" and suits_native(source)):
-        recipe = QuantRecipe.find(quantize or "bf16")
-        model = load_model(source, as_stored=True, progress=progress)
-        if not quantize and (line := rounding_line(rounding_to_bf16(model))):
-            print(line, file=sys.stderr)
-        return pack_model(model, recipe.format_of, release=True)
-    return load_model(source, dtype=resolve_dtype(dtype, source), progress=progress)
-
-
-def suits_native(checkpoint: Checkpoint) -> bool:
-    """Whether the weights can be packed as bf16 and this CPU has vector kernels."""
-    import torch
-
-    from godwit import _native
-
-    known = (torch.bfloat16, torch.float16, torch.float32)
-    return stored_dtype(checkpoint) in known and _native.instruction_set() != "scalar"
-
-
-def rounding_line(rounding: Rounding) -> str:
-    """What packing as bf16 changed, in one line; empty where the weights were bf16."""
-    if not rounding.matrices:
-        return ""
-    dtypes = "/".join(sorted(rounding.dtypes))
-    if rounding.exact == rounding.matrices:
-        return f"{dtypes} weights are packed as bf16, which holds every one of them exactly"
-    return (
-        f"{dtypes} weights are packed as bf16: {rounding.exact:,} of {rounding.matrices:,} matrices exactly, "
-        f"the others rounded (by {rounding.error:.2%} rms); --dtype float32 keeps every bit, far slower"
+    return models.load_weights(
+        source,
+        dtype,
+        quantize,
+        progress=progress,
+        notice=lambda line: print(line, file=sys.stderr),
+        available=memory()["available"],
     )
 
 
 def described(model: CausalLM) -> str:
     """Size, weights and kernels of a loaded model in a few words."""
-    from godwit import _native
-    from godwit.models.native import count_parameters, formats
+    from godwit.models.open import described
 
-    size = f"{count_parameters(model) / 1e6:.1f}M parameters"
-    if model.stack is None:
-        return f"{size}, {str(model.dtype).removeprefix('torch.')} on PyTorch"
-    return f"{size}, {'/'.join(formats(model))} on {_native.instruction_set()} kernels"
+    return described(model)
 
 
 def built_in() -> Path:
     """The directory of the built-in model.
 
     Raises:
-        CheckpointError: it is not there.
+        CheckpointError: this installation lacks it.
     """
     report = doctor.default_model_report()
     if not report["present"]:
@@ -277,7 +230,7 @@ def loading(name: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def use_threads(threads: int | None) -> int:
-    """Give PyTorch this many threads, else all cores that this process may use; how many it has now."""
+    """Set the number of threads, by default one per usable core; returns it."""
     import torch
 
     native = doctor.native_report()
@@ -292,32 +245,8 @@ def use_threads(threads: int | None) -> int:
     return torch.get_num_threads()
 
 
-def resolve_dtype(name: DtypeName, checkpoint: Checkpoint) -> torch.dtype:
-    """The arithmetic to use with PyTorch; auto is float32, or that of 16-bit weights that would not fit so.
-
-    PyTorch multiplies one token's states with a bfloat16 matrix more slowly than with a float32 one, also on
-    processors with units for bfloat16.
-    """
-    import torch
-
-    if name != "auto":
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
-    available = memory()["available"]
-    fits = available is None or 4 * checkpoint.num_parameters < available // 2
-    return torch.float32 if fits else stored_dtype(checkpoint)
-
-
-def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """Of the largest tensor."""
-    import torch
-
-    infos = [checkpoint.info(tensor) for tensor in checkpoint.names()]
-    return max(infos, key=lambda info: info.nbytes).dtype if infos else torch.float32
-
-
 def resolve_context(model: CausalLM, budget: int | None) -> int:
-    """Tokens of context: what the model is made for, up to a limit, and what fits ``budget`` bytes."""
+    """Default context in tokens: the model's own, up to a limit and to what fits ``budget`` bytes."""
     from godwit.engine import CacheSize
 
     limit = min(model.config.max_position, DEFAULT_CONTEXT)
@@ -327,7 +256,7 @@ def resolve_context(model: CausalLM, budget: int | None) -> int:
 
 
 def cache_size(config: ModelConfig) -> CacheSize:
-    """Bytes of the caches of a model of this configuration, without its weights."""
+    """Sizes of the caches of a model of this configuration."""
     import torch
 
     from godwit.engine.cache import CacheSize
@@ -340,7 +269,7 @@ def cache_size(config: ModelConfig) -> CacheSize:
 def sampling_params(
     options: SamplingOptions, defaults: Mapping[str, Any], logit_bias: Mapping[int, float] | None = None
 ) -> SamplingParams:
-    """What the user asked for, completed by ``defaults`` from generation_config.json, else by ours.
+    """The user's options, then ``defaults`` from generation_config.json, then ours.
 
     Raises:
         UsageError: an option makes no sense.

@@ -1,4 +1,4 @@
-"""Options that several verbs share: each is defined once, with its type, its range and its help."""
+"""Options shared by several verbs, each with its type, range and help, and the decorator of verbs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import wraps
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
 from godwit.chat_template import Effort
+from godwit.cli.outcome import one_sentence
 from godwit.errors import UsageError
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -60,7 +62,7 @@ RecipeName = Annotated[
     ),
 ]
 Restart = Annotated[
-    bool, typer.Option("--restart", help="Begin anew where OUT.partial is of something else.")
+    bool, typer.Option("--restart", help="Start over if OUT.partial was made from something else.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")]
 
@@ -138,25 +140,71 @@ class ServedThinkingOptions(ThinkingOptions):
     ] = False
 
 
-def takes_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Show typer one option for each field of the arguments that are dataclasses, in place of these."""
-    signature = inspect.signature(command, eval_str=True)
-    groups: dict[str, Any] = {
-        p.name: p.annotation for p in signature.parameters.values() if is_dataclass(p.annotation)
-    }
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What an engine may use; None: what suits the model and the machine."""
 
-    @wraps(command)
-    def spread(**given: Any) -> None:
-        for name, kind in groups.items():
-            given[name] = kind(**{f.name: given.pop(f.name) for f in fields(kind)})
-        command(**given)
+    context: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of prompt and answer together.", metavar="N")
+    ] = None
+    max_sequences: Annotated[
+        int, typer.Option(min=1, max=4096, help="Answers that run at a time.", metavar="N")
+    ] = 64
+    memory_gib: Annotated[
+        float | None,
+        typer.Option(
+            "--memory",
+            min=0,
+            max=1 << 20,
+            help="For caches, in GiB; without it, half of what is free.",
+            metavar="GIB",
+        ),
+    ] = None
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Keep what was read here across restarts.", metavar="DIR")
+    ] = None
+    self_check: Annotated[
+        bool, typer.Option("--self-check", help="Check the engine's books whenever there is nothing to do.")
+    ] = False
+    speculate: Annotated[
+        bool, typer.Option(help="Guess tokens ahead where that pays; answers stay the same.")
+    ] = True
 
-    parameters: list[inspect.Parameter] = []
-    for p in signature.parameters.values():
-        spreads = _options_of(groups[p.name]) if p.name in groups else [p]
-        parameters += [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in spreads]
-    spread.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return spread
+
+def verb(module: str, function: str = "run") -> Callable[[Callable[..., Any]], Callable[..., None]]:
+    """Turn a function that declares the options of a verb into a command that runs it.
+
+    The options go to ``function`` of ``godwit.cli.<module>``, which is imported only then, under their own
+    names; or what the declaring function makes of them, where it returns the arguments itself. Typer is shown
+    one option for each field of the arguments that are dataclasses, in place of these.
+    """
+
+    def decorate(declaration: Callable[..., Any]) -> Callable[..., None]:
+        signature = inspect.signature(declaration, eval_str=True)
+        groups: dict[str, Any] = {
+            p.name: p.annotation for p in signature.parameters.values() if is_dataclass(p.annotation)
+        }
+
+        @wraps(declaration)
+        def command(ctx: typer.Context, **given: Any) -> None:
+            with one_sentence(ctx):
+                for name, kind in groups.items():
+                    given[name] = kind(**{f.name: given.pop(f.name) for f in fields(kind)})
+                arguments = declaration(**given)
+                run = getattr(import_module(f"godwit.cli.{module}"), function)
+                if code := run(**(given if arguments is None else arguments)):
+                    raise typer.Exit(code)
+
+        parameters = [inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+        for p in signature.parameters.values():
+            spread = _options_of(groups[p.name]) if p.name in groups else [p]
+            parameters += [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in spread]
+        command.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=parameters, return_annotation=None
+        )
+        return command
+
+    return decorate
 
 
 def _options_of(group: Any) -> list[inspect.Parameter]:

@@ -1,4 +1,4 @@
-"""What a packed file holds, part by part and format by format, for the verbs that report it."""
+"""Contents of a packed file by part and by format, for reports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from godwit.errors import CheckpointError
 from godwit.measure import planner
 from godwit.measure.planner import Sizes
 from godwit.models.inventory import count_mtp, parameters
-from godwit.shrink.recipe import QuantRecipe, tensor_blobs
+from godwit.models.recipe import QuantRecipe, tensor_blobs
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def checked_blobs(packed: PackedFile, num_mtp: int) -> dict[str, TensorBlob]:
     Raises:
         CheckpointError: they are not.
     """
-    found = {name: packed.blob(name) for name in packed.names()}
+    found = packed.blobs
     wanted = tensor_blobs(packed.config, num_mtp, QuantRecipe.find("q4"))
     odd = {(name, _sizes_in(blob)) for name, blob in found.items()}
     odd ^= {(name, _sizes_in(blob)) for name, blob in wanted.items()}

@@ -1,4 +1,4 @@
-"""`godwit quantize`, `synth` and `verify`: making packed files, and checking that one is whole."""
+"""`godwit quantize`, `synth` and `verify`: making and checking packed files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.console import Console
@@ -16,6 +16,7 @@ from rich.table import Table
 
 from godwit.checkpoint import Checkpoint, open_checkpoint, read_raw_config
 from godwit.checkpoint.packed import PackedFile
+from godwit.checkpoint.protocol import num_parameters
 from godwit.cli import common
 from godwit.cli.packed import bytes_of_parts
 from godwit.cli.stopping import tidy_stop
@@ -24,16 +25,16 @@ from godwit.config import ModelConfig
 from godwit.errors import MemoryBudgetError, UsageError
 from godwit.measure.machine import memory
 from godwit.models.inventory import PARTS
+from godwit.models.recipe import QuantRecipe
 from godwit.shrink.importance import read_importance
-from godwit.shrink.quantize import Report, quantize_checkpoint
-from godwit.shrink.recipe import QuantRecipe
+from godwit.shrink.quantize import PackingReport, quantize_checkpoint
 from godwit.shrink.synth import synthesize
 
 if TYPE_CHECKING:
     from godwit.measure.quality import Quality
 
 MAX_TEXT_BYTES = 64 << 20
-_STOPPED = "{out} is not finished; the same command goes on with {out}.partial"
+_STOPPED = "{out} is not finished; run the same command again to continue from {out}.partial"
 
 
 def run_quantize(
@@ -72,7 +73,7 @@ def run_synth(
     layers: int | None,
     recipe: str,
     seed: int,
-    skew: bool,
+    skew: Literal["uniform", "real"],
     restart: bool,
     as_json: bool,
 ) -> None:
@@ -85,27 +86,27 @@ def run_synth(
             num_layers=layers,
             format=recipe,
             seed=seed,
-            skew=skew,
+            skew=skew == "real",
             progress=progress,
             restart=restart,
         )
     _print(report, PackedFile.open(out).config, None, as_json=as_json)
 
 
-def run_verify(path: Path, *, as_json: bool = False) -> None:
-    """Check every byte of a packed file and say on stdout that all are right.
+def run_verify(file: Path, *, as_json: bool = False) -> None:
+    """Check every byte of a packed file and report on stdout.
 
     Raises:
         CheckpointError: the file is damaged.
     """
-    packed = PackedFile.open(path)
+    packed = PackedFile.open(file)
     with working("reading") as progress:
         packed.verify(progress)
     if as_json:
-        content = {"path": str(path), "whole": True, "tensors": len(packed.names()), "bytes": packed.nbytes}
+        content = {"path": str(file), "whole": True, "tensors": len(packed.blobs), "bytes": packed.nbytes}
         print(json.dumps(content, indent=2))
     else:
-        print(f"{path}: whole; {len(packed.names()):,} tensors, {size_text(packed.nbytes)}")
+        print(f"{file}: whole; {len(packed.blobs):,} tensors, {size_text(packed.nbytes)}")
 
 
 @contextmanager
@@ -123,21 +124,21 @@ def working(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:
-    """Know before the long work whether what is packed can be talked to."""
+    """Check the tokenizer before the long work; warn if there is none."""
     from godwit.tokenizer import Tokenizer
 
     if (checkpoint.path / "tokenizer.json").is_file():
         Tokenizer.from_dir(checkpoint.path)
     else:
-        without = "has no tokenizer.json, so what is made of it can be measured but not talked to"
+        without = "has no tokenizer.json, so the packed model can be measured but not used for chat"
         print(f"warning: {checkpoint.path} {without}", file=sys.stderr)
 
 
 def read_text(path: Path, checkpoint: Checkpoint, what: str) -> list[int]:
-    """The tokens of a text that the original shall read.
+    """The tokens of a text for the original model to read.
 
     Raises:
-        UsageError: no such text, or too little or too much of it.
+        UsageError: the text cannot be read, or is too short or too long.
         MemoryBudgetError: the original does not fit in memory; `what` needs it.
     """
     from godwit.tokenizer import Tokenizer
@@ -154,13 +155,13 @@ def read_text(path: Path, checkpoint: Checkpoint, what: str) -> list[int]:
         raise UsageError(f"{path}: not UTF-8 text ({error.reason}); name another file") from None
     ids = Tokenizer.from_dir(checkpoint.path).encode(text)
     if len(ids) < 2:
-        raise UsageError(f"{path}: holds {len(ids)} tokens, and two at least are needed")
-    needed = 2 * checkpoint.num_parameters
+        raise UsageError(f"{path}: has {len(ids)} tokens; at least two are needed")
+    needed = 2 * num_parameters(checkpoint)
     available = memory()["available"]
     if available is not None and needed > available:
         raise MemoryBudgetError(
             f"{what} loads the original, which takes {size_text(needed)} or more, and "
-            f"{size_text(available)} are available; use a machine with more memory, or do without"
+            f"{size_text(available)} are available; use a machine with more memory, or leave it out"
         )
     return ids
 
@@ -169,13 +170,14 @@ def _compare(checkpoint: Checkpoint, out: Path, ids: list[int]) -> Quality:
     from godwit.measure.quality import compare
     from godwit.models.loader import load_model
     from godwit.models.native import load_packed
+    from godwit.models.open import resolve_dtype
 
-    original = load_model(checkpoint, dtype=common.resolve_dtype("auto", checkpoint))
+    original = load_model(checkpoint, dtype=resolve_dtype("auto", checkpoint, memory()["available"]))
     with working("comparing") as progress:
         return compare(original, load_packed(out), ids, progress=progress)
 
 
-def _print(report: Report, config: ModelConfig, quality: Quality | None, *, as_json: bool) -> None:
+def _print(report: PackingReport, config: ModelConfig, quality: Quality | None, *, as_json: bool) -> None:
     weights = sum(blob.num_weights for blob in report.blobs.values())
     content: dict[str, Any] = {
         "path": str(report.path),
@@ -205,7 +207,7 @@ def _show(content: dict[str, Any]) -> None:
     console = Tables()
     console.print(table)
     resumed = content["resumed_tensors"]
-    went_on = f", {resumed:,} tensors having been there" if resumed else ""
+    went_on = f"; {resumed:,} tensors were already there" if resumed else ""
     console.print(
         f"{content['path']}: written in {content['seconds']:,.1f} s{went_on}.", soft_wrap=True, markup=False
     )

@@ -8,12 +8,11 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from godwit.cli import common
-from godwit.cli.options import DtypeName, QuantizeName, SamplingOptions, ServedThinkingOptions
+from godwit.cli.options import DtypeName, EngineOptions, QuantizeName, SamplingOptions, ServedThinkingOptions
 from godwit.errors import UsageError
 from godwit.measure.machine import memory
 
@@ -23,18 +22,6 @@ if TYPE_CHECKING:
     from godwit.server.thinking import ThinkingSettings
 
 _log = logging.getLogger("godwit.server")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """How much an engine may take; None: what seems right for the model and the machine."""
-
-    context: int | None
-    memory_gib: float | None
-    max_sequences: int
-    cache_dir: Path | None
-    self_check: bool = False
-    speculate: bool = True
 
 
 def run(

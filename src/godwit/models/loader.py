@@ -1,4 +1,4 @@
-"""From a checkpoint to a model and back, one tensor at a time."""
+"""Loading a checkpoint into a model and saving it, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -12,27 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from godwit.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
-from godwit.checkpoint.packed_layout import MAX_FILE_BYTES
+from godwit.checkpoint.companions import read_companions
 from godwit.checkpoint.spelling import EMBEDDING, HEAD, canonical_name
 from godwit.config import ModelConfig
 from godwit.errors import CheckpointError
 from godwit.models.causal_lm import CausalLM
+from godwit.models.inventory import count_mtp, parameters
 from godwit.models.names import Alternatives, Entry, Placement, name_map
-from godwit.safe_files import read_bounded
 
 _MTP_LAYER = re.compile(r"mtp\.layers\.(\d+)\.")
 _LISTED = 20  # names shown of each kind of complaint
-
-#: Files that travel with a checkpoint besides its tensors and config.
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-)
 
 
 @dataclass
@@ -42,7 +31,7 @@ class _Complaints:
     misshapen: list[str] = field(default_factory=list)
 
     def raise_if_any(self, path: Path) -> None:
-        """Raises: CheckpointError: one sentence a kind, every name up to a limit."""
+        """Raises CheckpointError with a sentence for each kind and up to a limit of names."""
         parts = [
             f"{what} tensors ({len(names)}): {', '.join(names[:_LISTED])}{', ...' if names[_LISTED:] else ''}"
             for what, names in (
@@ -69,8 +58,8 @@ def load_model(
     Args:
         source: what :func:`godwit.checkpoint.open_checkpoint` accepts, or an open checkpoint.
         dtype: of the parameters; None keeps the dtype of the embedding on disk.
-        as_stored: every parameter in the dtype of its own tensors, which loses nothing; for packing, since
-            PyTorch's operations want one dtype.
+        as_stored: keep each parameter in the dtype of its own tensors, so that saving it again loses
+            nothing. PyTorch's operations may refuse to run such a model, as they want one dtype.
         device: where the parameters go.
         progress: called with (tensors done, tensors in all).
 
@@ -80,10 +69,10 @@ def load_model(
         CheckpointError: tensors missing, unexpected or of the wrong shape, all listed at once.
         UnsupportedModelError: a model type or quantisation that is not supported.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    checkpoint = open_checkpoint(source) if isinstance(source, str | Path) else source
     pieces, actual, num_mtp = plan(checkpoint)
     if dtype is None:
-        dtype = checkpoint.info(actual[EMBEDDING]).dtype
+        dtype = checkpoint.info(actual[pieces[0].source]).dtype  # of the embedding, which comes first
     with torch.device("meta"):
         model = CausalLM(checkpoint.config, num_mtp).to(dtype)
     if as_stored:
@@ -100,7 +89,7 @@ def load_model(
 
 
 def _allocate(model: nn.Module, device: torch.device | str) -> None:
-    """What Module.to_empty does, without torch.empty_like, which imports sympy for tensors on "meta"."""
+    """Module.to_empty without torch.empty_like, which imports sympy for tensors on "meta"."""
     for module in model.modules():
         for name, param in list(module.named_parameters(recurse=False)):
             real = torch.empty(param.shape, dtype=param.dtype, device=device)
@@ -108,7 +97,7 @@ def _allocate(model: nn.Module, device: torch.device | str) -> None:
 
 
 def _widen(model: CausalLM, pieces: Sequence[Placement], stored: Mapping[str, torch.dtype]) -> None:
-    """Give each parameter of a model without data the dtype that holds all its tensors exactly."""
+    """Give each parameter (on "meta") the dtype that holds all its tensors exactly."""
     dtypes: dict[str, torch.dtype] = {}
     for piece in pieces:
         own = stored[piece.source]
@@ -118,12 +107,44 @@ def _widen(model: CausalLM, pieces: Sequence[Placement], stored: Mapping[str, to
 
 
 def plan(checkpoint: Checkpoint) -> tuple[list[Placement], dict[str, str], int]:
-    """The pieces to read, canonical to actual names, and the number of MTP layers found.
+    """The placements to read, canonical to actual names, and the number of MTP layers found.
 
     Raises:
         CheckpointError: the names or shapes do not fit the config.
     """
     complaints = _Complaints()
+    if checkpoint.native_names:
+        placements, actual, num_mtp = _plan_native(checkpoint, complaints)
+    else:
+        placements, actual, num_mtp = _plan_published(checkpoint, complaints)
+    for placement in placements:
+        if placement.source not in actual:
+            complaints.missing.append(placement.source)
+            continue
+        shape = checkpoint.info(actual[placement.source]).shape
+        if tuple(shape) != placement.shape:
+            complaints.misshapen.append(
+                f"{actual[placement.source]} is {list(shape)}, expected {list(placement.shape)}"
+            )
+    complaints.raise_if_any(checkpoint.path)
+    return placements, actual, num_mtp
+
+
+def _plan_native(
+    checkpoint: Checkpoint, complaints: _Complaints
+) -> tuple[list[Placement], dict[str, str], int]:
+    """The plan where tensors are named like the model's parameters, and each is one."""
+    actual = {name: name for name in checkpoint.names()}
+    num_mtp = count_mtp(actual)
+    listed = parameters(checkpoint.config, num_mtp)
+    complaints.unexpected += sorted(actual.keys() - {parameter.name for parameter in listed})
+    return [Placement(one.name, one.shape, one.name) for one in listed], actual, num_mtp
+
+
+def _plan_published(
+    checkpoint: Checkpoint, complaints: _Complaints
+) -> tuple[list[Placement], dict[str, str], int]:
+    """The plan where tensors have one of the published spellings of their names."""
     actual: dict[str, str] = {}
     for name in checkpoint.names():
         canonical = canonical_name(name)
@@ -138,16 +159,6 @@ def plan(checkpoint: Checkpoint) -> tuple[list[Placement], dict[str, str], int]:
     pieces = [piece for entry in name_map(checkpoint.config, num_mtp) for piece in _choose(entry, actual)]
     wanted = {piece.source for piece in pieces}
     complaints.unexpected += [actual[name] for name in actual if name not in wanted]
-    for piece in pieces:
-        if piece.source not in actual:
-            complaints.missing.append(piece.source)
-            continue
-        shape = checkpoint.info(actual[piece.source]).shape
-        if tuple(shape) != piece.shape:
-            complaints.misshapen.append(
-                f"{actual[piece.source]} is {list(shape)}, expected {list(piece.shape)}"
-            )
-    complaints.raise_if_any(checkpoint.path)
     return pieces, actual, num_mtp
 
 
@@ -187,7 +198,7 @@ def _part(parameter: Tensor, piece: Placement) -> _Part:
 
 
 def export_tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under its Hugging Face name, packed as published, experts apart."""
+    """Every tensor under its published name and in its published layout."""
     parameters = dict(model.named_parameters())
     num_mtp = len(model.mtp.layers) if model.mtp is not None else 0
     for entry in name_map(model.config, num_mtp):
@@ -197,12 +208,12 @@ def export_tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
 
 
 def _saved_layout(config: ModelConfig) -> int:
-    """Qwen3.5 keeps its experts fused on disk, every other family apart."""
+    """Index of the layout of experts: Qwen3.5 fuses them, every other family stores each by itself."""
     return 1 if config.model_type.startswith("qwen3_5") else 0
 
 
 def _text_config(config: ModelConfig) -> dict[str, Any]:
-    """The raw config to save: a multimodal wrapper's text part, for no other part was loaded."""
+    """The raw config to save; of a multimodal wrapper its text part, since no other part was loaded."""
     raw = dict(config.raw)
     text = raw.get("text_config")
     if isinstance(text, Mapping):
@@ -210,24 +221,6 @@ def _text_config(config: ModelConfig) -> dict[str, Any]:
         if not config.model_type.endswith("_text"):
             raw["model_type"] += "_text"
     return {key: value for key, value in raw.items() if key not in ("quantization_config", "torch_dtype")}
-
-
-def read_companions(directory: Path) -> dict[str, bytes]:
-    """The :data:`COMPANIONS` that a directory has.
-
-    Raises:
-        CheckpointError: one is no regular file, is too large, leads out of the directory or cannot be read.
-    """
-    found: dict[str, bytes] = {}
-    for name in COMPANIONS:
-        path = directory / name
-        try:
-            found[name] = read_bounded(path, MAX_FILE_BYTES, folder=directory)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
-    return found
 
 
 def save_model(
@@ -243,7 +236,7 @@ def save_model(
     Args:
         model: any supported family.
         path: the new directory.
-        companions: directory whose tokenizer, template and generation files are copied along.
+        companions: directory whose tokenizer, template and generation files are copied.
         extra_files: more files by name.
         overwrite: replace an existing directory.
     """

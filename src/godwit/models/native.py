@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from godwit import _native
 from godwit.checkpoint.packed import PackedFile
-from godwit.config import AttentionSpec, DenseSpec, GatedDeltaNetSpec, MoeSpec
+from godwit.config import AttentionSpec, DenseSpec, GatedDeltaNetSpec, ModelConfig, MoeSpec
 from godwit.errors import CheckpointError, UsageError
 from godwit.kernels import native
 from godwit.models.batch import BLOCK_SIZE, ForwardBatch
@@ -40,24 +40,36 @@ def load_packed(source: str | Path | PackedFile) -> CausalLM:
         CheckpointError: the file is damaged, or its tensors are not those of its config, all listed at once.
     """
     file = source if isinstance(source, PackedFile) else PackedFile.open(source)
-    names = list(file.names())
+    values = ((name, file.packed(name)) for name in file.blobs)
+    return assemble(file.config, count_mtp(file.blobs), values, str(file.path))
+
+
+def assemble(config: ModelConfig, num_mtp: int, values: Iterable[tuple[str, Value]], source: str) -> CausalLM:
+    """A model of packed matrices and plain vectors, each under its parameter's name, on the native kernels.
+
+    Args:
+        config: of the model.
+        num_mtp: its MTP layers.
+        values: taken one by one; a stack of experts under the name of its module.
+        source: where they come from, for messages.
+
+    Raises:
+        CheckpointError: names or shapes that are not the model's, or parameters that got none.
+    """
     with torch.device("meta"):
-        model = CausalLM(file.config, count_mtp(names))
-    _assign_all(model, ((name, file.tensor(name)) for name in names), str(source))
+        model = CausalLM(config, num_mtp)
+    _assign_all(model, values, source)
     return _finish(model)
 
 
-def pack_model(model: CausalLM, format: str | Callable[[str], str], *, release: bool = False) -> CausalLM:
+def pack_model(model: CausalLM, format: str | Callable[[str], str]) -> CausalLM:
     """Pack every matrix of ``model`` in memory.
 
     Args:
         model: with ordinary parameters on the CPU.
         format: one of :data:`godwit.qtensor.FORMATS`, with routers and gate projections in bf16; or a
             function from the name of a matrix to its format.
-        release: free each parameter of ``model`` once it is packed, so that there are never two copies.
     """
-    with torch.device("meta"):
-        packed = CausalLM(model.config, model.num_mtp)
     matrices = {p.name for p in parameters(model.config, model.num_mtp) if p.is_matrix}
 
     def format_of(name: str) -> str:
@@ -75,12 +87,8 @@ def pack_model(model: CausalLM, format: str | Callable[[str], str], *, release: 
                     name = f"{module_name}.{leaf}"
                     packs = name in matrices
                     yield name, quantize(param, format_of(name)) if packs else param.detach().float()
-            if release:
-                for param in module.parameters(recurse=False):
-                    param.data = param.data.new_empty(0)
 
-    _assign_all(packed, values(), "the model")
-    return _finish(packed)
+    return assemble(model.config, model.num_mtp, values(), "the model")
 
 
 @dataclass
@@ -112,18 +120,13 @@ class Rounding:
             self.change += float((whole - whole.bfloat16().float()).square().sum(dtype=torch.float64))
         self.exact += self.change == before
 
-
-def rounding_to_bf16(model: CausalLM) -> Rounding:
-    """The effect of :func:`pack_model` with "bf16"; matrices that are bf16 already do not count."""
-    found = Rounding()
-    for listed in parameters(model.config, model.num_mtp):
-        if not listed.is_matrix and not listed.top_k:
-            continue
-        param = model.get_parameter(listed.name)
-        if param.dtype != torch.bfloat16:
-            for matrix in param if listed.top_k else (param,):
-                found.add(matrix)
-    return found
+    def merge(self, other: Rounding) -> None:
+        """Count the matrices of ``other`` too."""
+        self.dtypes |= other.dtypes
+        self.matrices += other.matrices
+        self.exact += other.exact
+        self.change += other.change
+        self.size += other.size
 
 
 def count_parameters(model: CausalLM) -> int:

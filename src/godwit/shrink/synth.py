@@ -31,6 +31,7 @@ from godwit.checkpoint.packed_layout import ExpertStack, Matrix, Plain, TensorBl
 from godwit.checkpoint.packed_writer import PackedWriter
 from godwit.config import ModelConfig
 from godwit.errors import UsageError
+from godwit.models.recipe import QuantRecipe, tensor_blobs
 from godwit.qtensor import (
     CODE_BYTES,
     GROUP,
@@ -43,8 +44,7 @@ from godwit.qtensor import (
     spans,
     weight_bytes,
 )
-from godwit.shrink.quantize import Report
-from godwit.shrink.recipe import QuantRecipe, tensor_blobs
+from godwit.shrink.quantize import PackingReport
 
 #: With 0.45, 300 tokens of ten experts each use 440 of 512; the 64 most used get 45 % of the choices, and an
 #: LRU cache of 18, 36, 54 or 73 % of the experts hits 35, 60, 75 or 83 % of the time.
@@ -67,7 +67,7 @@ def synthesize(
     skew: bool = False,
     progress: Callable[[int, int], None] | None = None,
     restart: bool = False,
-) -> Report:
+) -> PackingReport:
     """Write a random model.
 
     Args:
@@ -104,7 +104,7 @@ def synthesize(
             parts = _Maker(config, name, seed, skew).parts(blobs[name])
             writer.write(name, counter.counted(parts, blobs[name]))
         writer.finish()
-        return Report(
+        return PackingReport(
             writer.path,
             writer.nbytes,
             blobs,

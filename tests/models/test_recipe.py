@@ -7,7 +7,7 @@ import pytest
 from godwit.checkpoint.packed_layout import ExpertStack, Matrix, Plain
 from godwit.config import ModelConfig
 from godwit.errors import CheckpointError, UsageError
-from godwit.shrink.recipe import BUILT_IN, QuantRecipe, tensor_blobs
+from godwit.models.recipe import BUILT_IN, QuantRecipe, tensor_blobs
 from tests.engine.tiny import CONFIGS
 
 HYBRID = ModelConfig.from_dict(CONFIGS["hybrid"])

@@ -1,0 +1,13 @@
+"""`godwit doctor`: its options."""
+
+from __future__ import annotations
+
+from godwit.cli.options import AsJson, verb
+
+
+@verb("doctor")
+def doctor(
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """Show what this machine offers and what is missing."""

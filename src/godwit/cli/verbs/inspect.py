@@ -1,0 +1,28 @@
+"""`godwit inspect`: its options."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from godwit.cli.options import AsJson, verb
+
+
+@verb("inspect")
+def inspect(
+    *,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A directory, packed file, config.json or Hugging Face repository; without it, built-in.",
+            metavar="MODEL",
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, max=1 << 31, help="Tokens of context to reckon the memory for.", metavar="N"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a model is and the memory it takes."""

@@ -1,0 +1,33 @@
+"""`godwit quantize`: its options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from godwit.cli.options import AsJson, Original, RecipeName, Restart, Threads, verb
+
+
+@verb("quantize", "run_quantize")
+def quantize(
+    *,
+    model: Original,
+    out: Annotated[Path, typer.Argument(help="The packed file to create.", metavar="OUT.godwit")],
+    recipe: RecipeName = "q4",
+    importance: Annotated[
+        Path | None,
+        typer.Option(help="How much each column of a matrix matters, from godwit calibrate.", metavar="FILE"),
+    ] = None,
+    evaluate: Annotated[
+        Path | None, typer.Option(help="Compare with the original on this text file.", metavar="FILE")
+    ] = None,
+    threads: Threads = None,
+    restart: Restart = False,
+    as_json: AsJson = False,
+) -> None:
+    """Pack a model into one file of fewer bits.
+
+    A run that was cut off goes on when the same command is given again.
+    """

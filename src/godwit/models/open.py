@@ -1,0 +1,119 @@
+"""From a path to a checkpoint, and from a checkpoint to a model that is ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from godwit import _native
+from godwit.checkpoint import Checkpoint, open_checkpoint
+from godwit.checkpoint.packed import PackedFile, is_packed
+from godwit.checkpoint.protocol import main_dtype, num_parameters
+from godwit.errors import UsageError
+from godwit.models.causal_lm import CausalLM
+from godwit.models.loader import load_model
+from godwit.models.native import Rounding, count_parameters, formats, load_packed
+from godwit.models.packing import Progress, pack_checkpoint
+from godwit.models.recipe import QuantRecipe
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+QuantizeName = Literal["q8", "q4"]
+
+
+def open_source(source: str | Path, *, revision: str | None = None) -> Checkpoint:
+    """Open a model of any readable kind: a packed file, a directory, or a Hub repository.
+
+    Args:
+        source: a path, or what :func:`godwit.checkpoint.open_checkpoint` accepts.
+        revision: a branch, tag or commit of a repository.
+
+    Raises:
+        CheckpointError: missing, damaged or incomplete.
+        UnsupportedModelError: quantised in a way that is not read.
+        OfflineError: the Hub cannot be reached and its cache lacks the repository.
+    """
+    return PackedFile.open(source) if is_packed(source) else open_checkpoint(source, revision=revision)
+
+
+def load_weights(
+    source: Checkpoint,
+    dtype: DtypeName = "auto",
+    quantize: QuantizeName | None = None,
+    *,
+    progress: Progress | None = None,
+    notice: Callable[[str], None] | None = None,
+    available: int | None = None,
+) -> CausalLM:
+    """The model, ready to run: on the native kernels, unless a dtype or this CPU asks for PyTorch.
+
+    Args:
+        source: packed weights are mapped as they are; others are packed while they are loaded, tensor by
+            tensor.
+        dtype: anything but "auto" asks for PyTorch's kernels and this arithmetic.
+        quantize: the recipe to pack with; None: bf16 matrices.
+        progress: called with (done, in all), in weights or tensors.
+        notice: called with a line about what packing as bf16 changed, if it changed something.
+        available: free memory in bytes, which decides the arithmetic on PyTorch; None: not known.
+
+    Raises:
+        UsageError: options that exclude each other.
+        CheckpointError: damaged weights, or weights that do not fit the config.
+    """
+    if (quantize or isinstance(source, PackedFile)) and dtype != "auto":
+        raise UsageError("--dtype is for weights that are not packed; leave it out")
+    if isinstance(source, PackedFile):
+        if quantize:
+            raise UsageError(f"{source.path} is packed already, so --quantize cannot go with it")
+        return load_packed(source)
+    if quantize or (dtype == "auto" and suits_native(source)):
+        model, rounding = pack_checkpoint(source, QuantRecipe.find(quantize or "bf16"), progress=progress)
+        if not quantize and rounding.matrices and notice is not None:
+            notice(rounding_line(rounding))
+        return model
+    return load_model(source, dtype=resolve_dtype(dtype, source, available), progress=progress)
+
+
+def suits_native(checkpoint: Checkpoint) -> bool:
+    """Whether the weights can be packed as bf16 and this CPU has vector kernels."""
+    known = (torch.bfloat16, torch.float16, torch.float32)
+    return main_dtype(checkpoint) in known and _native.instruction_set() != "scalar"
+
+
+def resolve_dtype(name: DtypeName, checkpoint: Checkpoint, available: int | None) -> torch.dtype:
+    """The arithmetic on PyTorch; auto is float32, or the stored dtype where float32 would not fit.
+
+    PyTorch multiplies one token's states with a bfloat16 matrix more slowly than with a float32 one, also on
+    processors with bfloat16 units.
+
+    Args:
+        name: what was asked for.
+        checkpoint: the weights.
+        available: free memory in bytes, of which float32 weights may take half; None: not known.
+    """
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    fits = available is None or 4 * num_parameters(checkpoint) < available // 2
+    return torch.float32 if fits else main_dtype(checkpoint)
+
+
+def rounding_line(rounding: Rounding) -> str:
+    """What packing as bf16 changed, in one line."""
+    dtypes = "/".join(sorted(rounding.dtypes))
+    if rounding.exact == rounding.matrices:
+        return f"{dtypes} weights are packed as bf16, which holds every one of them exactly"
+    return (
+        f"{dtypes} weights are packed as bf16: {rounding.exact:,} of {rounding.matrices:,} matrices exactly, "
+        f"the others rounded (by {rounding.error:.2%} rms); --dtype float32 keeps every bit, far slower"
+    )
+
+
+def described(model: CausalLM) -> str:
+    """Size, weights and kernels of a loaded model in a few words."""
+    size = f"{count_parameters(model) / 1e6:.1f}M parameters"
+    if model.stack is None:
+        return f"{size}, {str(model.dtype).removeprefix('torch.')} on PyTorch"
+    return f"{size}, {'/'.join(formats(model))} on {_native.instruction_set()} kernels"

@@ -1,0 +1,245 @@
+"""Packing a checkpoint tensor by tensor, experts one at a time: into a file or into memory.
+
+Memory beyond what is packed is one matrix as it is stored, or a few experts.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import reduce
+from types import MappingProxyType
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from godwit.checkpoint import Checkpoint
+from godwit.checkpoint.packed_layout import ExpertStack, Matrix, Packed, Plain
+from godwit.errors import CheckpointError, UsageError
+from godwit.models.causal_lm import CausalLM
+from godwit.models.loader import plan
+from godwit.models.names import Placement
+from godwit.models.native import Rounding, assemble
+from godwit.models.recipe import QuantRecipe, tensor_blobs
+from godwit.qtensor import QuantTensor, join_expert, quantize
+
+Progress = Callable[[int, int], None]
+Item = TypeVar("Item")
+
+_ROWS = 512  # of a matrix, quantised at a time; a multiple of the tile's 16
+_NONE: Mapping[str, Tensor] = MappingProxyType({})
+
+
+def pack_checkpoint(
+    checkpoint: Checkpoint, recipe: QuantRecipe, *, progress: Progress | None = None
+) -> tuple[CausalLM, Rounding]:
+    """Load a model with its matrices packed, without ever holding it unpacked.
+
+    Args:
+        checkpoint: what to load.
+        recipe: which weights get which format.
+        progress: called with (weights done, weights in all).
+
+    Returns:
+        The model on the native kernels, and what storing matrices as bf16 changed.
+
+    Raises:
+        CheckpointError: tensors that do not fit the config or hold values that are not finite.
+        UsageError: a recipe that does not fit the model.
+    """
+    with Packer(checkpoint, recipe, progress=progress) as packer:
+        values = ((name, packer.packed(name)) for name in packer.blobs)
+        model = assemble(checkpoint.config, packer.num_mtp, values, str(checkpoint.path))
+    return model, packer.rounding
+
+
+class Packer:
+    """Reads the tensors of a parameter and packs them; use it in a ``with`` statement.
+
+    Attributes:
+        blobs: what the parameters become, by name.
+        num_mtp: MTP layers found in the checkpoint.
+        rounding: what storing matrices as bf16 has changed so far.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit its config.
+        UsageError: the recipe does not fit the model.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        recipe: QuantRecipe,
+        *,
+        importance: Mapping[str, Tensor] = _NONE,
+        progress: Progress | None = None,
+    ) -> None:
+        placements, self._actual, self.num_mtp = plan(checkpoint)
+        self.blobs = tensor_blobs(checkpoint.config, self.num_mtp, recipe)
+        self.rounding = Rounding()
+        self._checkpoint, self._importance = checkpoint, importance
+        self._placements = defaultdict[str, list[Placement]](list)
+        for placement in placements:
+            self._placements[placement.target].append(placement)
+        self._progress, self._done = progress, 0
+        self._total = sum(blob.num_weights for blob in self.blobs.values())
+        self._lock = threading.Lock()
+        self._pool = _Pool()
+
+    def __enter__(self) -> Packer:
+        self._pool.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.__exit__(*error)
+
+    def skip(self, names: Iterable[str]) -> None:
+        """Count blobs as done that need not be packed."""
+        self._done += sum(self.blobs[name].num_weights for name in names)
+
+    def packed(self, name: str) -> Packed:
+        """A blob in memory."""
+        blob = self.blobs[name]
+        data, at = torch.empty(blob.nbytes, dtype=torch.uint8), 0
+        for part in self.parts(name):
+            data[at : at + part.numel()] = part
+            at += part.numel()
+        return blob.view(data)
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """The uint8 tensors that make up a blob, in order.
+
+        Raises:
+            CheckpointError: values that the format cannot hold, or that are not finite.
+        """
+        blob = self.blobs[name]
+        try:
+            if isinstance(blob, Plain):
+                yield self._plain(name, blob)
+            elif isinstance(blob, Matrix):
+                yield from self._matrix(name, blob)
+            else:
+                yield from self._experts(name, blob)
+        except UsageError as error:
+            raise CheckpointError(f"{self._checkpoint.path}: {name} cannot be packed: {error}") from None
+
+    def _plain(self, name: str, blob: Plain) -> Tensor:
+        placements = self._placements[name]
+        values = self._assembled(placements, blob.shape).to(torch.float32, copy=True)
+        self._release(placements)
+        if not bool(torch.isfinite(values).all()):
+            raise CheckpointError(
+                f"{self._checkpoint.path}: {name} has values that are not finite numbers; fetch it again"
+            )
+        self._count(blob.num_weights)
+        return values.contiguous().view(-1).view(torch.uint8)
+
+    def _matrix(self, name: str, blob: Matrix) -> Iterator[Tensor]:
+        placements = self._placements[name]
+        whole = self._assembled(placements, blob.shape)
+        importance = self._importance.get(name)
+        self._note(whole, blob.format)
+
+        def block(begin: int) -> Tensor:
+            return quantize(whole[begin : begin + _ROWS], blob.format, importance).data
+
+        rows, cols = blob.shape
+        for begin, data in self._pool.ordered(block, range(0, rows, _ROWS)):
+            yield data
+            self._count(min(_ROWS, rows - begin) * cols)
+            self._release(placements)
+
+    def _experts(self, name: str, blob: ExpertStack) -> Iterator[Tensor]:
+        placements13, placements2 = self._placements[f"{name}.w13"], self._placements[f"{name}.w2"]
+        read13 = self._expert_reader(placements13, (2 * blob.intermediate, blob.hidden))
+        read2 = self._expert_reader(placements2, (blob.hidden, blob.intermediate))
+
+        def packed(matrix: Tensor, format: str, importance: Tensor | None) -> QuantTensor:
+            self._note(matrix, format)
+            return quantize(matrix, format, importance)
+
+        def one(index: int) -> Tensor:
+            return join_expert(
+                packed(read13(index), blob.format13, self._importance_of(f"{name}.w13", index)),
+                packed(read2(index), blob.format2, self._importance_of(f"{name}.w2", index)),
+            )
+
+        for index, data in self._pool.ordered(one, range(blob.num_experts)):
+            yield data
+            self._count(blob.num_weights // blob.num_experts)
+            both = (*placements13, *placements2)
+            self._release(p for p in both if not p.index or p.index[0] == index)
+
+    def _expert_reader(self, placements: list[Placement], shape: tuple[int, int]) -> Callable[[int], Tensor]:
+        """A function from an expert's number to its matrix."""
+        if len(placements) == 1 and not placements[0].index:
+            name = self._actual[placements[0].source]
+            return lambda index: self._checkpoint.tensor(name, slice(index, index + 1))[0]
+        own = defaultdict[int, list[Placement]](list)
+        for one in placements:
+            if isinstance(one.index[0], int):
+                own[one.index[0]].append(Placement(one.source, one.shape, one.target, one.index[1:]))
+        return lambda index: self._assembled(own[index], shape)
+
+    def _assembled(self, placements: list[Placement], shape: tuple[int, ...]) -> Tensor:
+        """A parameter from its tensors, in their dtype; a view of the file where it is a single plain one."""
+        names = [self._actual[one.source] for one in placements]
+        if len(placements) == 1 and not placements[0].index:
+            return self._checkpoint.tensor(names[0]).reshape(shape)
+        dtypes = (self._checkpoint.info(name).dtype for name in names)
+        whole = torch.empty(shape, dtype=reduce(torch.promote_types, dtypes))
+        for one, name in zip(placements, names, strict=True):
+            whole[one.index] = self._checkpoint.tensor(name).to(whole.dtype)
+            self._checkpoint.release(name)
+        return whole
+
+    def _note(self, matrix: Tensor, format: str) -> None:
+        """Add to :attr:`rounding` what bf16 does to a matrix of another dtype."""
+        if format == "bf16" and matrix.dtype != torch.bfloat16:
+            own = Rounding()
+            own.add(matrix)
+            with self._lock:
+                self.rounding.merge(own)
+
+    def _importance_of(self, name: str, index: int) -> Tensor | None:
+        found = self._importance.get(name)
+        return found[index] if found is not None and found.dim() == 2 else found
+
+    def _count(self, weights: int) -> None:
+        self._done += weights
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+    def _release(self, placements: Iterable[Placement]) -> None:
+        for one in placements:
+            self._checkpoint.release(self._actual[one.source])
+
+
+class _Pool:
+    """As many threads as PyTorch has, each running one-threaded operations, which are too small to split."""
+
+    def __enter__(self) -> _Pool:
+        self.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        self.executor = ThreadPoolExecutor(self.threads)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.executor.shutdown(cancel_futures=True)
+        torch.set_num_threads(self.threads)
+
+    def ordered(
+        self, function: Callable[[Item], Tensor], items: Iterable[Item]
+    ) -> Iterator[tuple[Item, Tensor]]:
+        """Items with their results in order, computed a few ahead."""
+        ahead: deque[tuple[Item, Future[Tensor]]] = deque()
+        for item in items:
+            ahead.append((item, self.executor.submit(function, item)))
+            if len(ahead) > 2 * self.threads:
+                first, future = ahead.popleft()
+                yield first, future.result()
+        for first, future in ahead:
+            yield first, future.result()
