@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from godwit import qtensor
 from godwit.errors import UsageError
+from godwit.kernels import packing
 from godwit.qtensor import (
     GROUP,
     QuantExperts,
@@ -206,8 +206,8 @@ def test_bad_arguments(weight: Tensor, format: str, importance: Tensor | None) -
 def test_the_result_does_not_depend_on_the_blocks(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, importance = torch.randn(70, 330, dtype=torch.bfloat16), torch.rand(330)
     whole = quantize(weight, format, importance).data
-    monkeypatch.setattr(qtensor, "_BLOCK", 1)
-    assert torch.equal(quantize(weight, format, importance).data, whole)
+    monkeypatch.setattr(packing, "_BLOCK", 1)
+    assert torch.equal(packing.quantize(weight, format, importance).data, whole)
 
 
 @pytest.mark.parametrize("formats", [("q4", "q4"), ("q4", "q8"), ("bf16", "q4")], ids=str)

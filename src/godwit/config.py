@@ -43,6 +43,7 @@ class Family:
     shared_expert: bool = False
     gdn_packing: Literal["interleaved", "split"] = "interleaved"
     expert_names: Literal["qwen", "mixtral"] = "qwen"
+    fused_experts: bool = False  # checkpoints hold the experts of a layer in one tensor
 
 
 _QWEN35 = Family("Qwen3.5 / 3.6", "zero_centered", True, True, True, gdn_packing="split")
@@ -56,6 +57,7 @@ _QWEN35_MOE = Family(
     True,
     shared_expert=True,
     gdn_packing="split",
+    fused_experts=True,
 )
 
 #: ``model_type`` -> family. Wrapper types (``qwen3_5`` with a ``text_config``) map like their text model.

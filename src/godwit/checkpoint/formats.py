@@ -76,6 +76,14 @@ _TENSORS = (
 )
 
 
+def is_gguf(path: str | Path) -> bool:
+    """Whether ``path`` is a file that begins as a GGUF file does, whatever its name."""
+    try:
+        return os.path.isfile(path) and read_beginning(path, 4) == b"GGUF"
+    except (OSError, CheckpointError):
+        return False
+
+
 def check_directory(directory: Path) -> None:
     """Refuse a directory without a checkpoint, and say what it holds instead.
 

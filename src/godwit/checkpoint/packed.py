@@ -163,6 +163,9 @@ class PackedFile:
             return out
         return (value.dequantize() if isinstance(value, QuantTensor) else value)[wanted]
 
+    def groups(self, name: str, rows: slice | None = None) -> None:
+        """None: a packed file is used as it is, or unpacked."""
+
     def release(self, name: str) -> None:
         """Drop the resident pages of the blob that holds a parameter."""
         place = self._place(self._blob_of(name))[1]

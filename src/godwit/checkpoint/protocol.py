@@ -78,6 +78,15 @@ class Checkpoint(Protocol):
             CheckpointError: there is no such tensor, or it is damaged.
         """
 
+    def groups(self, name: str, rows: slice | None = None) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A matrix that q8 holds exactly: codes ``int8 [rows, cols]``, scales ``float16 [rows, cols / 32]``.
+
+        None for every other tensor.
+
+        Raises:
+            CheckpointError: there is no such tensor, or it is damaged.
+        """
+
     def release(self, name: str) -> None:
         """Drop the resident pages of one tensor; a view of it stays valid and reads the file again."""
 

@@ -114,6 +114,9 @@ class SafetensorsCheckpoint:
         whole = self._shards[name].tensor(name)
         return whole if rows is None else whole[rows]
 
+    def groups(self, name: str, rows: slice | None = None) -> None:
+        """None: plain and FP8 weights are not integers times a scale."""
+
     def read_into(self, name: str, target: torch.Tensor) -> None:
         """Copy one tensor into ``target`` (same shape, any dtype and device); drop the file's pages.
 

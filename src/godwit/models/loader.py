@@ -202,14 +202,8 @@ def export_tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
     parameters = dict(model.named_parameters())
     num_mtp = len(model.mtp.layers) if model.mtp is not None else 0
     for entry in name_map(model.config, num_mtp):
-        options = entry.options[_saved_layout(model.config)] if isinstance(entry, Alternatives) else (entry,)
-        for piece in options:
+        for piece in entry.options[0] if isinstance(entry, Alternatives) else (entry,):
             yield piece.source, _part(parameters[piece.target], piece).read()
-
-
-def _saved_layout(config: ModelConfig) -> int:
-    """Index of the layout of experts: Qwen3.5 fuses them, every other family stores each by itself."""
-    return 1 if config.model_type.startswith("qwen3_5") else 0
 
 
 def _text_config(config: ModelConfig) -> dict[str, Any]:

@@ -34,7 +34,10 @@ class Placement:
 
 @dataclass(frozen=True)
 class Alternatives:
-    """Parameters with several layouts on disk; the first option whose names are present applies."""
+    """Parameters with several layouts on disk; the first option whose names are present applies.
+
+    The first option is how the family's own checkpoints have them, and how they are saved.
+    """
 
     options: tuple[tuple[Placement, ...], ...]
 
@@ -96,10 +99,11 @@ def _query_and_gate_rows(spec: AttentionSpec) -> Tensor:
     return torch.cat((heads, heads + spec.num_heads * spec.head_dim), 1).flatten()
 
 
-def _delta(layer: str, target: str, spec: GatedDeltaNetSpec, config: ModelConfig) -> Iterator[Placement]:
+def _delta(layer: str, target: str, spec: GatedDeltaNetSpec, config: ModelConfig) -> Iterator[Entry]:
     source, hidden = layer + "linear_attn.", config.hidden_size
-    packed = {"interleaved": _delta_interleaved, "split": _delta_split}[config.family.gdn_packing]
-    yield from packed(source, target, spec, hidden)
+    layouts = _delta_interleaved(source, target, spec, hidden), _delta_split(source, target, spec, hidden)
+    for options in zip(*layouts, strict=True):
+        yield Alternatives(options if config.family.gdn_packing == "interleaved" else options[::-1])
     yield Placement(source + "conv1d.weight", (spec.conv_dim, 1, spec.conv_kernel), target + "conv_weight")
     yield Placement(source + "A_log", (spec.num_v_heads,), target + "A_log")
     yield Placement(source + "dt_bias", (spec.num_v_heads,), target + "dt_bias")
@@ -107,16 +111,17 @@ def _delta(layer: str, target: str, spec: GatedDeltaNetSpec, config: ModelConfig
     yield Placement(source + "out_proj.weight", (hidden, spec.value_dim), target + "out_proj.weight")
 
 
-def _delta_interleaved(source: str, target: str, spec: GatedDeltaNetSpec, hidden: int) -> Iterator[Placement]:
+def _delta_interleaved(
+    source: str, target: str, spec: GatedDeltaNetSpec, hidden: int
+) -> Iterator[tuple[Placement, ...]]:
+    """The projections of queries, keys, values and gates, then those of the gates' sizes; by key heads."""
     total = spec.conv_dim + spec.value_dim
-    yield Placement(
-        source + "in_proj_qkvz.weight", (total, hidden), target + "in_proj_qkvz.weight", (_qkvz_rows(spec),)
-    )
+    name = "in_proj_qkvz.weight"
+    yield (Placement(source + name, (total, hidden), target + name, (_qkvz_rows(spec),)),)
     pairs = torch.arange(spec.num_v_heads).view(spec.num_k_heads, -1)
     both = torch.cat((pairs, pairs + spec.num_v_heads), 1).flatten()
-    yield Placement(
-        source + "in_proj_ba.weight", (2 * spec.num_v_heads, hidden), target + "in_proj_ba.weight", (both,)
-    )
+    name = "in_proj_ba.weight"
+    yield (Placement(source + name, (2 * spec.num_v_heads, hidden), target + name, (both,)),)
 
 
 @lru_cache(maxsize=4)
@@ -128,13 +133,19 @@ def _qkvz_rows(spec: GatedDeltaNetSpec) -> Tensor:
     return torch.cat((q, q + key, v, v + value), 1).flatten()
 
 
-def _delta_split(source: str, target: str, spec: GatedDeltaNetSpec, hidden: int) -> Iterator[Placement]:
+def _delta_split(
+    source: str, target: str, spec: GatedDeltaNetSpec, hidden: int
+) -> Iterator[tuple[Placement, ...]]:
     conv, value, heads = spec.conv_dim, spec.value_dim, spec.num_v_heads
     qkvz, ba = target + "in_proj_qkvz.weight", target + "in_proj_ba.weight"
-    yield Placement(source + "in_proj_qkv.weight", (conv, hidden), qkvz, (slice(0, conv),))
-    yield Placement(source + "in_proj_z.weight", (value, hidden), qkvz, (slice(conv, conv + value),))
-    yield Placement(source + "in_proj_b.weight", (heads, hidden), ba, (slice(0, heads),))
-    yield Placement(source + "in_proj_a.weight", (heads, hidden), ba, (slice(heads, 2 * heads),))
+    yield (
+        Placement(source + "in_proj_qkv.weight", (conv, hidden), qkvz, (slice(0, conv),)),
+        Placement(source + "in_proj_z.weight", (value, hidden), qkvz, (slice(conv, conv + value),)),
+    )
+    yield (
+        Placement(source + "in_proj_b.weight", (heads, hidden), ba, (slice(0, heads),)),
+        Placement(source + "in_proj_a.weight", (heads, hidden), ba, (slice(heads, 2 * heads),)),
+    )
 
 
 def _dense(layer: str, target: str, spec: DenseSpec, config: ModelConfig) -> Iterator[Placement]:
@@ -158,12 +169,9 @@ def _moe(layer: str, target: str, spec: MoeSpec, config: ModelConfig) -> Iterato
     source = layer + ("block_sparse_moe." if mixtral else "mlp.")
     yield Placement(source + "gate.weight", (spec.num_experts, hidden), target + "router.weight")
     names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
-    yield Alternatives(
-        (
-            tuple(_experts_apart(source, target, spec, hidden, names)),
-            tuple(_experts_fused(source, target, spec, hidden)),
-        )
-    )
+    apart = tuple(_experts_apart(source, target, spec, hidden, names))
+    fused = tuple(_experts_fused(source, target, spec, hidden))
+    yield Alternatives((fused, apart) if config.family.fused_experts else (apart, fused))
     if spec.shared_intermediate:
         shared = source + "shared_expert."
         yield from _swiglu(shared, target + "shared_expert.", spec.shared_intermediate, hidden, False)

@@ -10,13 +10,14 @@ import torch
 
 from godwit import _native
 from godwit.checkpoint import Checkpoint, open_checkpoint
+from godwit.checkpoint.formats import is_gguf
 from godwit.checkpoint.packed import PackedFile, is_packed
 from godwit.checkpoint.protocol import main_dtype, num_parameters
 from godwit.errors import UsageError
 from godwit.models.causal_lm import CausalLM
 from godwit.models.loader import load_model
 from godwit.models.native import Rounding, count_parameters, formats, load_packed
-from godwit.models.packing import Progress, pack_checkpoint
+from godwit.models.packing import Packer, Progress, pack_checkpoint, stored_recipe
 from godwit.models.recipe import QuantRecipe
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -24,7 +25,7 @@ QuantizeName = Literal["q8", "q4"]
 
 
 def open_source(source: str | Path, *, revision: str | None = None) -> Checkpoint:
-    """Open a model of any readable kind: a packed file, a directory, or a Hub repository.
+    """Open a model of any readable kind: a packed file, a GGUF file, a directory, or a Hub repository.
 
     Args:
         source: a path, or what :func:`godwit.checkpoint.open_checkpoint` accepts.
@@ -35,7 +36,13 @@ def open_source(source: str | Path, *, revision: str | None = None) -> Checkpoin
         UnsupportedModelError: quantised in a way that is not read.
         OfflineError: the Hub cannot be reached and its cache lacks the repository.
     """
-    return PackedFile.open(source) if is_packed(source) else open_checkpoint(source, revision=revision)
+    if is_packed(source):
+        return PackedFile.open(source)
+    if is_gguf(source):
+        from godwit.checkpoint.gguf import GgufCheckpoint
+
+        return GgufCheckpoint(Path(source))
+    return open_checkpoint(source, revision=revision)
 
 
 def load_weights(
@@ -53,7 +60,7 @@ def load_weights(
         source: packed weights are mapped as they are; others are packed while they are loaded, tensor by
             tensor.
         dtype: anything but "auto" asks for PyTorch's kernels and this arithmetic.
-        quantize: the recipe to pack with; None: bf16 matrices.
+        quantize: the recipe to pack with; None: as they are stored, see :func:`stored_recipe`.
         progress: called with (done, in all), in weights or tensors.
         notice: called with a line about what packing as bf16 changed, if it changed something.
         available: free memory in bytes, which decides the arithmetic on PyTorch; None: not known.
@@ -69,9 +76,11 @@ def load_weights(
             raise UsageError(f"{source.path} is packed already, so --quantize cannot go with it")
         return load_packed(source)
     if quantize or (dtype == "auto" and suits_native(source)):
-        model, rounding = pack_checkpoint(source, QuantRecipe.find(quantize or "bf16"), progress=progress)
-        if not quantize and rounding.matrices and notice is not None:
-            notice(rounding_line(rounding))
+        recipe = QuantRecipe.find(quantize) if quantize else stored_recipe(source)
+        model, packer = pack_checkpoint(source, recipe, progress=progress)
+        if not quantize and notice is not None:
+            for line in changes(packer):
+                notice(line)
         return model
     return load_model(source, dtype=resolve_dtype(dtype, source, available), progress=progress)
 
@@ -98,6 +107,19 @@ def resolve_dtype(name: DtypeName, checkpoint: Checkpoint, available: int | None
         return dtype
     fits = available is None or 4 * num_parameters(checkpoint) < available // 2
     return torch.float32 if fits else main_dtype(checkpoint)
+
+
+def changes(packer: Packer) -> list[str]:
+    """What packing a checkpoint as it is stored has changed, a line for each kind of change."""
+    lines = [rounding_line(packer.rounding)] if packer.rounding.matrices else []
+    if packer.decoded:
+        kinds = ", ".join(sorted(packer.decoded))
+        weights = sum(packer.decoded.values())
+        lines.append(
+            f"{kinds} weights ({weights / 1e6:,.0f}M) are packed as q8, {weights * 8.5 / 8e9:,.2f} GB: close "
+            "to the file's values but not bit for bit; --dtype float32 keeps every bit, far slower"
+        )
+    return lines
 
 
 def rounding_line(rounding: Rounding) -> str:

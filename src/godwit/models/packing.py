@@ -6,7 +6,7 @@ Memory beyond what is packed is one matrix as it is stored, or a few experts.
 from __future__ import annotations
 
 import threading
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import reduce
@@ -24,18 +24,19 @@ from godwit.models.loader import plan
 from godwit.models.names import Placement
 from godwit.models.native import Rounding, assemble
 from godwit.models.recipe import QuantRecipe, tensor_blobs
-from godwit.qtensor import QuantTensor, join_expert, quantize
+from godwit.qtensor import GROUP, QuantTensor, join_expert, pack_groups, quantize
 
 Progress = Callable[[int, int], None]
 Item = TypeVar("Item")
 
 _ROWS = 512  # of a matrix, quantised at a time; a multiple of the tile's 16
+_PLAIN = ("F64", "F32", "F16", "BF16")
 _NONE: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def pack_checkpoint(
     checkpoint: Checkpoint, recipe: QuantRecipe, *, progress: Progress | None = None
-) -> tuple[CausalLM, Rounding]:
+) -> tuple[CausalLM, Packer]:
     """Load a model with its matrices packed, without ever holding it unpacked.
 
     Args:
@@ -44,7 +45,7 @@ def pack_checkpoint(
         progress: called with (weights done, weights in all).
 
     Returns:
-        The model on the native kernels, and what storing matrices as bf16 changed.
+        The model on the native kernels, and the packer, which knows what packing changed.
 
     Raises:
         CheckpointError: tensors that do not fit the config or hold values that are not finite.
@@ -53,7 +54,23 @@ def pack_checkpoint(
     with Packer(checkpoint, recipe, progress=progress) as packer:
         values = ((name, packer.packed(name)) for name in packer.blobs)
         model = assemble(checkpoint.config, packer.num_mtp, values, str(checkpoint.path))
-    return model, packer.rounding
+    return model, packer
+
+
+def stored_recipe(checkpoint: Checkpoint) -> QuantRecipe:
+    """The recipe that keeps what a checkpoint holds: q8 for matrices stored in blocks, bf16 for all others.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit its config.
+    """
+    placements, actual, _ = plan(checkpoint)
+    blocks = {one.target for one in placements if _is_quantized(checkpoint, actual[one.source])}
+    return QuantRecipe("as stored", (("*", "bf16"),), exact=dict.fromkeys(blocks, "q8"))
+
+
+def _is_quantized(checkpoint: Checkpoint, name: str) -> bool:
+    info = checkpoint.info(name)
+    return info.dtype == torch.float32 and info.stored not in _PLAIN
 
 
 class Packer:
@@ -63,6 +80,7 @@ class Packer:
         blobs: what the parameters become, by name.
         num_mtp: MTP layers found in the checkpoint.
         rounding: what storing matrices as bf16 has changed so far.
+        decoded: weights in blocks that no format here holds exactly, by their stored type.
 
     Raises:
         CheckpointError: the checkpoint does not fit its config.
@@ -80,6 +98,7 @@ class Packer:
         placements, self._actual, self.num_mtp = plan(checkpoint)
         self.blobs = tensor_blobs(checkpoint.config, self.num_mtp, recipe)
         self.rounding = Rounding()
+        self.decoded: Counter[str] = Counter()
         self._checkpoint, self._importance = checkpoint, importance
         self._placements = defaultdict[str, list[Placement]](list)
         for placement in placements:
@@ -139,12 +158,17 @@ class Packer:
 
     def _matrix(self, name: str, blob: Matrix) -> Iterator[Tensor]:
         placements = self._placements[name]
-        whole = self._assembled(placements, blob.shape)
+        groups = self._groups(placements, blob.shape) if blob.format == "q8" else None
+        whole = self._assembled(placements, blob.shape) if groups is None else groups[0]
         importance = self._importance.get(name)
-        self._note(whole, blob.format)
+        if groups is None:
+            self._note(whole, blob.format, placements)
 
         def block(begin: int) -> Tensor:
-            return quantize(whole[begin : begin + _ROWS], blob.format, importance).data
+            rows = slice(begin, begin + _ROWS)
+            if groups is not None:
+                return pack_groups(groups[0][rows], groups[1][rows]).data
+            return quantize(whole[rows], blob.format, importance).data
 
         rows, cols = blob.shape
         for begin, data in self._pool.ordered(block, range(0, rows, _ROWS)):
@@ -154,17 +178,21 @@ class Packer:
 
     def _experts(self, name: str, blob: ExpertStack) -> Iterator[Tensor]:
         placements13, placements2 = self._placements[f"{name}.w13"], self._placements[f"{name}.w2"]
-        read13 = self._expert_reader(placements13, (2 * blob.intermediate, blob.hidden))
-        read2 = self._expert_reader(placements2, (blob.hidden, blob.intermediate))
+        shape13, shape2 = (2 * blob.intermediate, blob.hidden), (blob.hidden, blob.intermediate)
+        own13, own2 = self._by_expert(placements13), self._by_expert(placements2)
 
-        def packed(matrix: Tensor, format: str, importance: Tensor | None) -> QuantTensor:
-            self._note(matrix, format)
-            return quantize(matrix, format, importance)
+        def packed(own: list[Placement], shape: tuple[int, int], format: str, index: int) -> QuantTensor:
+            groups = self._groups(own, shape) if format == "q8" else None
+            if groups is not None:
+                return pack_groups(*groups)
+            values = self._expert(own, shape, index)
+            self._note(values, format, own)
+            return quantize(values, format, self._importance_of(own[0].target, index))
 
         def one(index: int) -> Tensor:
             return join_expert(
-                packed(read13(index), blob.format13, self._importance_of(f"{name}.w13", index)),
-                packed(read2(index), blob.format2, self._importance_of(f"{name}.w2", index)),
+                packed(own13(index), shape13, blob.format13, index),
+                packed(own2(index), shape2, blob.format2, index),
             )
 
         for index, data in self._pool.ordered(one, range(blob.num_experts)):
@@ -173,16 +201,36 @@ class Packer:
             both = (*placements13, *placements2)
             self._release(p for p in both if not p.index or p.index[0] == index)
 
-    def _expert_reader(self, placements: list[Placement], shape: tuple[int, int]) -> Callable[[int], Tensor]:
-        """A function from an expert's number to its matrix."""
+    def _by_expert(self, placements: list[Placement]) -> Callable[[int], list[Placement]]:
+        """A function from an expert's number to its placements, or to the one of the whole stack."""
         if len(placements) == 1 and not placements[0].index:
-            name = self._actual[placements[0].source]
-            return lambda index: self._checkpoint.tensor(name, slice(index, index + 1))[0]
+            return lambda index: placements
         own = defaultdict[int, list[Placement]](list)
         for one in placements:
             if isinstance(one.index[0], int):
                 own[one.index[0]].append(Placement(one.source, one.shape, one.target, one.index[1:]))
-        return lambda index: self._assembled(own[index], shape)
+        return own.__getitem__
+
+    def _expert(self, own: list[Placement], shape: tuple[int, int], index: int) -> Tensor:
+        """The matrix of an expert."""
+        if len(own) == 1 and len(own[0].shape) == 3:
+            return self._checkpoint.tensor(self._actual[own[0].source], slice(index, index + 1))[0]
+        return self._assembled(own, shape)
+
+    def _groups(self, placements: list[Placement], shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
+        """Codes and scales of a matrix that q8 holds exactly; None for any other."""
+        if any(len(one.shape) != 2 for one in placements):
+            return None
+        found = [self._checkpoint.groups(self._actual[one.source]) for one in placements]
+        codes = torch.empty(shape, dtype=torch.int8)
+        scales = torch.empty(shape[0], shape[1] // GROUP, dtype=torch.float16)
+        for one, groups in zip(placements, found, strict=True):
+            if groups is None:
+                return None
+            if len(found) == 1 and not one.index:
+                return groups
+            codes[one.index], scales[one.index] = groups
+        return codes, scales
 
     def _assembled(self, placements: list[Placement], shape: tuple[int, ...]) -> Tensor:
         """A parameter from its tensors, in their dtype; a view of the file where it is a single plain one."""
@@ -196,13 +244,17 @@ class Packer:
             self._checkpoint.release(name)
         return whole
 
-    def _note(self, matrix: Tensor, format: str) -> None:
-        """Add to :attr:`rounding` what bf16 does to a matrix of another dtype."""
+    def _note(self, matrix: Tensor, format: str, placements: list[Placement]) -> None:
+        """Remember what packing a matrix changes: in :attr:`rounding` or :attr:`decoded`."""
+        kinds = {self._checkpoint.info(name).stored for one in placements
+                 if _is_quantized(self._checkpoint, name := self._actual[one.source])}  # fmt: skip
+        own = Rounding()
         if format == "bf16" and matrix.dtype != torch.bfloat16:
-            own = Rounding()
             own.add(matrix)
-            with self._lock:
-                self.rounding.merge(own)
+        with self._lock:
+            self.rounding.merge(own)
+            for kind in kinds:
+                self.decoded[kind] += matrix.numel() // len(kinds)
 
     def _importance_of(self, name: str, index: int) -> Tensor | None:
         found = self._importance.get(name)

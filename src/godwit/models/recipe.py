@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -30,12 +30,14 @@ BUILT_IN: Mapping[str, Rules] = {
 class QuantRecipe:
     """Rules (pattern, format) for the names of matrices; the first match decides.
 
-    The first ``num_own`` rules are the user's own and must match something.
+    The first ``num_own`` rules are the user's own and must match something. ``exact`` holds the formats of
+    single matrices, which need no rule.
     """
 
     name: str
     rules: Rules
     num_own: int = 0
+    exact: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
     def find(name: str) -> QuantRecipe:
@@ -84,7 +86,8 @@ class QuantRecipe:
 
     def format_of(self, name: str) -> str:
         """The format of the matrix ``name``; experts are asked for as ``...experts.w13`` and ``...w2``."""
-        return next(format for pattern, format in self.rules if fnmatchcase(name, pattern))
+        own = self.exact.get(name)
+        return own or next(format for pattern, format in self.rules if fnmatchcase(name, pattern))
 
     def check(self, names: list[str]) -> None:
         """Check that each of the user's own rules matches one of the matrices ``names``.
