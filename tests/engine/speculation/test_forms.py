@@ -10,13 +10,13 @@ import pytest
 
 from godwit.engine import Engine, GenerationRequest, SamplingParams, ThinkingRules, parse_answer
 from godwit.engine.constraint import Constraints, GrammarConstraint
-from godwit.engine.speculative import MAX_DEPTH, Speculator
+from godwit.engine.speculation.speculator import MAX_DEPTH, Speculator
 from godwit.models.causal_lm import CausalLM
 from godwit.models.loader import load_model
 from godwit.models.native import pack_model
 from godwit.tokenizer import Tokenizer
 from tests.engine.forms import FLAG, FOLDER, TOOLS, held
-from tests.engine.test_speculative import Eager
+from tests.engine.speculation.test_speculator import Eager
 
 pytest.importorskip("llguidance")
 

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 import godwit
 from godwit.engine import Engine, GenerationRequest, SamplingParams
 from godwit.engine.scheduler import Work
-from godwit.engine.speculative import MAX_DEPTH, MAX_MTP_DEPTH, MAX_SEQUENCES, Speculator
-from godwit.engine.speculative_control import (
+from godwit.engine.speculation.controller import (
     REFRESH,
     REST,
     TRY_SHARE,
@@ -25,8 +24,9 @@ from godwit.engine.speculative_control import (
     Measured,
     Option,
 )
-from godwit.engine.speculative_learned import Curve, Median, Patience
-from godwit.engine.speculative_lookup import MAX_INDEXED, MAX_MATCH, PromptLookup, continuation
+from godwit.engine.speculation.estimates import Curve, Median, Patience
+from godwit.engine.speculation.lookup import MAX_INDEXED, MAX_MATCH, PromptLookup, continuation
+from godwit.engine.speculation.speculator import MAX_DEPTH, MAX_MTP_DEPTH, MAX_SEQUENCES, Speculator
 from godwit.models.causal_lm import CausalLM
 from godwit.models.loader import load_model
 from godwit.models.native import pack_model

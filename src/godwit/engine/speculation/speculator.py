@@ -16,10 +16,10 @@ from godwit.engine.cache import CacheSize, num_blocks
 from godwit.engine.core import divide
 from godwit.engine.runner import ModelRunner
 from godwit.engine.scheduler import Sequence, Work
-from godwit.engine.speculative_control import Controller, Measured, Option
-from godwit.engine.speculative_learned import Acceptance
-from godwit.engine.speculative_lookup import MAX_MATCH, PromptLookup, continuation
-from godwit.engine.speculative_mtp import MAX_PENDING, MTPDrafts
+from godwit.engine.speculation.controller import Controller, Measured, Option
+from godwit.engine.speculation.estimates import Acceptance
+from godwit.engine.speculation.lookup import MAX_MATCH, PromptLookup, continuation
+from godwit.engine.speculation.mtp import MAX_PENDING, MTPDrafts
 from godwit.errors import MemoryBudgetError
 from godwit.models.batch import ForwardBatch
 from godwit.models.causal_lm import CausalLM

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
-from godwit.engine.speculative_learned import Curve, Median, Patience
+from godwit.engine.speculation.estimates import Curve, Median, Patience
 
 #: Share of the time that looks may take, and share that may be lost on tries.
 LOOK_SHARE = 0.003
