@@ -28,8 +28,8 @@ def model() -> CausalLM:
 
 @pytest.fixture
 def engines(model: CausalLM, tokenizer: Tokenizer) -> Iterator[tuple[Engine, Engine]]:
-    """One without drafts, and one that drafts as much as it can, from both sources in turn."""
-    drafter = Speculator(controller=Eager(MAX_DEPTH), max_sequences=64)
+    """One without drafts, and one that drafts as much as it can, from both sources."""
+    drafter = Speculator(controller=Eager(), max_sequences=64)
     with (
         Engine(model, tokenizer, max_context=1024, debug=True, speculate=False) as plain,
         Engine(

@@ -1,13 +1,12 @@
-"""Drafts of a model's multi-token-prediction module."""
+"""Drafts of a model's multi-token-prediction (MTP) module."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import accumulate
+from itertools import accumulate, islice
 
 import torch
 from torch import Tensor
@@ -16,90 +15,73 @@ from godwit.engine.cache import num_blocks
 from godwit.engine.runner import ModelRunner
 from godwit.engine.sampling import as_rows
 from godwit.engine.scheduler import Sequence, Work
+from godwit.engine.speculation.estimates import Acceptance
+from godwit.engine.speculation.source import DraftSource
 from godwit.models.batch import BLOCK_SIZE, ForwardBatch
 
-#: Trunk states that are kept of a sequence for which nothing is drafted; the module begins anew with them.
+#: Drafts for a sequence in a step; each is made from the one before.
+MAX_MTP_DEPTH = 4
+#: Trunk states kept of a sequence for which nothing is drafted; the module starts again from them.
 MAX_PENDING = 64
-#: Tokens of a sequence in a step that answers.
-MAX_USUAL = 16
-#: States that the module reads in a step at most, in all sequences together.
-MAX_FILLED = 512
-
-
-#: A sequence, states of some of its tokens, and the position of the first.
-Part = tuple[Sequence, Tensor, int]
+#: Pending states that are usual while drafting: the tokens of a few steps.
+_USUAL_PENDING = 16
 
 
 @dataclass
-class Window:
-    """What the module has seen of a sequence: its slots from ``start`` to ``filled``.
+class MTPWindow:
+    """What the module has read of a sequence: its slots from ``start`` to ``filled``.
 
-    Slot p joins the trunk's state of token p with token p + 1. Slots lie in the sequence's own blocks, so the
-    window begins with a block. States of the slots from ``filled`` to ``end`` wait in ``pending``. Where
-    states are missing (a reused prefix, a time without drafts) a new window begins: what the module does not
-    see costs accepted drafts, never an answer.
+    Slot p combines the trunk's state of token p with token p + 1. Slots lie in the sequence's own blocks, so
+    a window starts at a block boundary. The states of the slots from ``filled`` to ``end`` are ``pending``.
+    Where states are missing (a reused prefix, steps that were not recorded) a new window starts: what the
+    module has not read costs accepted drafts, but changes no answer.
     """
 
+    acceptance: Acceptance
     start: int = 0
     filled: int = 0
     end: int = 0
-    pending: deque[Tensor] = field(default_factory=deque)
+    pending: deque[Tensor] = field(default_factory=lambda: deque(maxlen=MAX_PENDING))
     blocks: list[int] = field(default_factory=list)
 
     def add(self, states: Tensor, position: int) -> None:
-        """Take in the states of the tokens from ``position`` on."""
+        """Append the states ``[T, H]`` of the tokens from ``position`` on."""
         if position != self.end:
             self.pending.clear()
-            self.filled = self.end = position
-            self._begin()
-        self.pending.append(states)
-        self.end += len(states)
-        if self.end - self.filled > MAX_PENDING:
-            self.shorten(MAX_PENDING)
-
-    def shorten(self, most: int) -> None:
-        """Let at most ``most`` states wait."""
-        if self.end - self.filled <= most:
-            return
-        while (excess := self.end - self.filled - most) > 0:
-            self._drop(excess)
-        self._begin()
+        self.pending.extend(states)
+        self.end = position + len(states)
+        if (first := self.end - len(self.pending)) != self.filled:
+            self._restart(first)
 
     def is_ready(self, blocks: Seq[int]) -> bool:
-        """Whether drafts can begin, of a sequence that has these blocks now."""
+        """Whether drafting can begin, of a sequence that has these blocks now."""
         first = self.start // BLOCK_SIZE
         if self.blocks and list(blocks[first : first + len(self.blocks)]) != self.blocks:
-            self._begin()  # equal blocks of other sequences took their place
+            self._restart(self.filled)  # the prefix index replaced blocks by others with the same tokens
         if self.start == self.filled:
-            missing = -self.filled % BLOCK_SIZE
-            if self.end - self.filled <= missing:
+            boundary = num_blocks(self.filled) * BLOCK_SIZE
+            if self.end <= boundary:
                 return False
-            while missing:
-                missing -= self._drop(missing)
-            self._begin()
+            self._restart(boundary)
         return self.end > self.filled
 
-    def fill(self, blocks: Seq[int]) -> None:
-        """All states that waited have been read."""
-        self.pending.clear()
-        self.filled = self.end
+    def fill(self, count: int, blocks: Seq[int]) -> None:
+        """The first ``count`` pending states have been read."""
+        for _ in range(count):
+            self.pending.popleft()
+        self.filled += count
         self.blocks = list(blocks[self.start // BLOCK_SIZE : num_blocks(self.filled)])
 
-    def _begin(self) -> None:
-        self.start, self.blocks = self.filled, []
-
-    def _drop(self, most: int) -> int:
-        states = self.pending.popleft()
-        count = min(most, len(states))
-        if count < len(states):
-            self.pending.appendleft(states[count:].clone())
-        self.filled += count
-        return count
+    def _restart(self, position: int) -> None:
+        while self.end - len(self.pending) < position:
+            self.pending.popleft()
+        self.start = self.filled = position
+        self.blocks = []
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Slots of one sequence in one pass of the module."""
+class MTPSlots:
+    """Slots of a sequence in a pass of the module: ``count`` from ``first`` on, seeing those from ``start``."""
 
     first: int
     count: int
@@ -107,74 +89,70 @@ class Rows:
     blocks: Seq[int]
 
 
-class MTPDrafts:
+class MTPDrafts(DraftSource):
     """The MTP module of a runner's model, with a window on each sequence.
 
-    It runs through the paged cache that the model declares for it, in the blocks of the sequences. Further
-    drafts feed its own output back; their slots are written again with true states later.
+    It uses the paged cache that the model declares for it, in the blocks of the sequences. Drafts after the
+    first are made from its own output; their slots are written again with true states later.
+
+    Args:
+        runner: whose model and caches are used.
+        acceptance: what was learned from earlier sequences.
     """
 
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, runner: ModelRunner, acceptance: Acceptance) -> None:
         self.runner = runner
-        self.windows: dict[Sequence, Window] = {}
-        self._steps: deque[list[Part] | Callable[[], Iterator[Part]]] = deque(maxlen=MAX_PENDING)
+        self.windows: dict[Sequence, MTPWindow] = {}
+        self._acceptance = acceptance
 
-    def record(self, works: Seq[Work], kept: Seq[int], batch: ForwardBatch, hidden: Tensor) -> None:
-        """Note a step, with the trunk's states ``hidden [T, H]``, of which so many were true of each work.
-
-        Where few tokens ran that costs nothing by sequence: :meth:`catch_up` sorts the states out if anybody
-        wants them.
-        """
-        step = partial(_parts, works, kept, batch, hidden)
-        if len(hidden) > len(works) * MAX_USUAL:  # the whole of it would be kept alive for a small part
-            self._steps.append([_shortened(part) for part in step()])
-        else:
-            self._steps.append(step)
-
-    def catch_up(self, seqs: Iterable[Sequence]) -> list[Sequence]:
-        """Sort out what was recorded, and tell which of ``seqs`` can be drafted for."""
-        for step in self._steps:
-            for seq, states, position in step if isinstance(step, list) else step():
-                if seq.slot is not None and len(states):
-                    self.windows.setdefault(seq, Window()).add(states, position)
-        self._steps.clear()
-        return [seq for seq in seqs if self.is_ready(seq)]
-
-    def forget(self, seq: Sequence) -> None:
-        self.windows.pop(seq, None)
-
-    def is_ready(self, seq: Sequence) -> bool:
-        """Whether it can draft for ``seq``, all tokens of which but the newest are computed."""
+    def rates(self, seq: Sequence, limit: int) -> list[float]:
         window = self.windows.get(seq)
-        return window is not None and window.end == len(seq.ids) - 1 and window.is_ready(self._blocks(seq))
+        if window is None or window.end != len(seq.ids) - 1 or not window.is_ready(self._blocks(seq)):
+            return []
+        return [window.acceptance.rate(0)] * min(limit, MAX_MTP_DEPTH)
 
-    def num_pending(self, seq: Sequence) -> int:
-        window = self.windows[seq]
-        return window.end - window.filled
+    def catch_up(self, seqs: Iterable[Sequence]) -> bool:
+        behind = [seq for seq in seqs if len(self.windows[seq].pending) > _USUAL_PENDING]
+        if behind:
+            with torch.inference_mode():
+                self._read(behind, {seq: self._blocks(seq) for seq in behind}, leave=1)
+        return bool(behind)
 
     def draft(self, depths: Mapping[Sequence, int]) -> dict[Sequence, list[int]]:
-        """Up to so many drafts for sequences that are ready."""
-        share = max(BLOCK_SIZE, MAX_FILLED // len(depths))
-        for seq in depths:
-            self.windows[seq].shorten(share)
-        seqs = [seq for seq in depths if self.is_ready(seq)]
-        if not seqs:
-            return {}
-        borrowed = {seq: self._borrow(seq, depths[seq]) for seq in seqs}
+        borrowed = {seq: self._borrow(seq, depth) for seq, depth in depths.items()}
         try:
             with torch.inference_mode():
-                return self._chains({seq: depths[seq] for seq in seqs}, borrowed)
+                return self._chains(depths, {seq: [*self._blocks(seq), *borrowed[seq]] for seq in depths})
         finally:
             for blocks in borrowed.values():
                 self.runner.cache.blocks.free(blocks)
 
+    def judge(self, seq: Sequence, num_drafts: int, num_accepted: int) -> None:
+        if (window := self.windows.get(seq)) is not None:
+            for number in range(min(num_drafts, num_accepted + 1)):
+                window.acceptance.learn(0, number < num_accepted)
+
+    def record(self, works: Seq[Work], kept: Seq[int], batch: ForwardBatch, hidden: Tensor) -> None:
+        for work, count, start, end in zip(works, kept, batch.cu_seqlens, batch.seq_lens, strict=False):
+            seq, skipped = work.sequence, max(0, count - MAX_PENDING)
+            if seq.slot is None or not count:
+                continue
+            states = hidden[start + skipped : start + count]
+            if len(hidden) > MAX_PENDING:  # a view would keep all of a long step alive
+                states = states.clone()
+            if seq not in self.windows:
+                self.windows[seq] = MTPWindow(Acceptance(self._acceptance))
+            self.windows[seq].add(states, end - len(work.tokens) + skipped)
+
+    def forget(self, seq: Sequence) -> None:
+        self.windows.pop(seq, None)
+
     def _chains(
-        self, depths: dict[Sequence, int], borrowed: Mapping[Sequence, list[int]]
+        self, depths: Mapping[Sequence, int], tables: Mapping[Sequence, Seq[int]]
     ) -> dict[Sequence, list[int]]:
-        tables = {seq: [*self._blocks(seq), *borrowed[seq]] for seq in depths}
-        states, tokens = self._first(list(depths), tables)
-        drafts = {seq: [token] for seq, token in zip(depths, tokens.tolist(), strict=True)}
         active = list(depths)
+        states, tokens = self._read(active, tables, leave=0)
+        drafts = {seq: [token] for seq, token in zip(depths, tokens.tolist(), strict=True)}
         for depth in range(1, max(depths.values())):
             rows = [
                 row
@@ -183,45 +161,42 @@ class MTPDrafts:
             ]
             if not rows:
                 break
-            if len(rows) < len(active):
-                states, tokens, active = states[rows], tokens[rows], [active[row] for row in rows]
-            parts = [
-                Rows(len(seq.ids) - 2 + depth, 1, self.windows[seq].start, tables[seq]) for seq in active
+            states, tokens, active = states[rows], tokens[rows], [active[row] for row in rows]
+            slots = [
+                MTPSlots(len(seq.ids) - 2 + depth, 1, self.windows[seq].start, tables[seq]) for seq in active
             ]
-            states, tokens = self._run(states, tokens, parts)
+            states, tokens = self._run(states, tokens, slots)
             for seq, token in zip(active, tokens.tolist(), strict=True):
                 drafts[seq].append(token)
         return drafts
 
-    def _first(self, seqs: list[Sequence], tables: Mapping[Sequence, list[int]]) -> tuple[Tensor, Tensor]:
-        """Fill all slots whose states wait; the last of each sequence gives its first draft."""
+    def _read(
+        self, seqs: list[Sequence], tables: Mapping[Sequence, Seq[int]], leave: int
+    ) -> tuple[Tensor, Tensor]:
+        """Read all pending states but the last ``leave``: the output of :meth:`_run`."""
         windows = [self.windows[seq] for seq in seqs]
-        states = torch.cat([part for window in windows for part in window.pending])
-        next_ids = [
-            token
-            for seq, window in zip(seqs, windows, strict=True)
-            for token in seq.ids[window.filled + 1 : window.end + 1]
-        ]
-        parts = [
-            Rows(window.filled, window.end - window.filled, window.start, tables[seq])
-            for seq, window in zip(seqs, windows, strict=True)
-        ]
-        result = self._run(states, torch.tensor(next_ids), parts)
-        for seq, window in zip(seqs, windows, strict=True):
-            window.fill(self._blocks(seq))
+        counts = [len(window.pending) - leave for window in windows]
+        states, next_ids, slots = list[Tensor](), list[int](), list[MTPSlots]()
+        for seq, window, count in zip(seqs, windows, counts, strict=True):
+            states += islice(window.pending, count)
+            next_ids += seq.ids[window.filled + 1 : window.filled + 1 + count]
+            slots.append(MTPSlots(window.filled, count, window.start, tables[seq]))
+        result = self._run(torch.stack(states), torch.tensor(next_ids), slots)
+        for seq, window, count in zip(seqs, windows, counts, strict=True):
+            window.fill(count, self._blocks(seq))
         return result
 
-    def _run(self, states: Tensor, next_ids: Tensor, parts: Seq[Rows]) -> tuple[Tensor, Tensor]:
-        """One pass: the output and the likeliest token of the last slot of each sequence."""
-        model, batch = self.runner.model, _batch(next_ids, parts)
+    def _run(self, states: Tensor, next_ids: Tensor, slots: Seq[MTPSlots]) -> tuple[Tensor, Tensor]:
+        """One pass: the output and the likeliest token after the last slot of each sequence."""
+        model, batch = self.runner.model, _batch(next_ids, slots)
         out = model.forward_mtp(states, next_ids, batch, self.runner.cache.caches)
-        if len(out) > len(parts):
+        if len(out) > len(slots):
             out = out[batch.last_rows]
         likeliest = as_rows(model.compute_logits(out)).argmax(-1)
         return out, torch.from_numpy(likeliest)
 
     def _borrow(self, seq: Sequence, depth: int) -> list[int]:
-        """Blocks for guessed slots beyond the sequence's own, as far as there are any."""
+        """Free blocks for slots of drafts beyond the sequence's own; fewer if there are not enough."""
         blocks = self.runner.cache.blocks
         missing = num_blocks(len(seq.ids) - 2 + depth) - len(self._blocks(seq))
         if missing > blocks.num_free:
@@ -232,34 +207,23 @@ class MTPDrafts:
         return [] if seq.slot is None else self.runner.cache.blocks_of(seq.slot)
 
 
-def _parts(works: Seq[Work], kept: Seq[int], batch: ForwardBatch, hidden: Tensor) -> Iterator[Part]:
-    for work, count, start, end in zip(works, kept, batch.cu_seqlens, batch.seq_lens, strict=False):
-        yield work.sequence, hidden[start : start + count], end - len(work.tokens)
-
-
-def _shortened(part: Part) -> Part:
-    seq, states, position = part
-    excess = max(0, len(states) - MAX_PENDING)
-    return seq, states[excess:].clone(), position + excess
-
-
-def _batch(next_ids: Tensor, parts: Seq[Rows]) -> ForwardBatch:
+def _batch(next_ids: Tensor, slots: Seq[MTPSlots]) -> ForwardBatch:
     """Slots in the blocks of their sequences, of which the module sees those of the window."""
-    positions = [part.first + i for part in parts for i in range(part.count)]
-    slots = [
-        part.blocks[place // BLOCK_SIZE] * BLOCK_SIZE + place % BLOCK_SIZE
-        for part in parts
-        for place in range(part.first, part.first + part.count)
+    positions = [one.first + i for one in slots for i in range(one.count)]
+    places = [
+        one.blocks[place // BLOCK_SIZE] * BLOCK_SIZE + place % BLOCK_SIZE
+        for one in slots
+        for place in range(one.first, one.first + one.count)
     ]
-    tables = [part.blocks[part.start // BLOCK_SIZE : num_blocks(part.first + part.count)] for part in parts]
+    tables = [one.blocks[one.start // BLOCK_SIZE : num_blocks(one.first + one.count)] for one in slots]
     width = max(len(table) for table in tables)
     return ForwardBatch(
         next_ids,
         torch.tensor(positions),
-        tuple(accumulate((part.count for part in parts), initial=0)),
-        tuple(part.first + part.count - part.start for part in parts),
-        torch.tensor(slots),
+        tuple(accumulate((one.count for one in slots), initial=0)),
+        tuple(one.first + one.count - one.start for one in slots),
+        torch.tensor(places),
         torch.tensor([[*table, *[0] * (width - len(table))] for table in tables]),
-        tuple(range(len(parts))),
-        (0,) * len(parts),
+        tuple(range(len(slots))),
+        (0,) * len(slots),
     )

@@ -1,13 +1,9 @@
-"""Speculation: tokens guessed ahead, which the model verifies several at a time. Answers stay the same.
-
-Guesses come from the text itself or from the model's multi-token-prediction module, whichever promises more.
-"""
+"""Speculation: drafts a few tokens ahead, which the model verifies in one step. Answers stay the same."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
 from time import perf_counter
 
 from torch import Tensor
@@ -16,50 +12,21 @@ from godwit.engine.cache import CacheSize, num_blocks
 from godwit.engine.core import divide
 from godwit.engine.runner import ModelRunner
 from godwit.engine.scheduler import Sequence, Work
-from godwit.engine.speculation.controller import Controller, Measured, Option
+from godwit.engine.speculation.controller import BatchKind, Controller, StepTimes
 from godwit.engine.speculation.estimates import Acceptance
-from godwit.engine.speculation.lookup import MAX_MATCH, PromptLookup, continuation
+from godwit.engine.speculation.lookup import LookupDrafts
 from godwit.engine.speculation.mtp import MAX_PENDING, MTPDrafts
+from godwit.engine.speculation.source import DraftSource
 from godwit.errors import MemoryBudgetError
 from godwit.models.batch import ForwardBatch
 from godwit.models.causal_lm import CausalLM
 
-#: Drafts for a sequence in a step; each takes room in the rows of recurrent states.
+#: Drafts for a sequence in a step; each needs room in the rows of recurrent states.
 MAX_DEPTH = 6
-#: Drafts of the MTP module, which come one after the other.
-MAX_MTP_DEPTH = 4
-#: Kinds of drafts whose acceptance is measured apart: MTP drafts by their number, then lengths of matches.
-_LENGTH_KINDS = [
-    MAX_MTP_DEPTH + min(length, 8) // 2 + (length >= MAX_MATCH) for length in range(MAX_MATCH + 1)
-]
-#: With more sequences than these nothing is drafted: there rows cost about what they give, and looking after
-#: drafts costs more than their gains.
+#: With more sequences nothing is drafted: there, a draft costs about what it gains.
 MAX_SEQUENCES = 4
-#: Share of the context that has to be left with room for drafts.
-_LEAST_CONTEXT = 0.95
-
-
-@dataclass
-class History:
-    """What is known of one sequence.
-
-    Attributes:
-        guess: a draft that was not verified: where its token will stand, its kind, and the token.
-        mtp: how likely its MTP drafts are, until more is known.
-    """
-
-    acceptance: Acceptance
-    lookup: PromptLookup = field(default_factory=PromptLookup)
-    guess: tuple[int, int, int] | None = None
-    mtp: list[float] = field(default_factory=list)
-
-
-@dataclass
-class Drafted:
-    """What the next step verifies of a sequence."""
-
-    kinds: list[int]
-    tokens: list[int]
+#: Share of the context that has to remain when drafts get their room.
+_MIN_CONTEXT = 0.95
 
 
 class Speculator:
@@ -69,8 +36,8 @@ class Speculator:
 
     Args:
         max_depth: drafts for a sequence in a step.
-        controller: chooses how many; None makes one.
-        clock: tells seconds.
+        controller: decides when to draft; None makes one.
+        clock: the time in seconds.
         max_sequences: with more of them nothing is drafted.
     """
 
@@ -83,149 +50,104 @@ class Speculator:
     ) -> None:
         self.max_depth = max_depth
         self.max_sequences = max_sequences
-        self.controller = controller or Controller(max_depth)
+        self.controller = controller or Controller()
+        self.sources: list[DraftSource] = []
         self._clock = clock
-        self._acceptance = Acceptance()
-        self._mtp: MTPDrafts | None = None
-        self._histories: dict[Sequence, History] = {}
-        self._size = self._num_rests = self._num_slept = 0
-        self._resting, self._recording = False, True
-        self._reset()
+        self._lookup_acceptance, self._mtp_acceptance = Acceptance(), Acceptance()
+        self._recording: list[DraftSource] = []
+        self._kind = BatchKind(0, 0)
+        self._num_rests = self._num_untimed = 0
+        self._timed = False
+        self._begin_step()
 
-    def _reset(self) -> None:
+    def _begin_step(self) -> None:
         self._began = self._clock()
-        self._drafted: dict[Sequence, Drafted] = {}
-        self._draft_depth = 0
-        self._draft_seconds: float | None = 0.0
+        self._source, self._proposed = 0, False
+        self._search_seconds = self._catch_up_seconds = 0.0
 
     # the drafter of a core
 
     def start(self, runner: ModelRunner) -> None:
-        self._mtp = MTPDrafts(runner) if runner.model.mtp is not None else None
-        self._histories.clear()
-        self._reset()
+        self.sources = [LookupDrafts(self._lookup_acceptance)]
+        if runner.model.mtp is not None:
+            self.sources.append(MTPDrafts(runner, self._mtp_acceptance))
+        self._recording = self.sources
 
     def wants(self, num_sequences: int) -> bool:
+        same = num_sequences == self._kind.size
+        self._kind = BatchKind(num_sequences, self._kind.length)
         if num_sequences > self.max_sequences:
-            self._num_rests, self._size, self._resting, self._recording = 0, num_sequences, True, False
-            self._drafted = {}
+            self._timed, self._num_rests, self._recording = False, 0, []
             return False
-        if self._num_rests and num_sequences == self._size:
+        if same and self._num_rests:
+            self._timed = False
             self._num_rests -= 1
-            self._num_slept += 1
+            self._num_untimed += 1
             return False
-        self._num_rests, self._size, self._resting = 0, num_sequences, False
-        self._reset()
-        return self.controller.wants(num_sequences)
+        self._timed, self._num_rests = True, 0
+        self._begin_step()
+        return self.controller.wants_drafts(self._kind)
 
     def propose(self, limits: Mapping[Sequence, int]) -> dict[Sequence, list[int]]:
-        limits = {seq: min(limit, self.max_depth) for seq, limit in limits.items() if limit > 0}
-        if not limits:
+        rates = [
+            [source.rates(seq, min(limit, self.max_depth)) for seq, limit in limits.items()]
+            if self.controller.may_draft(number)
+            else []
+            for number, source in enumerate(self.sources)
+        ]
+        choice = self.controller.choose(self._kind.size, rates)
+        if choice is None:
+            self._search_seconds = self._clock() - self._began
             return {}
-        places = {seq: self._look_up(seq) for seq in limits}
-        mtp = self._mtp is not None and self.controller.allows_mtp(len(limits))
-        if not mtp and not any(length for _, length in places.values()):
-            self.controller.looked(len(limits), self._clock() - self._began)
-            return {}
-        options = [self._option(seq, limits[seq], places[seq][1], mtp) for seq in limits]
-        choices = dict(zip(limits, self.controller.choose(options), strict=True))
-        for seq, choice in choices.items():
-            if choice.depth and not choice.mtp:
-                place, length = places[seq]
-                tokens = continuation(seq.ids, place, choice.depth)
-                kinds = [_LENGTH_KINDS[min(length + i, MAX_MATCH)] for i in range(choice.depth)]
-                self._drafted[seq] = Drafted(kinds, tokens)
-                self._histories[seq].guess = None
-        self._draft({seq: choice.depth for seq, choice in choices.items() if choice.mtp and choice.depth})
-        if not self._drafted:
-            self.controller.looked(len(limits), self._clock() - self._began)
-        return {seq: drafted.tokens for seq, drafted in self._drafted.items()}
+        self._source, self._proposed = choice.source, True
+        source = self.sources[choice.source]
+        depths = {seq: depth for seq, depth in zip(limits, choice.depths, strict=True) if depth}
+        began = self._clock()
+        if source.catch_up(depths):
+            self._catch_up_seconds = self._clock() - began
+        return source.draft(depths)
 
     def observe(self, works: Seq[Work], kept: Seq[int], batch: ForwardBatch, hidden: Tensor) -> None:
-        if self._recording and self._mtp is not None:
-            self._mtp.record(works, kept, batch, hidden)
-        if self._resting:
+        for source in self._recording:
+            source.record(works, kept, batch, hidden)
+        if not self._timed:
             return
-        for work, count in zip(works, kept, strict=True) if self._drafted else ():
+        for work, count in zip(works, kept, strict=True):
             if work.num_drafts:
-                self._compare(work, count - 1)
-        num_drafts = len(hidden) - len(works)
-        if not num_drafts or (self._drafted and all(len(w.tokens) == 1 + w.num_drafts for w in works)):
-            self._measure(works, kept, num_drafts, self._clock() - self._began)
-        size = len(works)
-        self._num_rests, self._num_slept = self.controller.rest(size) if size == self._size else 0, 0
-        self._resting = self._num_rests > 0
-        self._recording = self.controller.allows_mtp(size, MAX_PENDING)
+                self.sources[self._source].judge(work.sequence, work.num_drafts, count - 1)
+        length = sum(len(work.sequence.ids) for work in works)
+        self._kind = BatchKind(self._kind.size, length.bit_length() // 2)
+        num_drafts = sum(work.num_drafts for work in works)
+        decoded = all(len(work.tokens) == 1 + work.num_drafts for work in works)
+        if decoded and self._proposed == bool(num_drafts):  # otherwise there was no room for the drafts
+            self._learn(works, kept, num_drafts)
+        self._recording = [
+            source
+            for number, source in enumerate(self.sources)
+            if self.controller.may_draft(number, MAX_PENDING)
+        ]
 
     def forget(self, seq: Sequence) -> None:
-        self._histories.pop(seq, None)
-        if self._mtp is not None:
-            self._mtp.forget(seq)
+        for source in self.sources:
+            source.forget(seq)
 
-    # drafts
-
-    def _look_up(self, seq: Sequence) -> tuple[int, int]:
-        history = self._histories.get(seq)
-        if history is None:
-            history = self._histories[seq] = History(Acceptance(self._acceptance))
-        elif history.guess is not None:
-            position, kind, token = history.guess
-            if position < len(seq.ids):
-                history.acceptance.learn(kind, seq.ids[position] == token)
-        place, length = history.lookup.match(seq.ids)
-        history.guess = (len(seq.ids), _LENGTH_KINDS[length], seq.ids[place]) if length else None
-        return place, length
-
-    def _option(self, seq: Sequence, limit: int, match: int, mtp: bool) -> Option:
-        history = self._histories[seq]
-        estimate, lookup = history.acceptance.estimate, list[float]()
-        if match:
-            lookup = [estimate(_LENGTH_KINDS[min(match + i, MAX_MATCH)]) for i in range(limit)]
-        if not mtp:
-            return Option(lookup)
-        if not history.mtp:
-            history.mtp = [estimate(number) for number in range(MAX_MTP_DEPTH)]
-        return Option(lookup, history.mtp[:limit])
-
-    def _draft(self, depths: Mapping[Sequence, int]) -> None:
-        if self._mtp is None or not depths:
-            return
-        began = self._clock()
-        ready = self._mtp.catch_up(depths)
-        usual = sum(map(self._mtp.num_pending, ready)) <= len(ready) * (self.max_depth + 1)
-        drafts = self._mtp.draft({seq: depths[seq] for seq in ready}) if ready else {}
-        for seq, tokens in drafts.items():
-            self._drafted[seq] = Drafted(list(range(len(tokens))), tokens)
-        self._draft_depth = max(map(len, drafts.values()), default=0)
-        self._draft_seconds = self._clock() - began if usual else None
-
-    # what came of them
-
-    def _compare(self, work: Work, num_accepted: int) -> None:
-        drafted, history = self._drafted.get(work.sequence), self._histories.get(work.sequence)
-        if drafted is None or history is None:  # it has ended, for whatever reason
-            return
-        history.mtp = []
-        for number, kind in enumerate(drafted.kinds[: work.num_drafts]):
-            history.acceptance.learn(kind, number < num_accepted)
-            if number >= num_accepted:
-                return
-
-    def _measure(self, works: Seq[Work], kept: Seq[int], num_drafts: int, seconds: float) -> None:
-        if self._drafted and not num_drafts:  # there was no room for them
-            return
-        plain = self.controller.plain_seconds(len(works))
-        self.controller.learn(
-            Measured(
-                len(works),
-                num_drafts,
+    def _learn(self, works: Seq[Work], kept: Seq[int], num_drafts: int) -> None:
+        seconds = self._clock() - self._began
+        kind = BatchKind(len(works), self._kind.length)
+        plain = self.controller.plain_seconds(kind)
+        self._num_rests = self.controller.learn(
+            StepTimes(
+                kind,
                 sum(kept),
                 seconds,
-                self._draft_depth,
-                self._draft_seconds,
-                self._num_slept,
+                self._source,
+                num_drafts,
+                self._search_seconds,
+                self._catch_up_seconds,
+                self._num_untimed,
             )
         )
+        self._num_untimed = 0
         if num_drafts and plain is not None:
             for work, count in zip(works, kept, strict=True):
                 seq = work.sequence
@@ -233,10 +155,10 @@ class Speculator:
 
 
 def leaves_room(model: CausalLM, max_context: int, max_bytes: int | None, max_sequences: int) -> bool:
-    """Whether nearly as long texts fit ``max_bytes`` with room in the rows for drafts as without."""
+    """Whether nearly as long texts fit ``max_bytes`` when drafts get their room."""
     try:
         plain, _ = divide(CacheSize.of(model), max_context, max_bytes, max_sequences)
         drafting, _ = divide(CacheSize.of(model, MAX_DEPTH), max_context, max_bytes, max_sequences)
     except MemoryBudgetError:
         return False
-    return drafting >= _LEAST_CONTEXT * min(plain, num_blocks(max_context))
+    return drafting >= _MIN_CONTEXT * min(plain, num_blocks(max_context))
