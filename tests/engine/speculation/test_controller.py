@@ -42,7 +42,7 @@ class Simulation:
         self.depths: list[int] = []
         self.seconds = self.plain_seconds = 0.0
         self.searches = self.timed = 0
-        self._rests = 0
+        self._rests = self._untimed = 0
 
     def run(self, tokens: int) -> float:
         """Speed in so many tokens of each sequence, relative to no drafts at all."""
@@ -64,7 +64,7 @@ class Simulation:
         raise AssertionError(f"not within {most} tokens")
 
     def _step(self) -> float:
-        size, untimed = self.kind.size, 0
+        size = self.kind.size
         if self._rests:
             self._rests -= 1
             self.depths.append(0)
@@ -82,21 +82,21 @@ class Simulation:
         made = size + sum(self._accepted(source, number, depth) for number, depth in enumerate(depths))
         seconds = self.plain * (1 + self.cost.get(source, 0.0) * drafted / size) * self.noise()
         seconds += self.search * self.plain if drafted else search
-        untimed = self._untimed()
         self._rests = self.controller.learn(
             StepTimes(
-                self.kind, made, seconds + catch_up, source, drafted, search, catch_up, num_untimed=untimed
+                self.kind,
+                made,
+                seconds + catch_up,
+                source,
+                drafted,
+                search,
+                catch_up,
+                num_untimed=self._untimed,
             )
         )
-        self._slept = self._rests
+        self._untimed = self._rests
         self.depths.append(max(depths))
         return self._pass(seconds + catch_up, made / size)
-
-    _slept = 0
-
-    def _untimed(self) -> int:
-        slept, self._slept = self._slept, 0
-        return slept
 
     def _pass(self, seconds: float, made: float) -> float:
         self.seconds += seconds
@@ -144,7 +144,7 @@ def test_where_drafts_do_not_pay_they_cost_no_more_than_the_budget(
     cost: float, chance: float, size: int
 ) -> None:
     simulation = Simulation(both(cost), both(chance), size)
-    assert simulation.run(10000) > 1 / (1 + 1.2 * BUDGET)
+    assert simulation.run(6000) > 1 / (1 + 1.2 * BUDGET)
 
 
 @pytest.mark.parametrize("cost", [0.05, 0.3, 1.0])
@@ -152,7 +152,7 @@ def test_where_drafts_do_not_pay_they_cost_no_more_than_the_budget(
 def test_acceptance_that_switches_loses_no_more_than_the_budget(cost: float, period: int) -> None:
     simulation = Simulation(both(cost), both(0.5))
     simulation.right = lambda source, place: len(simulation.depths) // period % 2 == 0
-    assert simulation.run(10000) > 1 / (1 + 1.2 * BUDGET)
+    assert simulation.run(6000) > 1 / (1 + 1.2 * BUDGET)
 
 
 @pytest.mark.parametrize("cost", [0.1, 0.4])
@@ -172,27 +172,27 @@ def test_an_adversary_who_accepts_probes_only_gains_nothing(cost: float) -> None
 
     original, simulation.right = simulation.controller.choose, right
     simulation.controller.choose = choose  # type: ignore[method-assign, assignment]
-    assert simulation.run(10000) > 1 / (1 + 1.2 * BUDGET)
+    assert simulation.run(6000) > 1 / (1 + 1.2 * BUDGET)
 
 
 def test_catching_up_is_paid_from_the_budget_too() -> None:
     simulation = Simulation(both(0.5), {MTP: 0.0})
     simulation.catch_up = 4.0
-    assert simulation.run(10000) > 1 / (1 + 1.2 * BUDGET)
+    assert simulation.run(6000) > 1 / (1 + 1.2 * BUDGET)
     assert any(simulation.depths[-3000:])
 
 
 def test_searching_is_paid_from_the_budget_too() -> None:
     simulation = Simulation(both(0.5), {})
     simulation.search = 0.5
-    assert simulation.run(10000) > 1 / (1 + 1.2 * BUDGET)
+    assert simulation.run(6000) > 1 / (1 + 1.2 * BUDGET)
     assert simulation.searches > 100
 
 
 def test_the_budget_is_used_so_that_changes_are_noticed() -> None:
     simulation = Simulation(both(0.5), both(0.0))
     simulation.search = 0.0
-    speed = simulation.run(10000)
+    speed = simulation.run(6000)
     assert 1 / (1 + 1.1 * BUDGET) < speed < 1 / (1 + 0.7 * BUDGET)
 
 
@@ -248,22 +248,22 @@ def test_it_turns_off_at_once_when_drafts_become_dear() -> None:
 def test_a_few_refused_drafts_do_not_end_drafting_that_pays() -> None:
     simulation = Simulation(both(0.3), both(0.9))
     simulation.run(3000)
-    before = sum(depth > 0 for depth in simulation.depths) / len(simulation.depths)
-    refused = iter([True] * 200)
-    assert before > 0.9
     simulation.chance = both(0.0)
     simulation.run(2)
     simulation.chance = both(0.9)
-    assert simulation.tokens_until(mostly_on, 300) < 60 and next(refused)
+    assert simulation.tokens_until(mostly_on, 300) < 60
 
 
 def test_the_better_source_is_used() -> None:
     for better in (LOOKUP, MTP):
         simulation = Simulation({LOOKUP: 0.3, MTP: 0.3}, {**both(0.5), better: 0.9})
         used: list[int] = []
-        simulation.right = lambda source, _: (
-            used.append(source) or simulation.rng.random() < simulation.chance[source]
-        )  # type: ignore[func-returns-value]  # noqa: B023, E501
+
+        def right(source: int, place: int, simulation: Simulation = simulation) -> bool:
+            used.append(source)  # noqa: B023
+            return simulation.rng.random() < simulation.chance[source]
+
+        simulation.right = right
         simulation.run(3000)
         assert used[-1000:].count(better) > 900
 
