@@ -10,7 +10,7 @@ from operator import mul
 import pytest
 
 from godwit.engine.speculation import controller
-from godwit.engine.speculation.controller import BatchKind, Controller, StepTimes, best_depths
+from godwit.engine.speculation.controller import BatchKind, Controller, TimedStep, best_depths
 from godwit.engine.speculation.estimates import Acceptance
 
 LOOKUP, MTP = 0, 1
@@ -83,7 +83,7 @@ class Simulation:
         seconds = self.plain * (1 + self.cost.get(source, 0.0) * drafted / size) * self.noise()
         seconds += self.search * self.plain if drafted else search
         self._rests = self.controller.learn(
-            StepTimes(
+            TimedStep(
                 self.kind,
                 made,
                 seconds + catch_up,
@@ -180,6 +180,14 @@ def test_catching_up_is_paid_from_the_budget_too() -> None:
     simulation.catch_up = 4.0
     assert simulation.run(6000) > 1 / (1 + 1.2 * BUDGET)
     assert any(simulation.depths[-3000:])
+
+
+def test_catching_up_is_no_part_of_what_a_draft_costs() -> None:
+    simulation = Simulation(both(0.2), {MTP: 0.0})
+    simulation.catch_up = 4.0
+    simulation.run(3000)
+    choice = simulation.controller.choose(1, [[], [[0.9] * 4]])
+    assert choice is not None and choice.depths == [4]
 
 
 def test_searching_is_paid_from_the_budget_too() -> None:

@@ -1,4 +1,4 @@
-"""Forms, tools, thinking and drafts together: guesses change no answer that has to have a form."""
+"""Structured output, tools, thinking and drafts together: drafts change no answer."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def engines(model: CausalLM, tokenizer: Tokenizer) -> Iterator[tuple[Engine, Eng
         Engine(model, tokenizer, max_context=1024, debug=True, speculate=False) as plain,
         Engine(
             model, tokenizer, max_context=1024, debug=True, drafter=drafter, max_rollback=MAX_DEPTH
-        ) as guessing,
+        ) as drafting,
     ):
-        yield plain, guessing
-        for engine in (plain, guessing):
+        yield plain, drafting
+        for engine in (plain, drafting):
             engine.check_integrity()
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import godwit
 from godwit.engine import Engine, GenerationRequest, SamplingParams
 from godwit.engine.scheduler import Work
-from godwit.engine.speculation.controller import BatchKind, Controller, DraftChoice, StepTimes
+from godwit.engine.speculation.controller import BatchKind, Controller, DraftChoice, TimedStep
 from godwit.engine.speculation.mtp import MAX_MTP_DEPTH, MAX_PENDING, MTPDrafts
 from godwit.engine.speculation.speculator import MAX_DEPTH, MAX_SEQUENCES, Speculator
 from godwit.models.causal_lm import CausalLM
@@ -26,7 +26,7 @@ from tests.engine.tiny import tiny_model, tiny_tokenizer
 
 ENDLESS = {258: -float("inf")}  # the only stop token
 
-FEW = dict.fromkeys(range(40, 46), 12.0)  # texts of few tokens repeat themselves
+FEW = dict.fromkeys(range(40, 46), 12.0)  # answers of few different tokens repeat themselves
 
 
 def num_drafted(core: Core) -> int:
@@ -42,7 +42,7 @@ class Steady(Controller):
     def may_draft(self, source: int, ahead: int = 0) -> bool:
         return True
 
-    def learn(self, step: StepTimes) -> int:
+    def learn(self, step: TimedStep) -> int:
         super().learn(step)
         return 0
 
@@ -103,7 +103,7 @@ def test_greedy_and_seeded_answers_are_those_without_drafts(model: CausalLM, chu
 
 
 @ALL
-def test_answers_that_are_easy_to_guess_take_few_steps(model: CausalLM) -> None:
+def test_answers_that_are_easy_to_draft_take_few_steps(model: CausalLM) -> None:
     params = asked(0, 100, logit_bias={40: 40.0, 41: 38.0})
     core = eager(model)
     run = core.submit(text(30), params)
@@ -198,7 +198,7 @@ def whole_text(model: CausalLM, ids: list[int], depth: int) -> list[int]:
 
 @pytest.mark.parametrize("length", [5, 15, 16, 31, 46])
 def test_drafts_after_many_steps_are_those_of_one_pass(length: int) -> None:
-    """Guessed slots are overwritten, and wrong guesses leave nothing behind."""
+    """Slots of drafts are overwritten, and wrong drafts leave nothing behind."""
     core = eager(HYBRID, chunk_size=7)
     run = core.submit(text(length), asked(0, 60, logit_bias=ENDLESS))
     for _ in range(100):
@@ -382,9 +382,9 @@ def test_the_default_model_says_the_same(default: tuple[CausalLM, Tokenizer], en
         ]
         streams[3].cancel()
         answers.append([stream.result() for stream in streams])
-    for number, (plain, guessed) in enumerate(zip(*answers, strict=True)):
+    for number, (plain, drafted) in enumerate(zip(*answers, strict=True)):
         if number != 3:
-            assert plain[0] == guessed[0] and plain[1].token_ids == guessed[1].token_ids
+            assert plain[0] == drafted[0] and plain[1].token_ids == drafted[1].token_ids
     assert engines[0].stats().drafted == 0 and all(f.speedup is None for _, f in answers[0])
 
 

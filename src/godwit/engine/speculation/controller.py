@@ -43,21 +43,22 @@ class DraftChoice(NamedTuple):
     depths: list[int]
 
 
-class StepTimes(NamedTuple):
-    """A step that decoded; times in seconds.
+@dataclass
+class TimedStep:
+    """A step that decodes; times in seconds.
 
     Attributes:
         num_tokens: tokens of answers that came of it.
         seconds: its whole duration.
-        source, num_drafts: what was verified in it.
+        source, num_drafts: what is verified in it.
         search_seconds: spent looking for drafts where none were found worth verifying.
         catch_up_seconds: spent on what is done only once before drafting begins.
         num_untimed: steps that passed untimed before it.
     """
 
     kind: BatchKind
-    num_tokens: int
-    seconds: float
+    num_tokens: int = 0
+    seconds: float = 0.0
     source: int = 0
     num_drafts: int = 0
     search_seconds: float = 0.0
@@ -127,7 +128,7 @@ class Controller:
                     best, best_gain = DraftChoice(source, depths), gain
         return best or self._probe(size, rates)
 
-    def learn(self, step: StepTimes) -> int:
+    def learn(self, step: TimedStep) -> int:
         """Learn from a step; how many of the next ones may pass untimed while the batch stays the same."""
         times, num_plain = self._plain[step.kind], self._since_plain
         if step.num_drafts:
@@ -169,7 +170,7 @@ class Controller:
         for account in self._accounts:
             account.balance = min(account.balance + seconds, MAX_GAIN * plain)
 
-    def _charge(self, step: StepTimes, plain: float) -> None:
+    def _charge(self, step: TimedStep, plain: float) -> None:
         account, size = self._accounts[step.source], step.kind.size
         costs, depth = account.costs[size], step.num_drafts / size
         seconds = step.seconds - step.catch_up_seconds

@@ -81,7 +81,7 @@ class MTPWindow:
 
 @dataclass(frozen=True)
 class MTPSlots:
-    """Slots of a sequence in a pass of the module: ``count`` from ``first`` on, seeing those from ``start``."""
+    """Slots of a sequence in one pass: ``count`` from ``first`` on, which see those from ``start`` on."""
 
     first: int
     count: int

@@ -12,7 +12,7 @@ from godwit.engine.cache import CacheSize, num_blocks
 from godwit.engine.core import divide
 from godwit.engine.runner import ModelRunner
 from godwit.engine.scheduler import Sequence, Work
-from godwit.engine.speculation.controller import BatchKind, Controller, StepTimes
+from godwit.engine.speculation.controller import BatchKind, Controller, TimedStep
 from godwit.engine.speculation.estimates import Acceptance
 from godwit.engine.speculation.lookup import LookupDrafts
 from godwit.engine.speculation.mtp import MAX_PENDING, MTPDrafts
@@ -55,15 +55,9 @@ class Speculator:
         self._clock = clock
         self._lookup_acceptance, self._mtp_acceptance = Acceptance(), Acceptance()
         self._recording: list[DraftSource] = []
-        self._kind = BatchKind(0, 0)
-        self._num_rests = self._num_untimed = 0
-        self._timed = False
-        self._begin_step()
-
-    def _begin_step(self) -> None:
-        self._began = self._clock()
-        self._source, self._proposed = 0, False
-        self._search_seconds = self._catch_up_seconds = 0.0
+        self._size = self._length = self._num_rests = self._num_untimed = 0
+        self._began = 0.0
+        self._step: TimedStep | None = None
 
     # the drafter of a core
 
@@ -74,53 +68,55 @@ class Speculator:
         self._recording = self.sources
 
     def wants(self, num_sequences: int) -> bool:
-        same = num_sequences == self._kind.size
-        self._kind = BatchKind(num_sequences, self._kind.length)
+        same, self._size, self._step = num_sequences == self._size, num_sequences, None
         if num_sequences > self.max_sequences:
-            self._timed, self._num_rests, self._recording = False, 0, []
+            self._num_rests, self._recording = 0, []
             return False
         if same and self._num_rests:
-            self._timed = False
             self._num_rests -= 1
             self._num_untimed += 1
             return False
-        self._timed, self._num_rests = True, 0
-        self._begin_step()
-        return self.controller.wants_drafts(self._kind)
+        self._num_rests = 0
+        self._began = self._clock()
+        self._step = TimedStep(BatchKind(num_sequences, self._length), num_untimed=self._num_untimed)
+        return self.controller.wants_drafts(self._step.kind)
 
     def propose(self, limits: Mapping[Sequence, int]) -> dict[Sequence, list[int]]:
+        step = self._step
+        if step is None:
+            return {}
         rates = [
             [source.rates(seq, min(limit, self.max_depth)) for seq, limit in limits.items()]
             if self.controller.may_draft(number)
             else []
             for number, source in enumerate(self.sources)
         ]
-        choice = self.controller.choose(self._kind.size, rates)
+        choice = self.controller.choose(step.kind.size, rates)
         if choice is None:
-            self._search_seconds = self._clock() - self._began
+            step.search_seconds = self._clock() - self._began
             return {}
-        self._source, self._proposed = choice.source, True
-        source = self.sources[choice.source]
+        step.source, step.num_drafts = choice.source, sum(choice.depths)
         depths = {seq: depth for seq, depth in zip(limits, choice.depths, strict=True) if depth}
-        began = self._clock()
+        source, began = self.sources[choice.source], self._clock()
         if source.catch_up(depths):
-            self._catch_up_seconds = self._clock() - began
+            step.catch_up_seconds = self._clock() - began
         return source.draft(depths)
 
     def observe(self, works: Seq[Work], kept: Seq[int], batch: ForwardBatch, hidden: Tensor) -> None:
         for source in self._recording:
             source.record(works, kept, batch, hidden)
-        if not self._timed:
+        step = self._step
+        if step is None:
             return
         for work, count in zip(works, kept, strict=True):
             if work.num_drafts:
-                self.sources[self._source].judge(work.sequence, work.num_drafts, count - 1)
-        length = sum(len(work.sequence.ids) for work in works)
-        self._kind = BatchKind(self._kind.size, length.bit_length() // 2)
-        num_drafts = sum(work.num_drafts for work in works)
+                self.sources[step.source].judge(work.sequence, work.num_drafts, count - 1)
+        self._length = sum(len(work.sequence.ids) for work in works).bit_length() // 2
+        proposed, step.num_drafts = step.num_drafts, sum(work.num_drafts for work in works)
+        step.kind, step.num_tokens = BatchKind(len(works), self._length), sum(kept)
         decoded = all(len(work.tokens) == 1 + work.num_drafts for work in works)
-        if decoded and self._proposed == bool(num_drafts):  # otherwise there was no room for the drafts
-            self._learn(works, kept, num_drafts)
+        if decoded and bool(proposed) == bool(step.num_drafts):  # otherwise there was no room for the drafts
+            self._learn(step, works, kept)
         self._recording = [
             source
             for number, source in enumerate(self.sources)
@@ -131,27 +127,14 @@ class Speculator:
         for source in self.sources:
             source.forget(seq)
 
-    def _learn(self, works: Seq[Work], kept: Seq[int], num_drafts: int) -> None:
-        seconds = self._clock() - self._began
-        kind = BatchKind(len(works), self._kind.length)
-        plain = self.controller.plain_seconds(kind)
-        self._num_rests = self.controller.learn(
-            StepTimes(
-                kind,
-                sum(kept),
-                seconds,
-                self._source,
-                num_drafts,
-                self._search_seconds,
-                self._catch_up_seconds,
-                self._num_untimed,
-            )
-        )
-        self._num_untimed = 0
-        if num_drafts and plain is not None:
+    def _learn(self, step: TimedStep, works: Seq[Work], kept: Seq[int]) -> None:
+        step.seconds = self._clock() - self._began
+        plain = self.controller.plain_seconds(step.kind)
+        self._num_rests, self._num_untimed = self.controller.learn(step), 0
+        if step.num_drafts and plain is not None:
             for work, count in zip(works, kept, strict=True):
-                seq = work.sequence
-                seq.saved_seconds = (seq.saved_seconds or 0.0) + count * plain - seconds
+                saved = work.sequence.saved_seconds or 0.0
+                work.sequence.saved_seconds = saved + count * plain - step.seconds
 
 
 def leaves_room(model: CausalLM, max_context: int, max_bytes: int | None, max_sequences: int) -> bool:
