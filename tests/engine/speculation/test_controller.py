@@ -197,6 +197,13 @@ def test_searching_is_paid_from_the_budget_too() -> None:
     assert simulation.searches > 100
 
 
+def test_a_search_is_no_part_of_a_plain_step() -> None:
+    kind, measured = BatchKind(1, 3), Controller()
+    for _ in range(5):
+        measured.learn(TimedStep(kind, 1, 0.0013, search_seconds=0.0003))
+    assert measured.plain_seconds(kind) == pytest.approx(0.001)
+
+
 def test_the_budget_is_used_so_that_changes_are_noticed() -> None:
     simulation = Simulation(both(0.5), both(0.0))
     simulation.search = 0.0
