@@ -30,6 +30,9 @@ class Blocks:
         self.held[seq] = seq.num_computed = self.known(seq)
         return True
 
+    def is_loading(self, seq: Sequence) -> bool:
+        return False
+
     def known(self, seq: Sequence) -> int:
         return self.known_tokens.get(seq, 0)
 

@@ -17,8 +17,8 @@ from typing import Any
 import httpx
 import pytest
 
-from godwit.engine.kv_file import read_stretch
-from godwit.engine.spill_folder import open_folder
+from godwit.engine.cache.disk_file import read_segment
+from godwit.engine.cache.disk_folder import open_folder
 from tests.engine.tiny import write_random_model
 
 CHAT = "/v1/chat/completions"
@@ -125,8 +125,7 @@ def test_after_a_kill_at_any_moment_the_next_server_serves_and_reuses(start: Sta
             time.sleep(rng.uniform(0, 0.4))  # the moment is left to chance
             served.kill()
         for path in files(tmp_path):  # whole ones only: they get their names when they are written
-            with path.open("rb") as file:
-                read_stretch(file, open_folder(path.parent.parent, path.parent.name))
+            read_segment(path, open_folder(path.parent.parent, path.parent.name))
         served = start()
         answer, cached = served.ask(ANCHOR)
         assert answer == right and cached > len(ANCHOR) // 2
@@ -151,7 +150,7 @@ def test_damaged_files_are_dropped_and_the_answers_stay_right(start: Start, tmp_
     again = [served.ask(text)[0] for text in texts]
     assert again == right
     log = served.log.read_text()
-    assert log.count("is damaged and is dropped") >= 2 and "Traceback" not in log
+    assert log.count("dropping a damaged cache file") >= 2 and "Traceback" not in log
     assert [served.ask(text)[0] for text in texts] == right
 
 

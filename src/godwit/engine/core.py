@@ -12,12 +12,12 @@ from typing import Protocol
 from torch import Tensor
 
 from godwit.engine.cache import CacheSize, num_blocks
+from godwit.engine.cache.disk import DiskCache
 from godwit.engine.generation import Generation
 from godwit.engine.masks import MaskPool, wait_for_any
 from godwit.engine.runner import ModelRunner
 from godwit.engine.sampling import Row, as_rows
 from godwit.engine.scheduler import Scheduler, Sequence, Work
-from godwit.engine.spill import DiskCache
 from godwit.engine.stream import Reason
 from godwit.errors import GodwitError, MemoryBudgetError, UsageError
 from godwit.models.batch import BLOCK_SIZE, ForwardBatch
@@ -182,7 +182,7 @@ class EngineCore:
         for seq in plan.admitted:
             self._begin(seq)
         if not plan.works:
-            self._await_masks()
+            self._await_background()
             return
         batch, hidden, logits, firsts = self.runner.run(plan.works)
         self.counts.steps += 1  # before anybody hears of what came of it
@@ -229,10 +229,13 @@ class EngineCore:
             logits = self._late.pop(seq)[None]
             self._answer(Work(seq, []), logits, as_rows(logits), 0)
 
-    def _await_masks(self) -> None:
-        """Nothing else is to be done, so wait for a mask."""
+    def _await_background(self) -> None:
+        """There is nothing to compute: wait for a mask, or for a file of the disk cache."""
         masks = [self._generations[seq].masks for seq in self._late]
-        wait_for_any([one for one in masks if one is not None], MASK_SECONDS)
+        if masks:
+            wait_for_any([one for one in masks if one is not None], MASK_SECONDS)
+        elif self.runner.disk is not None:
+            self.runner.disk.wait(MASK_SECONDS)
 
     def _pass(self, work: Work) -> int:
         """Take in a step that read a part of a prompt; how many tokens it ran."""

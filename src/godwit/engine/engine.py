@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from godwit.engine.cache import CacheSize, num_blocks
+from godwit.engine.cache.disk import DiskCache, DiskStats, buffer_bytes
 from godwit.engine.core import CoreSettings, Drafter, EngineCore, divide
 from godwit.engine.generation import Generation
 from godwit.engine.sampling import Sampler
 from godwit.engine.scheduler import Sequence
 from godwit.engine.speculation.speculator import MAX_DEPTH, Speculator, leaves_room
-from godwit.engine.spill import DiskCache
 from godwit.engine.stream import Channel, GenerationRequest, Stream
 from godwit.errors import MemoryBudgetError, UsageError
 from godwit.models.batch import BLOCK_SIZE
@@ -75,6 +75,10 @@ class EngineStats:
     max_snapshot_bytes: int
     evicted_blocks: int
     evicted_snapshots: int
+    disk_files_written: int
+    disk_files_skipped: int
+    disk_files_read: int
+    disk_queued_bytes: int
 
 
 class Engine:
@@ -85,7 +89,8 @@ class Engine:
     Args:
         model, tokenizer: of the same checkpoint.
         max_context: tokens of prompt and answer together; None takes all that the model is made for.
-        max_bytes: for keys, values and recurrent states of what runs and of what is remembered.
+        max_bytes: for keys, values and recurrent states of what runs and of what is remembered, and for the
+            buffers of the disk cache.
         max_sequences: requests that run at a time, where there is memory for so many.
         chunk_size: tokens of a step.
         step_seconds: how long reading prompts may hold up answers; steps are made smaller for that.
@@ -136,14 +141,15 @@ class Engine:
         self.tokenizer = tokenizer
         self.vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
         self.snapshot_spacing = snapshot_spacing
-        wanted = self.max_context, max_bytes, max_sequences
+        buffer = 0 if cache_dir is None else buffer_bytes(max_bytes)
+        wanted = self.max_context, None if max_bytes is None else max_bytes - buffer, max_sequences
         if drafter is None and speculate and model.stack is not None and leaves_room(model, *wanted):
             drafter, max_rollback = Speculator(), MAX_DEPTH
         self.size = CacheSize.of(model, max_rollback)
         blocks, rows = divide(self.size, *wanted)
         self.settings = CoreSettings(blocks, rows, max_rollback, snapshot_bytes, chunk_size, step_seconds)
         self.capacity = min(self.max_context, blocks * BLOCK_SIZE)
-        self._disk = None if cache_dir is None else DiskCache(cache_dir, model, cache_bytes)
+        self._disk = None if cache_dir is None else DiskCache(cache_dir, model, cache_bytes, buffer)
         self.core = EngineCore(model, self.settings, drafter, self._disk)
         self.debug = debug
         self._numbers = itertools.count()
@@ -189,6 +195,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """What was done and what is in use; does not wait for the step under way."""
         core = self.core
+        disk = DiskStats() if self._disk is None else self._disk.stats
         counts, scheduler, cache, kept = (
             core.counts,
             core.scheduler,
@@ -218,6 +225,10 @@ class Engine:
             max_snapshot_bytes=self.settings.snapshot_bytes,
             evicted_blocks=kept.num_evicted_blocks,
             evicted_snapshots=kept.num_evicted_snapshots,
+            disk_files_written=disk.written,
+            disk_files_skipped=disk.skipped,
+            disk_files_read=disk.read,
+            disk_queued_bytes=disk.queued_bytes,
         )
 
     @property

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from godwit.engine.cache import CacheSize, HybridCache, num_blocks
-from godwit.engine.prefix import Hit, PrefixIndex
+from godwit.engine.cache.disk import DiskCache
+from godwit.engine.cache.prefix import Hit, PrefixIndex
 from godwit.engine.scheduler import MIN_SHARED, Sequence, Work
-from godwit.engine.spill import DiskCache
 from godwit.models.batch import BLOCK_SIZE, ForwardBatch
 from godwit.models.causal_lm import CausalLM
 
@@ -68,10 +68,6 @@ class ModelRunner:
         if not self.cache.rows.num_free:
             return False
         hit = self.index.match(seq.ids, seq.salt, seq.chain)
-        if self.disk is not None and self.disk.fetch(
-            seq.ids, seq.salt, seq.chain, hit, self.index, self.cache
-        ):
-            hit = self.index.match(seq.ids, seq.salt, seq.chain)
         if seq.scored:
             hit = Hit(0, None, "the probabilities of the whole prompt were asked for")
         if not self._fits(seq, hit, reserve):
@@ -88,6 +84,13 @@ class ModelRunner:
             seq.add_cut(hit.known)  # texts part there, so that others may well begin in the same way
         self.hits[seq] = hit
         return True
+
+    def is_loading(self, seq: Sequence) -> bool:
+        if self.disk is None or seq.scored or not (self.remembers and self.cache.rows.num_free):
+            return False
+        self.disk.receive(self.index, self.cache)
+        position = self.index.match(seq.ids, seq.salt, seq.chain).position
+        return self.disk.fetch(seq.ids, seq.salt, seq.chain, position, self.index, self.cache)
 
     def known(self, seq: Sequence) -> int:
         return self.index.match(seq.ids, seq.salt, seq.chain).position
@@ -123,7 +126,7 @@ class ModelRunner:
 
     def _fits(self, seq: Sequence, hit: Hit, reserve: int) -> bool:
         """Whether ``seq`` can begin with ``hit`` and grow to its next token if all unused is evicted."""
-        shared = [] if hit.node is None else [node.block for node in hit.node.upwards()]
+        shared = [] if hit.node is None else [node.block for node in hit.node.ancestors()]
         needed = num_blocks(len(seq.ids) + 1) - hit.position // BLOCK_SIZE
         return self.cache.num_owned(shared) + needed + reserve <= self.cache.blocks.num_blocks
 
@@ -133,7 +136,7 @@ class ModelRunner:
         seq.num_committed, rest = divmod(hit.position, BLOCK_SIZE)
         if hit.node is None:
             return
-        blocks = [node.block for node in hit.node.upwards()][::-1]
+        blocks = [node.block for node in hit.node.ancestors()][::-1]
         self.cache.adopt(slot, blocks[: seq.num_committed], seq.num_committed * BLOCK_SIZE)
         if rest:
             self.cache.blocks.share(blocks[-1:])  # so that it is not evicted to make room for its copy
@@ -141,10 +144,10 @@ class ModelRunner:
                 raise RuntimeError("there is no block for a copy that was found to fit")
             self.cache.copy_block(blocks[-1], self.cache.blocks_of(slot)[-1])
             self.cache.blocks.free(blocks[-1:])
-        if hit.node.resumable is not None:
-            self.cache.restore(slot, hit.node.resumable.state)
-            if hit.node.resumable.logits is not None and hit.position == len(seq.ids):
-                self.ready[seq] = hit.node.resumable.logits
+        if hit.node.snapshot is not None:
+            self.cache.restore(slot, hit.node.snapshot.state)
+            if hit.node.snapshot.logits is not None and hit.position == len(seq.ids):
+                self.ready[seq] = hit.node.snapshot.logits
 
     # steps
 

@@ -109,6 +109,10 @@ class Memory(Protocol):
         """
         ...
 
+    def is_loading(self, seq: Sequence) -> bool:
+        """Whether the beginning of ``seq`` is still being read from a file; admit it afterwards."""
+        ...
+
     def known(self, seq: Sequence) -> int:
         """Tokens of ``seq`` that would need no work now."""
         ...
@@ -225,7 +229,7 @@ class Scheduler:
         place = 0
         while place < min(len(self.waiting), _MAX_LOOKED_AT) and len(self.running) < self.max_running:
             head = self.waiting[place]
-            if self._is_being_read(head, memory):
+            if self._is_being_read(head, memory) or memory.is_loading(head):
                 place += 1
                 continue
             # What those who run will need before they give out tokens, and a block for each to go on with.

@@ -34,7 +34,7 @@ def test_blocks_go_out_and_come_back() -> None:
 def test_too_many_blocks_take_none() -> None:
     pool = BlockPool(3)
     pool.allocate(1)
-    with pytest.raises(MemoryBudgetError, match="3 more blocks of 16 tokens are needed, and of 3 only 2"):
+    with pytest.raises(MemoryBudgetError, match="3 more blocks of 16 tokens are needed, but only 2 of 3"):
         pool.allocate(3)
     assert pool.num_free == 2
     pool.check_integrity([0])
@@ -50,7 +50,7 @@ def test_a_shared_block_is_free_when_the_last_user_leaves() -> None:
     pool.free([0])
     assert pool.num_free == 1
     for wrong in (pool.free, pool.share):
-        with pytest.raises(UsageError, match="block 0 is free already"):
+        with pytest.raises(UsageError, match="block 0 is already free"):
             wrong([0])
 
 
@@ -58,23 +58,23 @@ def test_a_lost_or_doubly_owned_block_is_noticed() -> None:
     pool = BlockPool(2)
     pool.allocate(1)
     for held in ([], [0, 0], [0, 1]):
-        with pytest.raises(RuntimeError, match="is held"):
+        with pytest.raises(RuntimeError, match="hold it"):
             pool.check_integrity(held)
     pool._free.append(0)
-    with pytest.raises(RuntimeError, match="contradicts"):
+    with pytest.raises(RuntimeError, match="does not match their users"):
         pool.check_integrity([0])
 
 
 def test_rows_have_one_owner() -> None:
     pool = StatePool(2)
     assert [pool.allocate(), pool.allocate()] == [0, 1]
-    with pytest.raises(MemoryBudgetError, match="all 2 sequences"):
+    with pytest.raises(MemoryBudgetError, match="all 2 rows"):
         pool.allocate()
     pool.check_integrity([1, 0])
     with pytest.raises(RuntimeError, match="lost"):
         pool.check_integrity([1])
     pool.free(1)
-    with pytest.raises(UsageError, match="row 1 is free already"):
+    with pytest.raises(UsageError, match="row 1 is already free"):
         pool.free(1)
 
 

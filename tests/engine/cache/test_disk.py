@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -12,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
-from godwit.engine import Engine, GenerationRequest, SamplingParams, kv_file
-from godwit.engine.spill import DiskCache, fingerprint
-from godwit.engine.spill_folder import open_folder
+from godwit.checkpoint.safetensors import SafetensorsFile
+from godwit.checkpoint.writer import save_tensors
+from godwit.engine import Engine, GenerationRequest, SamplingParams
+from godwit.engine.cache import disk_file
+from godwit.engine.cache.disk import DiskCache
+from godwit.engine.cache.disk_folder import fingerprint, open_folder
 from godwit.engine.stream import Finish
 from godwit.errors import UsageError
 from godwit.models.causal_lm import CausalLM
@@ -121,14 +125,14 @@ def test_damaged_files_are_dropped_with_a_warning(
     for wrong in damaged(content):
         path.write_bytes(wrong)
         caplog.clear()
-        with caplog.at_level(logging.WARNING, "godwit.engine.spill"):
+        with caplog.at_level(logging.WARNING, "godwit.engine.cache.disk"):
             disk = DiskCache(restarts.folder, HYBRID, 1 << 30)
             engine = Engine(HYBRID, TOKENIZER, max_context=512, max_sequences=4)
             disk.load(engine.core.runner.index, engine.core.runner.cache)
             disk.close()
             engine.check_integrity()
             engine.close()
-        assert "is damaged and is dropped" in caplog.text and not path.exists()
+        assert "dropping a damaged cache file" in caplog.text and not path.exists()
     assert restarts.ask(HYBRID, [*text(50), 7])[0].cached_tokens in (0, 20, 50)
 
 
@@ -139,22 +143,22 @@ def key_of(path: Path) -> bytes:
 
 def rewritten(path: Path, changes: Mapping[str, object], key: bytes | None = None) -> None:
     """The file with another header and right checksums."""
-    content = path.read_bytes()
-    start = len(kv_file.MAGIC) + 8
-    size = int.from_bytes(content[start - 8 : start], "little")
-    raw = json.loads(content[start : start + size]) | changes
-    path.write_bytes(signed(json.dumps(raw).encode(), content[start + size + 32 : -32], key or key_of(path)))
+    file = SafetensorsFile(path)
+    tensors = [file.tensor(str(number)).clone() for number in range(len(file.entries) - 3)]
+    raw = json.loads(bytes(disk_file.raw_bytes(file.tensor("header")))) | changes
+    path.unlink()
+    write_signed(path, json.dumps(raw).encode(), tensors, key or key_of(path))
 
 
-def signed(header: bytes, tensors: bytes, key: bytes) -> bytes:
-    """A file of these parts, as one would write it who has the key."""
+def write_signed(path: Path, header: bytes, tensors: list[Tensor], key: bytes) -> None:
+    """A file of these parts, as only the owner of the key can write it."""
 
-    def checksum(data: bytes) -> bytes:
-        return hashlib.blake2b(data, digest_size=32, key=key).digest()
+    def checksum(parts: list[Tensor]) -> Tensor:
+        return disk_file._as_tensor(disk_file._mac(key, header, parts))
 
-    body = kv_file.MAGIC + len(header).to_bytes(8, "little") + header
-    body += checksum(body) + tensors
-    return body + checksum(body)
+    named = {str(number): tensor for number, tensor in enumerate(tensors)}
+    head = torch.frombuffer(bytearray(header), dtype=torch.uint8) if header else torch.empty(0)
+    save_tensors(path, named | {"header": head, "header_mac": checksum([]), "mac": checksum(tensors)}, {})
 
 
 @pytest.mark.parametrize(
@@ -166,9 +170,9 @@ def signed(header: bytes, tensors: bytes, key: bytes) -> bytes:
         {"pending": 99},
         {"pending": -1},
         {"num_state": 1},
-        {"tensors": []},
-        {"tensors": [["float32", [-1, 5]]]},
-        {"tensors": [["load", [1]]]},
+        {"num_state": -1},
+        {"state_bytes": -1},
+        {"state_bytes": None},
         {"root": 5},
         {"parent": "zz"},
         {"num_state": 10**9},
@@ -181,18 +185,18 @@ def test_hostile_headers_are_dropped(
     restarts.ask(HYBRID, text(50))
     for path in restarts.files():
         rewritten(path, changes)
-    with caplog.at_level(logging.WARNING, "godwit.engine.spill"):
+    with caplog.at_level(logging.WARNING, "godwit.engine.cache.disk"):
         finish = restarts.ask(HYBRID, [*text(50), 7])[0]
-    assert finish.cached_tokens == 0 and "is damaged and is dropped" in caplog.text
+    assert finish.cached_tokens == 0 and "dropping a damaged cache file" in caplog.text
 
 
 def test_planted_files_are_dropped(restarts: Restarts, caplog: pytest.LogCaptureFixture) -> None:
     restarts.ask(HYBRID, text(50))
     for path in restarts.files():
         rewritten(path, {}, bytes(32))
-    with caplog.at_level(logging.WARNING, "godwit.engine.spill"):
+    with caplog.at_level(logging.WARNING, "godwit.engine.cache.disk"):
         assert restarts.ask(HYBRID, [*text(50), 7])[0].cached_tokens == 0
-    assert "not one made with the key of this cache" in caplog.text
+    assert "was not made with the key of this cache" in caplog.text
 
 
 def test_files_of_another_model_or_name_are_dropped(
@@ -201,14 +205,14 @@ def test_files_of_another_model_or_name_are_dropped(
     restarts.ask(HYBRID, text(50))
     for path in restarts.files():
         rewritten(path, {}, open_folder(restarts.folder, "another model"))
-    with caplog.at_level(logging.WARNING, "godwit.engine.spill"):
+    with caplog.at_level(logging.WARNING, "godwit.engine.cache.disk"):
         assert restarts.ask(HYBRID, [*text(50), 7])[0].cached_tokens == 0
-    assert "not one made with the key of this cache" in caplog.text
+    assert "was not made with the key of this cache" in caplog.text
     real = max(restarts.files(), key=lambda path: path.stat().st_size)
     real.with_name("00" * 20 + ".kv").write_bytes(real.read_bytes())
-    with caplog.at_level(logging.WARNING, "godwit.engine.spill"):
+    with caplog.at_level(logging.WARNING, "godwit.engine.cache.disk"):
         restarts.ask(HYBRID, text(50, 4))
-    assert "another one under its name" in caplog.text
+    assert "its content belongs under another name" in caplog.text
 
 
 def test_what_is_no_file_is_passed_over(restarts: Restarts) -> None:
@@ -250,7 +254,7 @@ def test_the_key_of_the_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     seen = [first]
 
     def begins_anew() -> None:
-        with caplog.at_level(logging.WARNING, "godwit.engine.spill_folder"):
+        with caplog.at_level(logging.WARNING, "godwit.engine.cache.disk_folder"):
             seen.append(open_folder(tmp_path, "a"))
         assert key.stat().st_mode & 0o777 == 0o600
 
@@ -264,7 +268,7 @@ def test_the_key_of_the_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     key.unlink()
     os.mkfifo(key)
     begins_anew()
-    assert len(set(seen)) == 5 and caplog.text.count("the cache begins anew") == 4
+    assert len(set(seen)) == 5 and caplog.text.count("the cache starts empty") == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "key"]
 
 
@@ -277,13 +281,15 @@ def test_files_that_go_on_from_each_other_are_no_trap(restarts: Restarts) -> Non
 
 def test_a_file_whose_beginning_is_gone_is_dropped(restarts: Restarts) -> None:
     restarts.ask(HYBRID, text(50))
-    restarts.files()[0].parent.joinpath("x.tmp1").write_bytes(b"left over")
-    os.utime(restarts.files()[0].parent / "x.tmp1", (0, 0))
+    abandoned = restarts.files()[0].parent / ".writing-1"
+    abandoned.mkdir()
+    (abandoned / "x.kv").write_bytes(b"left over")
+    os.utime(abandoned, (0, 0))
     oldest = min(restarts.files(), key=lambda path: path.stat().st_mtime_ns)
     oldest.unlink()
     finish = restarts.ask(HYBRID, [*text(50), 7])[0]
     assert finish.cached_tokens in (0, 20)
-    assert not list(restarts.folder.glob("*/*.tmp*"))
+    assert not abandoned.exists()
 
 
 def test_the_oldest_files_go_when_there_are_too_many(restarts: Restarts) -> None:
@@ -320,7 +326,7 @@ def test_a_file_that_is_damaged_while_the_engine_runs_costs_only_its_tokens(
     first, second = text(200), text(220, 1)
     restarts.ask(HYBRID, first, second)
     with (
-        caplog.at_level(logging.WARNING, "godwit.engine.spill"),
+        caplog.at_level(logging.WARNING, "godwit.engine.cache.disk"),
         Engine(HYBRID, TOKENIZER, max_context=256, max_sequences=1, cache_dir=restarts.folder) as engine,
     ):
         for path in restarts.files():
@@ -329,7 +335,7 @@ def test_a_file_that_is_damaged_while_the_engine_runs_costs_only_its_tokens(
             finish = engine.submit(GenerationRequest(tuple(ids), asked(0, logprobs=None))).result()[1]
             assert finish.token_ids == alone(HYBRID, ids, asked(0))[2]
         engine.check_integrity()
-    assert "is damaged and is dropped" in caplog.text
+    assert "dropping a damaged cache file" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_costs_only_the_cache(
@@ -339,15 +345,15 @@ def test_a_folder_that_cannot_be_written_costs_only_the_cache(
         raise OSError("no space")
 
     monkeypatch.setattr(os, "replace", fail)
-    with caplog.at_level(logging.WARNING, "godwit.engine.spill"):
+    with caplog.at_level(logging.WARNING, "godwit.engine.cache.disk"):
         restarts.ask(HYBRID, text(50))
-    assert "cannot be written: no space" in caplog.text
-    assert not restarts.files() and not list(restarts.folder.glob("*/*.tmp*"))
+    assert "cannot write to the cache in" in caplog.text
+    assert not restarts.files() and not list(restarts.folder.glob("*/.writing-*"))
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot keep a cache"):
+    with pytest.raises(UsageError, match="cannot hold a cache"):
         DiskCache(tmp_path / "file", HYBRID, 1)
 
 

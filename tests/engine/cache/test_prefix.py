@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 
-from godwit.engine.cache import BlockPool, StateSnapshot
-from godwit.engine.nodes import extend_chain
-from godwit.engine.prefix import PrefixIndex
+from godwit.engine.cache import BlockPool, StateSnapshot, prefix
+from godwit.engine.cache.nodes import Node, extend_chain
+from godwit.engine.cache.prefix import PrefixIndex
 from godwit.models.batch import BLOCK_SIZE
+from tests.engine.cache.naive_index import NaiveIndex
 
 TEXT = list(range(100))
 LOGITS = torch.zeros(2)
@@ -21,9 +23,16 @@ def state(num_bytes: int = 100) -> StateSnapshot:
 class Books:
     """An index, its pool, and who computed what."""
 
-    def __init__(self, total: int = 64, *, recurrent: bool = True, max_bytes: int = 10**6) -> None:
+    def __init__(
+        self,
+        total: int = 64,
+        *,
+        recurrent: bool = True,
+        max_bytes: int = 10**6,
+        kind: type[PrefixIndex] = PrefixIndex,
+    ) -> None:
         self.pool = BlockPool(total)
-        self.index = PrefixIndex(self.pool, recurrent=recurrent, max_bytes=max_bytes)
+        self.index = kind(self.pool, recurrent=recurrent, max_bytes=max_bytes)
         self.own: list[int] = []
 
     def compute(
@@ -139,10 +148,15 @@ def test_a_snapshot_above_an_evicted_one_is_what_saves_then() -> None:
     books.compute(TEXT[:90])
     books.compute(TEXT[:30])
     deep, shallow = books.index.match(TEXT, "", []).node, books.index.match(TEXT[:31], "", []).node
-    assert deep and shallow and (deep.saves, shallow.saves) == (60, 30) and deep.before is shallow
-    books.index._drop_resumable(shallow)
-    books.index._forget_useless(shallow)
-    assert deep.saves == 90
+    assert (
+        deep
+        and shallow
+        and (deep.saved_tokens, shallow.saved_tokens) == (60, 30)
+        and deep.previous is shallow
+    )
+    books.index._drop_snapshot(shallow)
+    books.index._demote(shallow)
+    assert deep.saved_tokens == 90
     books.check()
 
 
@@ -204,8 +218,8 @@ def test_faults_in_the_books_are_noticed() -> None:
         books.check()
     books = Books()
     books.compute(TEXT[:20])
-    books.index._drop_resumable(books.index.nodes()[1])
-    with pytest.raises(RuntimeError, match="serves nothing"):
+    books.index._drop_snapshot(books.index.nodes()[1])
+    with pytest.raises(RuntimeError, match="has no snapshot"):
         books.check()
 
 
@@ -240,3 +254,80 @@ def test_the_books_balance_whatever_is_done(recurrent: bool) -> None:
     books.index.evict(99)
     assert books.pool.num_free == 40 and not books.index._nodes
     assert books.index.stats.num_evicted_blocks > 100
+
+
+def likely(rng: random.Random) -> list[int]:
+    """A text that shares its beginning with others, and ends anywhere."""
+    ids = [token for _ in range(rng.randrange(1, 6)) for token in [rng.randrange(2)] * rng.choice((3, 8, 16))]
+    return [*ids, *(rng.randrange(2) for _ in range(rng.randrange(4)))]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_hits_and_evictions_are_those_of_a_naive_index(seed: int) -> None:
+    both = [Books(total=60, max_bytes=3000, kind=kind) for kind in (PrefixIndex, NaiveIndex)]
+    fast, naive = both[0].index, both[1].index
+    rng = random.Random(seed)
+    for _ in range(200):
+        ids, salt = likely(rng), rng.choice("ab")
+        size, logits, choice = rng.choice((100, 100, 130, 500)), rng.random() < 0.3, rng.random()
+        hits = [(books.found(ids, salt), books.index.match(ids, salt, []).known) for books in both]
+        assert hits[0] == hits[1]
+        for books in both:
+            if choice < 0.1:
+                books.index.evict(7)
+            elif choice < 0.2:
+                chain: list[bytes] = []
+                extend_chain(chain, ids, salt)
+                books.index.keep(chain)
+            else:
+                books.index.evict(max(0, -(-len(ids) // BLOCK_SIZE) - books.pool.num_free))
+                books.compute(ids, salt=salt, size=size, logits=logits)
+        states = [{(n.key, n.block, n.last_used, n.snapshot is None) for n in b.index.nodes()} for b in both]
+        assert states[0] == states[1]
+        assert fast.stats == naive.stats
+        both[0].check()
+    assert fast.stats.num_evicted_snapshots > 50 and fast.stats.num_evicted_blocks > 20
+
+
+def test_equal_values_go_in_the_order_in_which_they_came() -> None:
+    books = Books(max_bytes=400)
+    for first in range(4):
+        books.compute([first] * 32)
+    books.compute([9] * 32, size=150)
+    assert [books.index.match([first] * 33, "", []).position for first in range(4)] == [0, 0, 32, 32]
+
+
+VISITED: set[int] = set()
+
+
+class WatchedNode(Node):
+    """Notes which nodes are looked at."""
+
+    def __getattribute__(self, name: str) -> Any:
+        VISITED.add(id(self))
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("shared", [0, 64, 70])
+def test_the_nodes_that_a_prompt_visits_do_not_grow_with_the_snapshots(
+    monkeypatch: pytest.MonkeyPatch, shared: int
+) -> None:
+    monkeypatch.setattr(prefix, "Node", WatchedNode)
+    common = [1] * shared
+    books = Books(total=2000, max_bytes=30_000)
+
+    def visited(number: int) -> int:
+        """Nodes that are looked at for a new conversation of two turns."""
+        VISITED.clear()
+        ids = [*common, number + 2, *range(40)]
+        books.found(ids)
+        books.compute(ids)
+        books.compute([*ids, *range(20)])
+        return len(VISITED)
+
+    if common:
+        books.compute(common)
+    counts = [visited(number) for number in range(240)]
+    assert books.index.stats.num_evicted_snapshots > 50
+    assert max(counts[-20:]) <= max(counts[20:40]) + 20
+    books.check()
