@@ -18,8 +18,8 @@ from godwit.engine.sampling import SamplingParams
 from godwit.errors import UsageError
 from godwit.models.causal_lm import CausalLM
 from godwit.models.native import pack_model
+from tests.engine.speculation.test_speculator import eager, repeating
 from tests.engine.steps import Core, Run
-from tests.engine.test_speculative import eager, repeating
 from tests.engine.tiny import tiny_model
 
 VOCAB = 263

@@ -15,9 +15,9 @@ from godwit.engine.thinking import DEFAULT_MESSAGE, PATIENCE, ThinkingGuide, Thi
 from godwit.errors import UsageError
 from godwit.models.causal_lm import CausalLM
 from godwit.tokenizer import Tokenizer
+from tests.engine.speculation.test_speculator import eager
 from tests.engine.steps import TOKENIZER, Core, Run
 from tests.engine.test_core import ALL, HYBRID, text
-from tests.engine.test_speculative import eager
 from tests.engine.tiny import PADDED, VOCAB
 
 THINK, CLOSE, END = 261, 262, 258

@@ -167,7 +167,7 @@ class EngineOptions:
         bool, typer.Option("--self-check", help="Check the engine's books whenever there is nothing to do.")
     ] = False
     speculate: Annotated[
-        bool, typer.Option(help="Guess tokens ahead where that pays; answers stay the same.")
+        bool, typer.Option(help="Draft tokens ahead where that pays; answers stay the same.")
     ] = True
 
 

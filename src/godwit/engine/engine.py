@@ -16,7 +16,7 @@ from godwit.engine.core import CoreSettings, Drafter, EngineCore, divide
 from godwit.engine.generation import Generation
 from godwit.engine.sampling import Sampler
 from godwit.engine.scheduler import Sequence
-from godwit.engine.speculative import MAX_DEPTH, Speculator, leaves_room
+from godwit.engine.speculation.speculator import MAX_DEPTH, Speculator, leaves_room
 from godwit.engine.stream import Channel, GenerationRequest, Stream
 from godwit.errors import MemoryBudgetError, UsageError
 from godwit.models.batch import BLOCK_SIZE

@@ -1,4 +1,4 @@
-"""Forms, tools, thinking and drafts together: guesses change no answer that has to have a form."""
+"""Structured output, tools, thinking and drafts together: drafts change no answer."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 
 from godwit.engine import Engine, GenerationRequest, SamplingParams, ThinkingRules, parse_answer
 from godwit.engine.constraint import Constraints, GrammarConstraint
-from godwit.engine.speculative import MAX_DEPTH, Speculator
+from godwit.engine.speculation.speculator import MAX_DEPTH, Speculator
 from godwit.models.causal_lm import CausalLM
 from godwit.models.loader import load_model
 from godwit.models.native import pack_model
 from godwit.tokenizer import Tokenizer
 from tests.engine.forms import FLAG, FOLDER, TOOLS, held
-from tests.engine.test_speculative import Eager
+from tests.engine.speculation.test_speculator import Eager
 
 pytest.importorskip("llguidance")
 
@@ -28,16 +28,16 @@ def model() -> CausalLM:
 
 @pytest.fixture
 def engines(model: CausalLM, tokenizer: Tokenizer) -> Iterator[tuple[Engine, Engine]]:
-    """One without drafts, and one that drafts as much as it can, from both sources in turn."""
-    drafter = Speculator(controller=Eager(MAX_DEPTH), max_sequences=64)
+    """One without drafts, and one that drafts as much as it can, from both sources."""
+    drafter = Speculator(controller=Eager(), max_sequences=64)
     with (
         Engine(model, tokenizer, max_context=1024, debug=True, speculate=False) as plain,
         Engine(
             model, tokenizer, max_context=1024, debug=True, drafter=drafter, max_rollback=MAX_DEPTH
-        ) as guessing,
+        ) as drafting,
     ):
-        yield plain, guessing
-        for engine in (plain, guessing):
+        yield plain, drafting
+        for engine in (plain, drafting):
             engine.check_integrity()
 
 

@@ -1,0 +1,1 @@
+"""Speculation: drafted tokens, verified several at a time; answers stay the same."""
