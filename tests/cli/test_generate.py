@@ -14,7 +14,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from godwit import tokenizer_trial
 from godwit.checkpoint import TensorInfo, open_checkpoint
 from godwit.cli import common, doctor
 from godwit.cli.generate import write
@@ -24,6 +23,7 @@ from godwit.engine import Piece, SamplingParams
 from godwit.errors import CheckpointError, UsageError
 from godwit.shrink.quantize import quantize_checkpoint
 from godwit.shrink.recipe import Recipe
+from godwit.text import trial
 from tests.cli.conftest import Models
 from tests.engine.tiny import CALL
 
@@ -335,8 +335,8 @@ def test_only_the_built_in_tokenizer_is_not_tried_first(
         tried.append(args)
         return b"{}"
 
-    monkeypatch.setattr(tokenizer_trial, "run_once", run_once)
-    monkeypatch.setattr(tokenizer_trial, "_passed", set())
+    monkeypatch.setattr(trial, "run_once", run_once)
+    monkeypatch.setattr(trial, "_passed", set())
     for name in (None, "built-in"):
         common.open_model(name)
     assert not tried

@@ -28,7 +28,7 @@ from godwit.engine.constraint_schema import MAX_DEPTH, MAX_VALUES
 from godwit.engine.constraint_trial import Abandon
 from godwit.engine.constraint_vocabulary import Tags
 from godwit.errors import BusyError, GodwitError, UsageError
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 from tests.engine.forms import FLAG, TOOLS, held, walk
 from tests.engine.tiny import tiny_tokenizer
 

@@ -28,7 +28,7 @@ from godwit.engine.stream import Event, Finish, Piece, Started, Stream
 from godwit.errors import MemoryBudgetError, UsageError
 from godwit.models.causal_lm import CausalLM
 from godwit.models.native import pack_model
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 from tests.engine.tiny import CONFIGS, VOCAB, tiny_model, tiny_tokenizer, tokenizer_json
 
 TOKENIZER = tiny_tokenizer()

@@ -30,7 +30,7 @@ from godwit.engine.speculative_lookup import MAX_INDEXED, MAX_MATCH, PromptLooku
 from godwit.models.causal_lm import CausalLM
 from godwit.models.loader import load_model
 from godwit.models.native import pack_model
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 from tests.engine.steps import Core
 from tests.engine.test_core import ALL, HYBRID, alone, answer, asked, text
 from tests.engine.tiny import tiny_model, tiny_tokenizer

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from godwit.engine import CacheSize, SamplingParams, Session, ThinkingRules
     from godwit.models.causal_lm import CausalLM
     from godwit.models.native import Rounding
-    from godwit.tokenizer import Tokenizer
+    from godwit.text.tokenizer import Tokenizer
 
 BUILT_IN = "built-in"
 PERSONA = "You are Godwit, a helpful assistant."
@@ -133,7 +133,7 @@ def open_model(model: str | None) -> OpenedModel:
         CheckpointError: there is no such model, or this installation lacks the built-in one.
     """
     source = source_of(model)
-    from godwit.tokenizer import Tokenizer
+    from godwit.text.tokenizer import Tokenizer
 
     trusted = isinstance(source, Path)  # the built-in one
     with ThreadPoolExecutor(1) as pool:
@@ -167,7 +167,7 @@ def embedded_tokenizer(packed: PackedFile) -> Tokenizer:
     Raises:
         CheckpointError: there is none, as in files for benchmarks.
     """
-    from godwit.tokenizer import Tokenizer
+    from godwit.text.tokenizer import Tokenizer
 
     files = packed.files()
     if "tokenizer.json" not in files:

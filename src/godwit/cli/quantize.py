@@ -124,7 +124,7 @@ def working(what: str) -> Iterator[Callable[[int, int], None]]:
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:
     """Know before the long work whether what is packed can be talked to."""
-    from godwit.tokenizer import Tokenizer
+    from godwit.text.tokenizer import Tokenizer
 
     if (checkpoint.path / "tokenizer.json").is_file():
         Tokenizer.from_dir(checkpoint.path)
@@ -140,7 +140,7 @@ def read_text(path: Path, checkpoint: Checkpoint, what: str) -> list[int]:
         UsageError: no such text, or too little or too much of it.
         MemoryBudgetError: the original does not fit in memory; `what` needs it.
     """
-    from godwit.tokenizer import Tokenizer
+    from godwit.text.tokenizer import Tokenizer
 
     try:
         if path.stat().st_size > MAX_TEXT_BYTES:

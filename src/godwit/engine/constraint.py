@@ -35,7 +35,7 @@ from godwit.engine.constraint_known import KnownTexts
 from godwit.engine.constraint_trial import Abandon, Trials
 from godwit.engine.constraint_vocabulary import Tags, Vocabulary
 from godwit.errors import GodwitError, UsageError
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 
 COMPILE_SECONDS = 5.0
 COMPILE_BYTES = 2 << 30

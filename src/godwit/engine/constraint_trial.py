@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from godwit.child import Child
 from godwit.errors import BusyError, UsageError
+from godwit.worker import Child
 
 #: A process is given this long to start, on whatever machine.
 START_SECONDS = 60.0

@@ -21,7 +21,7 @@ from godwit.engine.stream import Channel, GenerationRequest, Stream
 from godwit.errors import MemoryBudgetError, UsageError
 from godwit.models.batch import BLOCK_SIZE
 from godwit.models.causal_lm import CausalLM
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 
 DEFAULT_SNAPSHOT_BYTES = 1 << 30
 DEFAULT_CACHE_BYTES = 8 << 30

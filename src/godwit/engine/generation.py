@@ -17,7 +17,7 @@ from godwit.engine.scoring import PromptScores
 from godwit.engine.stream import Channel, Finish, GenerationRequest, Piece, PromptScored, Reason, Started
 from godwit.engine.thinking import ThinkingGuide, shown
 from godwit.models.causal_lm import CausalLM
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 
 
 class Generation:

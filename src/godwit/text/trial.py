@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import errors
-from .child import run_once
-from .errors import BusyError, CheckpointError
-from .tokenizer_files import FILES, check_size
+from godwit import errors
+from godwit.errors import BusyError, CheckpointError
+from godwit.worker import run_once
+
+from .files import FILES, check_size
 
 #: Seconds of processor time, and bytes of address space, for a small tokenizer and more for each byte of its
 #: files. One of 18 MB and 270,000 tokens takes 3 s and 340 MiB.
@@ -53,7 +54,7 @@ def try_out(files: Mapping[str, bytes], where: str) -> None:
     }
     data = b"".join([json.dumps(setup).encode(), b"\n", *used.values()])
     try:
-        output = run_once(Path(__file__).with_name("tokenizer_worker.py"), data, _PATIENCE * seconds)
+        output = run_once(Path(__file__).with_name("trial_worker.py"), data, _PATIENCE * seconds)
     except OSError as error:
         raise BusyError(f"the process that tries tokenizers cannot be started: {error}") from None
     if output is None:

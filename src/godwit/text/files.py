@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from godwit.errors import CheckpointError
+from godwit.file_kinds import kind_of, refusal
+from godwit.safe_files import check_json, read_bounded
+
 from .chat_template import ChatTemplate
-from .errors import CheckpointError
-from .file_kinds import kind_of, refusal
-from .safe_files import check_json, read_bounded
 
 MAX_TOKENIZER_BYTES = 64 << 20  # twice that of the largest known
 MAX_SIDE_FILE_BYTES = 16 << 20

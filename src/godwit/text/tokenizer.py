@@ -17,11 +17,12 @@ from typing import Any
 
 import tokenizers
 
+from godwit.errors import CheckpointError, GodwitError, TemplateError
+
 from .added_tokens import SPECIAL_NAMES, AddedToken, Matcher, Part, merged
 from .chat_template import ROLE_OTHER, TOOL_RESULT, ChatTemplate, RoleTracker, Shield, thinks_nothing
 from .detokenizer import DecodePlan, StreamDecoder
-from .errors import CheckpointError, GodwitError, TemplateError
-from .tokenizer_files import (
+from .files import (
     MAX_TOKENIZER_BYTES,
     ReadText,
     eos_ids,
@@ -31,7 +32,7 @@ from .tokenizer_files import (
     read_template,
     token_text,
 )
-from .tokenizer_trial import check_growth, try_out
+from .trial import check_growth, try_out
 
 __all__ = ["AddedToken", "ChatTemplate", "StreamDecoder", "Tokenizer"]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from godwit.chat_template import ChatTemplate
 from godwit.errors import BusyError, TemplateError
+from godwit.text.chat_template import ChatTemplate
 
 DEFAULT = Path(__file__).resolve().parents[2] / "recipes" / "default" / "chat_template.jinja"
 USER: list[dict[str, Any]] = [{"role": "user", "content": "hi"}]
@@ -168,7 +168,7 @@ class TestProcess:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr("godwit.chat_template.read_frame", interrupt)
+            patch.setattr("godwit.text.chat_template.read_frame", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 template.render(USER, x=2)
         assert template.render(USER, x=3) == "3"

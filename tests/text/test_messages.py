@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from godwit.chat_template import ChatTemplate
 from godwit.errors import TemplateError
-from godwit.messages import normalise_messages
+from godwit.text.chat_template import ChatTemplate
+from godwit.text.messages import normalise_messages
 from tests.server.templates import LLAMA31, QWEN3, QWEN3_CODER, QWEN3_NEXT, QWEN35, TEMPLATES
 
 SYSTEM, LATE = {"role": "system", "content": "S"}, {"role": "system", "content": "L"}

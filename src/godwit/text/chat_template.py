@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from .child import Child
-from .errors import BusyError, TemplateError
+from godwit.errors import BusyError, TemplateError
+from godwit.worker import Child
+
 from .messages import calls_as_text, normalise_messages, repaired
 from .template_worker import read_frame, write_frame
 

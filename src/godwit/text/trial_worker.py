@@ -52,7 +52,7 @@ def limit(seconds: float, memory_bytes: int) -> None:
 def answer(setup: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, str]:
     """What to say of a tokenizer: nothing where all is well."""
     from godwit.errors import GodwitError
-    from godwit.tokenizer import Tokenizer
+    from godwit.text.tokenizer import Tokenizer
 
     limit(setup["seconds"], setup["memory_bytes"])
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from godwit.child import Child, run_once
+from godwit.worker import Child, run_once
 
 SCRIPT = "import json, os, sys\nsys.stdin.read(1)\nprint(json.dumps(dict(os.environ)), flush=True)\n"
 

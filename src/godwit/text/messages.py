@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .errors import TemplateError
+from godwit.errors import TemplateError
 
 Message = dict[str, Any]
 TAG_CALLS, CALL = "<function=", "<tool_call>"
