@@ -284,13 +284,13 @@ def test_a_failed_step_ends_what_runs_and_nothing_else(monkeypatch: pytest.Monke
     with monkeypatch.context() as patch:
         patch.setattr(core.runner, "run", fail)
         core.turn()
-    assert (core.ok, core.last_error, core.counts.failures) == (False, "RuntimeError: secret", 1)
+    assert (core.failed_steps, core.last_error, core.counts.failures) == (1, "RuntimeError: secret", 1)
     for run in runs[:2]:
         assert run.finish is not None and run.finish.reason == "error"
         assert run.finish.error == "an internal error ended this request; try again"
     assert runs[2].finish is None
     core.run()
-    assert core.ok and answer(runs[2]) == alone(HYBRID, text(20, 2), asked(2))
+    assert core.failed_steps == 0 and answer(runs[2]) == alone(HYBRID, text(20, 2), asked(2))
     assert core.runner.cache.rows.num_free == 2
 
 
@@ -301,7 +301,7 @@ def test_a_request_that_leaves_no_token_fails_alone() -> None:
     core.run()
     assert wrong.finish is not None and wrong.finish.reason == "error"
     assert wrong.finish.error is not None and "leave no token" in wrong.finish.error
-    assert answer(right) == alone(HYBRID, text(20), asked(1)) and core.ok
+    assert answer(right) == alone(HYBRID, text(20), asked(1)) and core.counts.failures == 0
 
 
 class Fixed:
