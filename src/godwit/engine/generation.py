@@ -156,8 +156,8 @@ class Generation:
     def finish(
         self, reason: Reason, error: str | None = None, *, refused: bool = False, flush: bool = True
     ) -> None:
-        """Emit the remaining text if ``flush``, and the end; see :class:`Finish`."""
-        if self.masks is not None:
+        """Emit the remaining text, and the end; see :class:`Finish`. Without ``flush`` only the end."""
+        if flush and self.masks is not None:
             self.masks.end()
         if flush:
             self._show(self._matcher.push(self._decoder.flush()) + self._matcher.flush())
