@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent / "src" / "godwit"
 # The rooms of each floor. Anyone may import the ground floor and the package itself, which holds the version.
 FLOORS = (
-    ("errors", "worker", "file_kinds", "pages", "safe_files", "_native"),
+    ("errors", "worker", "worker_child", "file_kinds", "pages", "safe_files", "_native"),
     ("config_fields",),
     ("config_rotary",),
     ("config", "qtensor", "text"),

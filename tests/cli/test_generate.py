@@ -24,6 +24,7 @@ from godwit.errors import CheckpointError, UsageError
 from godwit.shrink.quantize import quantize_checkpoint
 from godwit.shrink.recipe import Recipe
 from godwit.text import trial
+from godwit.worker import Worker
 from tests.cli.conftest import Models
 from tests.engine.tiny import CALL
 
@@ -331,11 +332,11 @@ def test_only_the_built_in_tokenizer_is_not_tried_first(
 ) -> None:
     tried: list[object] = []
 
-    def run_once(*args: object) -> bytes:
+    def ask(*args: object) -> dict[str, str]:
         tried.append(args)
-        return b"{}"
+        return {}
 
-    monkeypatch.setattr(trial, "run_once", run_once)
+    monkeypatch.setattr(Worker, "ask", ask)
     monkeypatch.setattr(trial, "_passed", set())
     for name in (None, "built-in"):
         common.open_model(name)

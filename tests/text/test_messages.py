@@ -223,10 +223,10 @@ class TestRefusedMessages:
         template = ChatTemplate("{{ raise_exception('No user query found') }}")
         count, ask = 0, template._worker.ask
 
-        def counted(request: Any) -> Any:
+        def counted(*request: Any) -> Any:
             nonlocal count
             count += 1
-            return ask(request)
+            return ask(*request)
 
         template._worker.ask = counted  # type: ignore[method-assign]
         with pytest.raises(TemplateError, match="No user query"):

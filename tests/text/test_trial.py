@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from godwit.errors import CheckpointError
 from godwit.text import trial
 from godwit.text.tokenizer import Tokenizer
 from godwit.text.trial_worker import TEXTS, use
-from godwit.worker import run_once
+from godwit.worker import Worker
 
 Make = Callable[..., dict[str, Any]]
 
@@ -95,23 +94,15 @@ def test_a_limit_of_memory_ends_the_trial(make: Make, monkeypatch: pytest.Monkey
     assert after.ru_utime - before.ru_utime < 2
 
 
-@pytest.mark.parametrize("work", ["while True: pass", "bytearray(1 << 30)"])
-def test_the_limits_of_the_worker(tmp_path: Path, work: str) -> None:
-    script = tmp_path / "script.py"
-    limited = "from godwit.text.trial_worker import limit\nlimit(0.5, 1 << 29)\n"
-    script.write_text(f"import sys\nsys.path[:] = {sys.path!r}\n{limited}{work}")
-    assert run_once(script, b"", 600) is None
-
-
 def test_a_trial_is_made_once_for_the_same_files(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def run(*args: object) -> bytes:
+    def ask(*args: object) -> dict[str, str]:
         calls.append(args)
-        return b"{}"
+        return {}
 
     monkeypatch.setattr(trial, "_passed", set())
-    monkeypatch.setattr(trial, "run_once", run)
+    monkeypatch.setattr(Worker, "ask", ask)
     content = files(make("bytes"), tokenizer_config={"a": 1})
     for _ in range(2):
         Tokenizer.from_files(content, "here")
@@ -122,9 +113,10 @@ def test_a_trial_is_made_once_for_the_same_files(make: Make, monkeypatch: pytest
     assert len(calls) == 2
 
 
-def test_a_failed_trial_is_one_sentence(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("answer", [None, {"error": "MemoryError"}])
+def test_a_failed_trial_is_one_sentence(make: Make, monkeypatch: pytest.MonkeyPatch, answer: object) -> None:
     monkeypatch.setattr(trial, "_passed", set())
-    monkeypatch.setattr(trial, "run_once", lambda *args: None)
+    monkeypatch.setattr(Worker, "ask", lambda *args: answer)
     for _ in range(2):  # what failed is tried again
         with pytest.raises(CheckpointError, match=r"^here: its tokenizer was stopped: .*; use another one$"):
             Tokenizer.from_files(files(make("bytes")), "here")

@@ -1,46 +1,19 @@
-"""A separate process that renders one Jinja chat template within limits of time and memory.
+"""Renders one Jinja chat template in a limited process.
 
-A downloaded template is a program of a stranger. The Jinja sandbox keeps it away from Python, but one
-operation (comparing nested lists, padding a string) can still take all memory, or run for years inside C
-code that no check in the same process can interrupt. So the template runs here, in a process that can be
-ended at any point. The file is started by path and imports nothing of godwit.
-
-Protocol on stdin and stdout: frames of an 8-byte little-endian length and UTF-8 JSON. The first frame is
-the set-up (`sys_path`, `sources`, `seconds`, `memory_bytes`, `output_chars`), answered by `{"ready":
-true}`. Each later frame `{"source": name, "variables": {...}}` is answered by `{"text": ...}` or `{"error":
-...}`. A process that ends without an answer has run into a limit.
+A downloaded template is untrusted code. The Jinja sandbox keeps it away from Python, but a single operation
+(comparing nested lists, padding a string) can still take all memory, or run for years inside C code that
+nothing in the same process can interrupt. So it is rendered in a :class:`godwit.worker.Worker`; this file is
+its script and imports nothing of godwit.
 """
 
 from __future__ import annotations
 
-import contextlib
-import faulthandler
 import json
-import os
-import signal
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import IO, Any
+from typing import Any
 
 MAX_REPEAT = 1 << 24  # the largest text, list or number (in bits) that one `*` or `**` may make
-
-
-def read_frame(stream: IO[bytes]) -> Any:
-    """The next JSON value; raises EOFError when the other side is gone."""
-    header = stream.read(8)
-    size = int.from_bytes(header, "little")
-    body = stream.read(size) if len(header) == 8 else b""
-    if len(header) < 8 or len(body) < size:
-        raise EOFError
-    return json.loads(body)
-
-
-def write_frame(stream: IO[bytes], value: Any) -> None:
-    """Send one JSON value; raises TypeError or ValueError for what JSON cannot hold."""
-    body = json.dumps(value).encode()
-    stream.write(len(body).to_bytes(8, "little") + body)
-    stream.flush()
 
 
 def build_environment() -> Any:
@@ -51,8 +24,8 @@ def build_environment() -> Any:
     from jinja2.ext import Extension, LoopControlExtension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    class Generation(Extension):
-        """`{% generation %} ... {% endgeneration %}` tells trainers what to learn; here it is its body."""
+    class GenerationTag(Extension):
+        """`{% generation %} ... {% endgeneration %}` marks what trainers learn; here only its body counts."""
 
         tags = {"generation"}  # noqa: RUF012 (declared like this in jinja2)
 
@@ -74,7 +47,7 @@ def build_environment() -> Any:
         raise jinja2.TemplateError(message)
 
     environment = Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, LoopControlExtension]
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, LoopControlExtension]
     )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
@@ -116,52 +89,18 @@ def _render(template: Any, variables: dict[str, Any], limit: int) -> str:
     return "".join(pieces)
 
 
-def _limit_memory(num_bytes: int) -> None:
-    with contextlib.suppress(ImportError, OSError, ValueError):  # not on every system
-        import resource
+def start(setup: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, str]]:
+    """Answers `{"source": name, "variables": {...}}` by `{"text": ...}`.
 
-        resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def _answer(work: Callable[[], str]) -> dict[str, str]:
-    try:
-        return {"text": work()}
-    except MemoryError:
-        return {"error": "it needs too much memory"}
-    except RecursionError:
-        return {"error": "it is nested too deeply"}
-    except Exception as error:  # whatever a stranger's program raises is an answer, not a crash
-        return {"error": f"{type(error).__name__}: {error}"[:2000]}
-
-
-def main() -> None:
-    """Serve requests until stdin ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that asked
-    requests, answers = sys.stdin.buffer, sys.stdout.buffer
-    setup = read_frame(requests)
-    sys.path[:] = setup["sys_path"]
+    `setup` holds `sources` by name, and `output_chars`.
+    """
     environment = build_environment()
-    nowhere = open(os.devnull, "w")  # noqa: SIM115 (lives as long as the process)
-    _limit_memory(setup["memory_bytes"])
-    write_frame(answers, {"ready": True})
     templates: dict[str, Any] = {}
-    while True:
-        request = read_frame(requests)
-        name, variables = request["source"], request["variables"]
 
-        def work(name: str = name, variables: dict[str, Any] = variables) -> str:
-            if name not in templates:
-                templates[name] = environment.from_string(setup["sources"][name])
-            return _render(templates[name], variables, setup["output_chars"])
+    def answer(request: Mapping[str, Any]) -> dict[str, str]:
+        name = request["source"]
+        if name not in templates:
+            templates[name] = environment.from_string(setup["sources"][name])
+        return {"text": _render(templates[name], request["variables"], setup["output_chars"])}
 
-        # A thread in C that needs no interpreter lock ends the process at the limit, whatever runs then.
-        faulthandler.dump_traceback_later(setup["seconds"], exit=True, file=nowhere)
-        answer = _answer(work)
-        faulthandler.cancel_dump_traceback_later()
-        write_frame(answers, answer)
-
-
-if __name__ == "__main__":
-    with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
-        main()
+    return answer

@@ -1,19 +1,13 @@
-"""A separate process that reads a tokenizer and uses it a little, within limits of time and memory.
+"""Reads an untrusted tokenizer and uses it a little, in a limited process; see :mod:`godwit.text.trial`.
 
-It is started by path. On stdin it gets a line of JSON (`sys_path`, `where`, `sizes` of the files by their
-names, `seconds`, `memory_bytes`) and then the files' bytes one after the other. On stdout it writes `{}`, or
-`{"kind": class of godwit.errors, "error": text}`. A process that ends without an answer has run into a limit.
+It is the script of a :class:`godwit.worker.Worker`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
-import signal
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 #: Words, numbers, code, white space, other scripts, marks that combine, and runs of one letter.
@@ -29,7 +23,7 @@ TEXTS = (
 
 
 def use(tokenizer: Any) -> None:
-    """What is later done with texts of users; that a vocabulary cannot write one of them does no harm."""
+    """Encode and decode some texts; it does no harm that a vocabulary cannot write one of them."""
     from godwit.errors import GodwitError
 
     for text in TEXTS:
@@ -38,39 +32,21 @@ def use(tokenizer: Any) -> None:
             tokenizer.decode(tokenizer.encode(text, allow_special=True), skip_special=False)
 
 
-def limit(seconds: float, memory_bytes: int) -> None:
-    """Let the system end this process at the limits, where it can."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
+def start(setup: Mapping[str, Any]) -> Callable[..., dict[str, str]]:
+    """Answers `{"where": ..., "names": [...]}` and the files of these names.
 
-        cpu = math.ceil(seconds)
-        resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu))
-        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def answer(setup: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, str]:
-    """What to say of a tokenizer: nothing where all is well."""
+    The answer is `{}` if all is well, or `{"kind": class of godwit.errors, "error": text}`.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from godwit.errors import GodwitError
     from godwit.text.tokenizer import Tokenizer
 
-    limit(setup["seconds"], setup["memory_bytes"])
-    try:
-        use(Tokenizer.from_files(files, setup["where"], trusted=True))
-    except GodwitError as error:
-        return {"kind": type(error).__name__, "error": str(error)}
-    return {}
+    def answer(request: Mapping[str, Any], *contents: bytes) -> dict[str, str]:
+        files = dict(zip(request["names"], contents, strict=True))
+        try:
+            use(Tokenizer.from_files(files, request["where"], trusted=True))
+        except GodwitError as error:
+            return {"kind": type(error).__name__, "error": str(error)}
+        return {}
 
-
-def main() -> None:
-    """Read, try, answer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that asked
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    setup = json.loads(sys.stdin.buffer.readline())
-    sys.path[:] = setup["sys_path"]
-    files = {name: sys.stdin.buffer.read(size) for name, size in setup["sizes"].items()}
-    print(json.dumps(answer(setup, files)), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    return answer
