@@ -294,6 +294,43 @@ def test_a_failed_step_ends_what_runs_and_nothing_else(monkeypatch: pytest.Monke
     assert core.runner.cache.rows.num_free == 2
 
 
+@pytest.mark.parametrize("method", ["run", "settle", "admit"])
+def test_failed_steps_are_counted_in_a_row(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = Core(HYBRID)
+
+    def fail(*arguments: object, **how: object) -> None:
+        raise RuntimeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core.runner, method, fail)
+        for count in range(1, 4):
+            run = core.submit(text(20), asked(1))
+            core.run()
+            core.turn()  # nothing is to be done
+            assert core.failed_steps == core.counts.failures == count
+            assert run.finish is not None and run.finish.reason == "error"
+    run = core.submit(text(20), asked(1))
+    core.run()
+    assert answer(run) == alone(HYBRID, text(20), asked(1))
+    assert (core.failed_steps, core.counts.failures) == (0, 3)
+
+
+def test_scores_that_are_not_numbers_are_a_failure_but_a_refusal_is_not() -> None:
+    core = Core(HYBRID)
+    banned = core.submit(text(20), asked(0, logit_bias={token: -float("inf") for token in range(263)}))
+    core.run()
+    assert banned.finish is not None and banned.finish.refused and core.failed_steps == 0
+    forward = core.model.compute_logits
+    core.model.compute_logits = lambda *how: forward(*how) * float("nan")  # type: ignore[method-assign]
+    try:
+        wrong = core.submit(text(20), asked(1))
+        core.run()
+    finally:
+        del core.model.compute_logits
+    assert wrong.finish is not None and "not numbers" in str(wrong.finish.error)
+    assert not wrong.finish.refused and core.failed_steps == 1
+
+
 def test_a_request_that_leaves_no_token_fails_alone() -> None:
     core = Core(HYBRID)
     banned = asked(0, logit_bias={token: -float("inf") for token in range(263)})

@@ -219,7 +219,7 @@ class TestRefusedMessages:
         with pytest.raises(TemplateError, match="system system assistant"):
             render(source, SYSTEM, LATE, ANSWER)
 
-    def test_nothing_is_tried_twice(self) -> None:
+    def test_nothing_is_tried_twice(self, monkeypatch: pytest.MonkeyPatch) -> None:
         template = ChatTemplate("{{ raise_exception('No user query found') }}")
         count, ask = 0, template._worker.ask
 
@@ -228,7 +228,7 @@ class TestRefusedMessages:
             count += 1
             return ask(*request)
 
-        template._worker.ask = counted  # type: ignore[method-assign]
+        monkeypatch.setattr(template._worker, "ask", counted)
         with pytest.raises(TemplateError, match="No user query"):
             template.render([SYSTEM, LATE, USER])
         assert count == 3

@@ -81,7 +81,7 @@ class ChatTemplate:
     def thinking_variables(self, on: bool | None, effort: Effort | None) -> dict[str, Any]:
         """Variables that ask the template for thinking; None leaves it to the template.
 
-        Where the template knows no efforts, the least of them turns thinking off.
+        If the template knows no efforts, the lowest one turns thinking off.
         """
         if on is None and (effort == "none" or (effort == "minimal" and not self.knows_effort)):
             on = False
@@ -224,8 +224,8 @@ class RoleTracker:
     what the template itself puts in front of an assistant's words: the opening, and thinking that is empty.
 
     Args:
-        opening: what the template puts behind the header of an answer that is to come.
-        own_empty: some answer has an empty thought among its own words, which thus is not the template's.
+        opening: what the template puts after the header of the next answer.
+        own_empty: some answer has an empty thought of its own, so that it is not the template's.
     """
 
     def __init__(self, opening: str = "", *, own_empty: bool = False) -> None:

@@ -15,7 +15,7 @@ from .chat_template import ChatTemplate
 
 MAX_TOKENIZER_BYTES = 64 << 20  # twice that of the largest known
 MAX_SIDE_FILE_BYTES = 16 << 20
-#: What a tokenizer is read from, and how large each may be.
+#: The files of a tokenizer, and the size limit of each.
 FILES = {
     "tokenizer.json": MAX_TOKENIZER_BYTES,
     **dict.fromkeys(
@@ -23,7 +23,7 @@ FILES = {
         MAX_SIDE_FILE_BYTES,
     ),
 }
-#: The texts of files by their names, None where there is no such file; raises CheckpointError.
+#: Reads a file by its name and size limit, None if there is no such file; raises CheckpointError.
 ReadText = Callable[[str, int], str | None]
 
 
