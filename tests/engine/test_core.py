@@ -219,6 +219,7 @@ class Guesses:
     def propose(self, limits: Mapping[scheduler.Sequence, int]) -> dict[scheduler.Sequence, list[int]]:
         drafts = {}
         for seq, limit in limits.items():
+            assert 0 < limit < seq.limit - len(seq.ids)  # the last token of an answer needs no draft after it
             start = len(seq.ids) - seq.num_prompt
             tokens = list(self.right.get(seq.number, ())[start : start + limit])
             drafts[seq] = [
@@ -313,6 +314,27 @@ def test_failed_steps_are_counted_in_a_row(method: str, monkeypatch: pytest.Monk
     core.run()
     assert answer(run) == alone(HYBRID, text(20), asked(1))
     assert (core.failed_steps, core.counts.failures) == (0, 3)
+
+
+def test_no_step_runs_on_books_that_do_not_balance(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = Core(HYBRID)
+    first = core.submit(text(20), asked(1, 50))
+    core.turn()
+    add = core.runner.cache.add_sequence
+
+    def lose() -> int:
+        add()
+        raise RuntimeError
+
+    monkeypatch.setattr(core.runner.cache, "add_sequence", lose)
+    second = core.submit(text(20, 1), asked(1))
+    steps = core.counts.steps
+    core.turn()
+    assert core.counts.steps == steps and not core.busy
+    assert [run.finish.reason for run in (first, second) if run.finish] == ["error", "error"]
+    third = core.submit(text(20), asked(1))
+    core.run()
+    assert answer(third) == alone(HYBRID, text(20), asked(1))
 
 
 def test_scores_that_are_not_numbers_are_a_failure_but_a_refusal_is_not() -> None:
