@@ -342,6 +342,7 @@ def test_scores_that_are_not_numbers_are_a_failure_but_a_refusal_is_not() -> Non
     banned = core.submit(text(20), asked(0, logit_bias={token: -float("inf") for token in range(263)}))
     core.run()
     assert banned.finish is not None and banned.finish.refused and core.failed_steps == 0
+    assert core.runner.index.stats.num_snapshots == 0  # nothing is kept of what failed
     forward = core.model.compute_logits
     core.model.compute_logits = lambda *how: forward(*how) * float("nan")  # type: ignore[method-assign]
     try:
