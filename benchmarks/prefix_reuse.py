@@ -38,7 +38,7 @@ from godwit.engine.stream import Finish, Piece  # noqa: E402
 from godwit.measure.report import result_row, write_json  # noqa: E402
 from godwit.models.native import load_packed  # noqa: E402
 from godwit.server.prompts import Conversation, PromptMaker  # noqa: E402
-from godwit.tokenizer import Tokenizer  # noqa: E402
+from godwit.text.tokenizer import Tokenizer  # noqa: E402
 
 
 class Writer:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 from godwit.train.data import learned
 from recipes.default.common import Chat
 

@@ -22,7 +22,7 @@ from godwit.measure.report import result_row, write_json
 from godwit.models.batch import ForwardBatch
 from godwit.models.causal_lm import CausalLM
 from godwit.models.loader import load_model
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 from godwit.train.data import Source, learned
 from godwit.train.evaluate import HeldOut
 

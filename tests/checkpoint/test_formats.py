@@ -13,7 +13,7 @@ from safetensors.torch import save
 from godwit.checkpoint import open_checkpoint
 from godwit.config import read_config_json
 from godwit.errors import CheckpointError, GodwitError, UnsupportedModelError
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 
 WEIGHTS = save({"a": torch.ones(2)})
 GGUF = b"GGUF\x03\0\0\0" + b"\0" * 16

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from godwit import tokenizer_trial
+from godwit.checkpoint import TensorInfo, open_checkpoint
 from godwit.cli import common, doctor
 from godwit.cli.generate import write
 from godwit.cli.main import app
@@ -21,6 +21,8 @@ from godwit.engine import Piece, SamplingParams
 from godwit.errors import CheckpointError, UsageError
 from godwit.models.recipe import QuantRecipe
 from godwit.shrink.quantize import quantize_checkpoint
+from godwit.text import trial
+from godwit.worker import Worker
 from tests.cli.conftest import Models
 from tests.engine.tiny import CALL
 
@@ -317,12 +319,12 @@ def test_only_the_built_in_tokenizer_is_not_tried_first(
 ) -> None:
     tried: list[object] = []
 
-    def run_once(*args: object) -> bytes:
+    def ask(*args: object) -> dict[str, str]:
         tried.append(args)
-        return b"{}"
+        return {}
 
-    monkeypatch.setattr(tokenizer_trial, "run_once", run_once)
-    monkeypatch.setattr(tokenizer_trial, "_passed", set())
+    monkeypatch.setattr(Worker, "ask", ask)
+    monkeypatch.setattr(trial, "_passed", set())
     for name in (None, "built-in"):
         common.open_model(name)
     assert not tried

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from godwit.engine.constraint import Constraints
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 from tests.engine.forms import FOLDER
 
 

@@ -10,7 +10,7 @@ import torch
 from godwit.engine import constraint
 from godwit.engine.constraint import Constraints, GrammarConstraint, Kind
 from godwit.engine.constraint_grammar import Thinking
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 
 FOLDER = Path(constraint.__file__).parents[1] / "default_model"
 FLAG = {

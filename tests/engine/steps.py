@@ -10,6 +10,7 @@ from godwit.engine.core import CoreSettings, Drafter, EngineCore
 from godwit.engine.generation import Generation
 from godwit.engine.sampling import Sampler, SamplingParams
 from godwit.engine.scheduler import Sequence
+from godwit.engine.spill import DiskCache
 from godwit.engine.stream import Channel, Event, Finish, GenerationRequest, Piece
 from godwit.models.causal_lm import CausalLM
 from tests.engine.tiny import VOCAB, tiny_tokenizer
@@ -47,6 +48,7 @@ class Core(EngineCore):
         num_blocks: int = 64,
         num_rows: int = 8,
         drafter: Drafter | None = None,
+        disk: DiskCache | None = None,
         **how: Any,
     ) -> None:
         defaults: dict[str, Any] = {
@@ -55,7 +57,7 @@ class Core(EngineCore):
             "chunk_size": 512,
             "step_seconds": 1000.0,
         }
-        super().__init__(model, CoreSettings(num_blocks, num_rows, **(defaults | how)), drafter)
+        super().__init__(model, CoreSettings(num_blocks, num_rows, **(defaults | how)), drafter, disk)
         self._numbers = itertools.count()
 
     def submit(

@@ -15,7 +15,7 @@ from godwit.engine.stream import Finish, Stream
 from godwit.errors import UsageError
 from godwit.models.loader import load_model
 from godwit.models.native import pack_model
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 from tests.engine.forms import FLAG, FOLDER, NOTHING, TOOLS, WEATHER, held, walk
 
 pytest.importorskip("llguidance")

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from godwit.engine import constraint as module
-from godwit.engine import constraint_trial as trial
 from godwit.engine import constraint_worker as worker
 from godwit.engine.constraint import (
     ANSWER_SECONDS,
@@ -28,7 +27,8 @@ from godwit.engine.constraint_schema import MAX_DEPTH, MAX_VALUES
 from godwit.engine.constraint_trial import Abandon
 from godwit.engine.constraint_vocabulary import Tags
 from godwit.errors import BusyError, GodwitError, UsageError
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
+from godwit.worker import Worker
 from tests.engine.forms import FLAG, TOOLS, held, walk
 from tests.engine.tiny import tiny_tokenizer
 
@@ -125,7 +125,7 @@ def test_trials_beyond_the_workers_are_refused_in_the_end(tokenizer: Tokenizer) 
         held(forms, "object")
     for one in workers:
         forms._trials._free.put(one)
-        assert one.child.process is None  # nothing was started for a form that was never tried
+        assert one.process is None  # nothing was started for a form that was never tried
 
 
 COSTLY: list[tuple[Any, Any]] = [
@@ -277,15 +277,15 @@ def test_a_trial_that_nobody_waits_for_is_ended(
     forms = Constraints(tokenizer, seconds=60)
     held(forms, "object")
     abandon = Abandon()
-    exchange = trial._Worker._exchange
+    exchange = Worker._exchange
 
-    def leave(worker: Any, value: Any, seconds: float) -> Any:
-        if "grammar" in value:  # the client leaves while the process works
+    def leave(worker: Worker, request: Any, files: Any, seconds: float) -> Any:
+        if "grammar" in request.get("value", ""):  # the client leaves while the process works
             abandon.give_up()
-        return exchange(worker, value, seconds)
+        return exchange(worker, request, files, seconds)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trial._Worker, "_exchange", leave)
+        patch.setattr(Worker, "_exchange", leave)
         with pytest.raises(BusyError, match="given up"):
             held(forms.until(abandon), "regex", "abc")
     with pytest.raises(BusyError, match="given up"):

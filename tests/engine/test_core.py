@@ -219,6 +219,7 @@ class Guesses:
     def propose(self, limits: Mapping[scheduler.Sequence, int]) -> dict[scheduler.Sequence, list[int]]:
         drafts = {}
         for seq, limit in limits.items():
+            assert 0 < limit < seq.limit - len(seq.ids)  # the last token of an answer needs no draft after it
             start = len(seq.ids) - seq.num_prompt
             tokens = list(self.right.get(seq.number, ())[start : start + limit])
             drafts[seq] = [
@@ -284,14 +285,73 @@ def test_a_failed_step_ends_what_runs_and_nothing_else(monkeypatch: pytest.Monke
     with monkeypatch.context() as patch:
         patch.setattr(core.runner, "run", fail)
         core.turn()
-    assert (core.ok, core.last_error, core.counts.failures) == (False, "RuntimeError: secret", 1)
+    assert (core.failed_steps, core.last_error, core.counts.failures) == (1, "RuntimeError: secret", 1)
     for run in runs[:2]:
         assert run.finish is not None and run.finish.reason == "error"
         assert run.finish.error == "an internal error ended this request; try again"
     assert runs[2].finish is None
     core.run()
-    assert core.ok and answer(runs[2]) == alone(HYBRID, text(20, 2), asked(2))
+    assert core.failed_steps == 0 and answer(runs[2]) == alone(HYBRID, text(20, 2), asked(2))
     assert core.runner.cache.rows.num_free == 2
+
+
+@pytest.mark.parametrize("method", ["run", "settle", "admit"])
+def test_failed_steps_are_counted_in_a_row(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = Core(HYBRID)
+
+    def fail(*arguments: object, **how: object) -> None:
+        raise RuntimeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core.runner, method, fail)
+        for count in range(1, 4):
+            run = core.submit(text(20), asked(1))
+            core.run()
+            core.turn()  # nothing is to be done
+            assert core.failed_steps == core.counts.failures == count
+            assert run.finish is not None and run.finish.reason == "error"
+    run = core.submit(text(20), asked(1))
+    core.run()
+    assert answer(run) == alone(HYBRID, text(20), asked(1))
+    assert (core.failed_steps, core.counts.failures) == (0, 3)
+
+
+def test_no_step_runs_on_books_that_do_not_balance(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = Core(HYBRID)
+    first = core.submit(text(20), asked(1, 50))
+    core.turn()
+    add = core.runner.cache.add_sequence
+
+    def lose() -> int:
+        add()
+        raise RuntimeError
+
+    monkeypatch.setattr(core.runner.cache, "add_sequence", lose)
+    second = core.submit(text(20, 1), asked(1))
+    steps = core.counts.steps
+    core.turn()
+    assert core.counts.steps == steps and not core.busy
+    assert [run.finish.reason for run in (first, second) if run.finish] == ["error", "error"]
+    third = core.submit(text(20), asked(1))
+    core.run()
+    assert answer(third) == alone(HYBRID, text(20), asked(1))
+
+
+def test_scores_that_are_not_numbers_are_a_failure_but_a_refusal_is_not() -> None:
+    core = Core(HYBRID)
+    banned = core.submit(text(20), asked(0, logit_bias={token: -float("inf") for token in range(263)}))
+    core.run()
+    assert banned.finish is not None and banned.finish.refused and core.failed_steps == 0
+    assert core.runner.index.stats.num_snapshots == 0  # nothing is kept of what failed
+    forward = core.model.compute_logits
+    core.model.compute_logits = lambda *how: forward(*how) * float("nan")  # type: ignore[method-assign]
+    try:
+        wrong = core.submit(text(20), asked(1))
+        core.run()
+    finally:
+        del core.model.compute_logits
+    assert wrong.finish is not None and "not numbers" in str(wrong.finish.error)
+    assert not wrong.finish.refused and core.failed_steps == 1
 
 
 def test_a_request_that_leaves_no_token_fails_alone() -> None:
@@ -301,7 +361,7 @@ def test_a_request_that_leaves_no_token_fails_alone() -> None:
     core.run()
     assert wrong.finish is not None and wrong.finish.reason == "error"
     assert wrong.finish.error is not None and "leave no token" in wrong.finish.error
-    assert answer(right) == alone(HYBRID, text(20), asked(1)) and core.ok
+    assert answer(right) == alone(HYBRID, text(20), asked(1)) and core.counts.failures == 0
 
 
 class Fixed:

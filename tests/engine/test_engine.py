@@ -28,7 +28,7 @@ from godwit.engine.stream import Event, Finish, Piece, Started, Stream
 from godwit.errors import MemoryBudgetError, UsageError
 from godwit.models.causal_lm import CausalLM
 from godwit.models.native import pack_model
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 from tests.engine.tiny import CONFIGS, VOCAB, tiny_model, tiny_tokenizer, tokenizer_json
 
 TOKENIZER = tiny_tokenizer()
@@ -361,6 +361,35 @@ def test_clients_never_hang_when_the_thread_ends(monkeypatch: pytest.MonkeyPatch
     assert not engine.health.ok and engine.health.last_error == "RuntimeError: broken"
     with pytest.raises(UsageError, match="closed"):
         engine.submit(request())
+
+
+def test_a_callback_after_steps_that_fails_does_no_harm(make: Make) -> None:
+    engine = make()
+    engine.on_turn(lambda: 1 / 0)  # type: ignore[arg-type]
+    for _ in range(2):
+        assert engine.submit(request()).result()[1].reason == "length"
+    assert engine.health.ok and engine.health.failed_steps == 0
+
+
+def test_health_tells_of_failed_steps(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make()
+    runner = engine.core.runner
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "admit", lambda *how, **more: 1 / 0)
+        for count in (1, 2):
+            assert engine.submit(request()).result()[1].reason == "error"
+            health = engine.health
+            assert (health.alive, health.ok, health.failed_steps, health.num_failures) == (
+                True,
+                False,
+                count,
+                count,
+            )
+            assert health.last_error == "ZeroDivisionError: division by zero"
+    assert engine.submit(request()).result()[1].reason == "length"
+    until(lambda: engine.health.ok)
+    assert engine.health.failed_steps == 0 and engine.health.num_failures == 2
+    engine.core.last_error = None
 
 
 def test_many_clients_come_and_go(make: Make) -> None:

@@ -190,6 +190,14 @@ def test_a_text_that_only_begins_another_leaves_its_last_token_to_read() -> None
     assert scheduler.running[0].cuts == [149] and scheduler.waiting[0].number == 1
 
 
+def test_the_scores_after_a_whole_prompt_are_kept_for_an_equal_one() -> None:
+    scheduler, memory = Scheduler(8), Blocks(10**6)
+    for number in range(2):
+        scheduler.add(with_chain(sequence(number, 150)))
+    next(steps(scheduler, memory, 10))
+    assert scheduler.running[0].cuts == [150] and scheduler.waiting[0].number == 1
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 200), min_size=1, max_size=12),

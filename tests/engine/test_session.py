@@ -10,7 +10,7 @@ from godwit.engine import Event, Finish, Piece, Sampler, SamplingParams, Session
 from godwit.errors import MemoryBudgetError, UsageError
 from godwit.models.causal_lm import CausalLM
 from godwit.models.generate import generate
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 from tests.engine.tiny import CONFIGS, VOCAB, masked_argmax, tiny_model, tiny_tokenizer, tokenizer_json
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40)

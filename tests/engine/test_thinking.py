@@ -14,7 +14,7 @@ from godwit.engine.stream import Piece
 from godwit.engine.thinking import DEFAULT_MESSAGE, PATIENCE, ThinkingGuide, ThinkingTracker, shown
 from godwit.errors import UsageError
 from godwit.models.causal_lm import CausalLM
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 from tests.engine.speculation.test_speculator import eager
 from tests.engine.steps import TOKENIZER, Core, Run
 from tests.engine.test_core import ALL, HYBRID, text

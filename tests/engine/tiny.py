@@ -13,7 +13,7 @@ from torch import Tensor
 from godwit.config import ModelConfig
 from godwit.models.causal_lm import CausalLM
 from godwit.models.loader import save_model
-from godwit.tokenizer import ChatTemplate, Tokenizer
+from godwit.text.tokenizer import ChatTemplate, Tokenizer
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TAGS = ["<tool_call>", "</tool_call>", "<think>", "</think>"]

@@ -11,7 +11,6 @@ import httpx
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from godwit.chat_template import ChatTemplate
 from godwit.server.body import parse_object
 from godwit.server.errors import ApiError
 from godwit.server.fields import FunctionSpec, Reading
@@ -20,7 +19,8 @@ from godwit.server.protocol import ChatRequest
 from godwit.server.protocol_messages import MessagesRequest, MessageTool
 from godwit.server.protocol_responses import ResponsesRequest
 from godwit.server.settings import Limits
-from godwit.tokenizer import Tokenizer
+from godwit.text.chat_template import ChatTemplate
+from godwit.text.tokenizer import Tokenizer
 from tests.engine.tiny import tokenizer_json
 from tests.server.conftest import Engines, Servers, running
 from tests.server.templates import QWEN3, QWEN3_NEXT, QWEN35, TEMPLATES

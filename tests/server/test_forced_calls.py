@@ -16,7 +16,7 @@ from godwit.engine.constraint import Constraints
 from godwit.engine.constraint_schema import fits, prepared
 from godwit.errors import UsageError
 from godwit.server.tools import Format
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 from tests.engine.forms import FOLDER, walk
 from tests.server.parsing import calls_of, parse, text_of
 

@@ -13,7 +13,6 @@ import httpx
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from godwit.chat_template import ChatTemplate
 from godwit.server import app
 from godwit.server import service as service_module
 from godwit.server.body import LONG, parse_object
@@ -27,8 +26,9 @@ from godwit.server.protocol_texts import CompletionRequest, DetokenizeRequest, T
 from godwit.server.response_tools import offered
 from godwit.server.service import explain
 from godwit.server.settings import Limits
-from godwit.template_worker import build_environment
-from godwit.tokenizer import Tokenizer
+from godwit.text.chat_template import ChatTemplate
+from godwit.text.template_worker import build_environment
+from godwit.text.tokenizer import Tokenizer
 from tests.engine.tiny import tiny_tokenizer
 from tests.server.conftest import Engines, Running, running
 from tests.server.test_life import wait

@@ -9,7 +9,7 @@ import pytest
 
 from godwit.server.errors import ApiError
 from godwit.server.prompts import Conversation, PromptMaker
-from godwit.tokenizer import ChatTemplate, Tokenizer
+from godwit.text.tokenizer import ChatTemplate, Tokenizer
 from tests.engine.tiny import TEMPLATE, tiny_tokenizer, tokenizer_json
 
 SYSTEM = {"role": "system", "content": "Be kind."}

@@ -14,10 +14,10 @@ import pytest
 from anthropic import Anthropic
 from openai import BadRequestError
 
-from godwit.chat_template import ChatTemplate
 from godwit.cli import common
 from godwit.engine import Engine
 from godwit.server.thinking import ThinkingMaker, ThinkingSettings, ThinkingWish
+from godwit.text.chat_template import ChatTemplate
 from tests.engine.tiny import write_chain_model
 from tests.server.conftest import Running, running
 from tests.server.openai_steps import HELLO, TOOL, client_of

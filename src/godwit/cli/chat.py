@@ -19,7 +19,7 @@ from godwit.errors import GodwitError, TemplateError, UsageError
 
 if TYPE_CHECKING:
     from godwit.engine import Answer, Finish, SamplingParams, Segmenter, Session, ThinkingRules, ToolCall
-    from godwit.tokenizer import Tokenizer
+    from godwit.text.tokenizer import Tokenizer
 
 HELP = '''\
 Type a message and press Enter. A line that ends with \\ goes on in the next one, and \

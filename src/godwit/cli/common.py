@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from godwit.config import ModelConfig
     from godwit.engine import CacheSize, SamplingParams, Session, ThinkingRules
     from godwit.models.causal_lm import CausalLM
-    from godwit.tokenizer import Tokenizer
+    from godwit.text.tokenizer import Tokenizer
 
 BUILT_IN = "built-in"
 PERSONA = "You are Godwit, a helpful assistant."
@@ -129,7 +129,7 @@ def open_model(model: str | None) -> OpenedModel:
         CheckpointError: there is no such model, or this installation lacks the built-in one.
     """
     source = source_of(model)
-    from godwit.tokenizer import Tokenizer
+    from godwit.text.tokenizer import Tokenizer
 
     trusted = isinstance(source, Path)  # the built-in one
     with ThreadPoolExecutor(1) as pool:
@@ -162,7 +162,7 @@ def embedded_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     Raises:
         CheckpointError: there is none, as in files for benchmarks.
     """
-    from godwit.tokenizer import Tokenizer
+    from godwit.text.tokenizer import Tokenizer
 
     files = checkpoint.files()
     if "tokenizer.json" not in files:

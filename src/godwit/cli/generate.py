@@ -15,7 +15,7 @@ from godwit.errors import TemplateError, UsageError
 
 if TYPE_CHECKING:
     from godwit.engine import Answer, Event, Finish
-    from godwit.tokenizer import Tokenizer
+    from godwit.text.tokenizer import Tokenizer
 
 
 def run(

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from godwit.chat_template import Effort
 from godwit.cli.outcome import one_sentence
 from godwit.errors import UsageError
+from godwit.text.chat_template import Effort
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 QuantizeName = Literal["q8", "q4"]

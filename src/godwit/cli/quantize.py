@@ -125,7 +125,7 @@ def working(what: str) -> Iterator[Callable[[int, int], None]]:
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:
     """Check the tokenizer before the long work; warn if there is none."""
-    from godwit.tokenizer import Tokenizer
+    from godwit.text.tokenizer import Tokenizer
 
     if (checkpoint.path / "tokenizer.json").is_file():
         Tokenizer.from_dir(checkpoint.path)
@@ -141,7 +141,7 @@ def read_text(path: Path, checkpoint: Checkpoint, what: str) -> list[int]:
         UsageError: the text cannot be read, or is too short or too long.
         MemoryBudgetError: the original does not fit in memory; `what` needs it.
     """
-    from godwit.tokenizer import Tokenizer
+    from godwit.text.tokenizer import Tokenizer
 
     try:
         if path.stat().st_size > MAX_TEXT_BYTES:

@@ -35,7 +35,7 @@ from godwit.engine.constraint_known import KnownTexts
 from godwit.engine.constraint_trial import Abandon, Trials
 from godwit.engine.constraint_vocabulary import Tags, Vocabulary
 from godwit.errors import GodwitError, UsageError
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 
 COMPILE_SECONDS = 5.0
 COMPILE_BYTES = 2 << 30
@@ -220,9 +220,8 @@ class Constraints:
             "special_ids": vocabulary.special_token_ids,
             "stop_ids": stops,
             "walk_seconds": WALK_SECONDS,
-            "memory_bytes": COMPILE_BYTES,
         }
-        self._trials = Trials(setup, seconds, NUM_WORKERS)
+        self._trials = Trials(setup, COMPILE_BYTES, seconds, NUM_WORKERS)
         self._ask: Callable[[Mapping[str, Any]], dict[str, str]] = self._trials.ask
         self._verdicts = KnownTexts()  # why a grammar cannot be used; "" for one that can
         self._conversions = KnownTexts()

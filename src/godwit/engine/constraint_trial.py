@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import queue
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from godwit.child import Child
 from godwit.errors import BusyError, UsageError
+from godwit.worker import Limits, Worker
 
-#: A process is given this long to start, on whatever machine.
-START_SECONDS = 60.0
+#: The smallest stack of any thread that compiles the grammar later; what would overflow it ends the worker.
+STACK_BYTES = 512 << 10
 
 
 class Abandon:
@@ -56,16 +54,24 @@ class Trials:
 
     Args:
         setup: see :mod:`godwit.engine.constraint_worker`.
+        memory_bytes: for each process.
         seconds: for one trial; then the process is ended and another one started.
         num_workers: processes, so many trials at a time.
     """
 
-    def __init__(self, setup: Mapping[str, Any], seconds: float, num_workers: int) -> None:
+    def __init__(self, setup: Mapping[str, Any], memory_bytes: int, seconds: float, num_workers: int) -> None:
         self.seconds = seconds
         # the last one used comes first, so that others are started only where they are needed
-        self._free: queue.Queue[_Worker] = queue.LifoQueue()
+        self._free: queue.Queue[Worker] = queue.LifoQueue()
         for _ in range(num_workers):
-            self._free.put(_Worker(setup))
+            worker = Worker(
+                Path(__file__).with_name("constraint_worker.py"),
+                setup,
+                Limits(memory_bytes, stack_bytes=STACK_BYTES),
+                purpose="compiles grammars",
+                hint="check its memory limit",
+            )
+            self._free.put(worker)
 
     def ask(self, request: Mapping[str, Any], abandon: Abandon | None = None) -> dict[str, str]:
         """The answer of a process.
@@ -80,7 +86,9 @@ class Trials:
         except queue.Empty:
             raise BusyError("too many grammars are being compiled; send the request again later") from None
         try:
-            answer = worker.ask(request, self.seconds, abandon)
+            worker.start()
+            with abandon.calling(worker.kill):
+                answer: dict[str, str] | None = worker.ask(request, self.seconds)
         finally:
             self._free.put(worker)
         if answer is None and abandon.given_up:
@@ -90,51 +98,3 @@ class Trials:
                 f"the form takes more than {self.seconds:g} seconds or too much memory; simplify it"
             )
         return answer
-
-
-class _Worker:
-    """One process, started when it is needed, and again after a limit has ended it."""
-
-    def __init__(self, setup: Mapping[str, Any]) -> None:
-        self._setup = setup
-        self.child = Child(Path(__file__).with_name("constraint_worker.py"))
-
-    def ask(self, request: Mapping[str, Any], seconds: float, abandon: Abandon) -> dict[str, str] | None:
-        if not self.child.running:
-            self._start()
-        with abandon.calling(self._kill):
-            return self._exchange(request, seconds)
-
-    def _kill(self) -> None:
-        if (process := self.child.process) is not None:
-            process.kill()
-
-    def _start(self) -> None:
-        try:
-            self.child.start()
-        except OSError as error:
-            raise BusyError(f"the process that compiles grammars cannot be started: {error}") from None
-        if self._exchange({**self._setup, "sys_path": sys.path}, START_SECONDS) is None:
-            raise UsageError("the process that compiles grammars ended at its start; check its memory limit")
-
-    def _exchange(self, value: Mapping[str, Any], seconds: float) -> dict[str, str] | None:
-        """The answer, or None where the process has ended or had to be."""
-        process = self.child.process
-        if process is None:
-            return None
-        answer = None
-        timer = threading.Timer(seconds, process.kill)
-        timer.daemon = True
-        timer.start()
-        try:
-            requests, answers = self.child.pipes()
-            requests.write(json.dumps(value).encode() + b"\n")
-            requests.flush()
-            answer = json.loads(answers.readline())
-        except (OSError, ValueError):
-            return None
-        finally:
-            timer.cancel()
-            if answer is None:
-                self.child.drop()
-        return dict(answer)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from godwit.engine.constraint_calls import CALL, END_CALL
 from godwit.engine.constraint_grammar import END_THINK, THINK
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 
 _TAGS = (CALL, END_CALL, THINK, END_THINK)
 

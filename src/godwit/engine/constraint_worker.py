@@ -5,27 +5,20 @@ there is, where no check could interrupt it. So it is compiled here first, in a 
 any point; what gets through costs little and is then compiled where it is used. The file is started by path
 and imports nothing of godwit.
 
-Protocol on stdin and stdout: lines of JSON. The first is the set-up (`sys_path`, `memory_bytes`,
-`walk_seconds`, and of the vocabulary `tokens` in hexadecimal digits, `special_ids`, `stop_ids`), answered by
-`{}`. Each later line `{"grammar": text, "limits": {}}` is answered by `{"error": text}`, empty where all is
-well, and `{"convert": text}`, a grammar in Lark's form or llama.cpp's, by the former or an error:
-`{"lark": text}`.
+It is the script of a :class:`godwit.worker.Worker`. Its set-up holds `walk_seconds` and, of the vocabulary,
+`tokens` in hexadecimal digits, `special_ids` and `stop_ids`. It answers `{"grammar": text, "limits": {}}` by
+`{"error": text}`, empty where all is well, and `{"convert": text}`, a grammar in Lark's form or llama.cpp's,
+by the former or an error: `{"lark": text}`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import random
-import signal
-import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from time import thread_time
 from typing import Any
 
-#: As little as any thread may have in which the grammar is compiled later.
-STACK_BYTES = 512 << 10
 #: Random answers that a grammar has to get through, and tokens of each.
 NUM_WALKS = 2
 WALK_TOKENS = 64
@@ -123,34 +116,6 @@ def answer(request: Mapping[str, Any], tokenizer: Any, setup: Mapping[str, Any])
         return {"error": str(error)[:2000] or type(error).__name__}
 
 
-def limit_memory(num_bytes: int) -> None:
-    """Let allocations beyond this fail, on systems that can."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def serve() -> None:
-    """Answer requests until stdin ends."""
-    setup = json.loads(sys.stdin.buffer.readline())
-    sys.path[:] = setup["sys_path"]
-    tokenizer = make_tokenizer(setup)
-    limit_memory(setup["memory_bytes"])
-    print("{}", flush=True)
-    for line in sys.stdin.buffer:
-        print(json.dumps(answer(json.loads(line), tokenizer, setup)), flush=True)
-
-
-def main() -> None:
-    """Serve on a small stack, so that what would overflow another one ends this process first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that asked
-    threading.stack_size(STACK_BYTES)
-    thread = threading.Thread(target=serve)
-    thread.start()
-    thread.join()
-
-
-if __name__ == "__main__":
-    main()
+def start(setup: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, str]]:
+    """The function that answers requests."""
+    return partial(answer, tokenizer=make_tokenizer(setup), setup=setup)

@@ -1,4 +1,4 @@
-"""Engine: many requests at a time on one model, in a thread of its own."""
+"""Engine: many requests at a time on one model, in its own thread."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from godwit.engine.stream import Channel, GenerationRequest, Stream
 from godwit.errors import MemoryBudgetError, UsageError
 from godwit.models.batch import BLOCK_SIZE
 from godwit.models.causal_lm import CausalLM
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 
 DEFAULT_SNAPSHOT_BYTES = 1 << 30
 DEFAULT_CACHE_BYTES = 8 << 30
 SNAPSHOT_SPACING = 1024
-#: Boundaries closer than this to the one before are passed over, but for the first and the last two.
+#: Boundaries closer than this to the one before are skipped, except the first and the last two.
 MIN_BOUNDARY_GAP = 64
 
 _log = logging.getLogger(__name__)
@@ -38,20 +38,25 @@ class Health:
 
     Attributes:
         alive: its thread runs.
-        ok: alive, and the last step did not fail.
-        num_failures: steps that failed; each ended the requests that were running.
-        last_error: what the last of them said: for logs, not for clients.
+        failed_steps: steps in a row in which something failed, up to now.
+        num_failures: all such steps. Each ended at least one request, or turned speculation off.
+        last_error: what failed last: for logs, not for clients.
     """
 
     alive: bool
-    ok: bool
+    failed_steps: int
     num_failures: int
     last_error: str | None
+
+    @property
+    def ok(self) -> bool:
+        """It is alive, and nothing failed in the last step."""
+        return self.alive and not self.failed_steps
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counts since the start, of requests that have ended; and what is in use now."""
+    """Counts since the start, of requests that have ended, and what is in use now."""
 
     num_waiting: int
     num_running: int
@@ -82,34 +87,34 @@ class EngineStats:
 
 
 class Engine:
-    """Answers many requests together. Blocks and rows for them are allocated once.
+    """Answers many requests in batches. Blocks and rows for them are allocated once.
 
-    With a packed model each request gets the very answer that it gets when it is alone.
+    With a packed model, the other requests in a batch do not change a request's answer.
 
     Args:
         model, tokenizer: of the same checkpoint.
-        max_context: tokens of prompt and answer together; None takes all that the model is made for.
-        max_bytes: for keys, values and recurrent states of what runs and of what is remembered, and for the
-            buffers of the disk cache.
-        max_sequences: requests that run at a time, where there is memory for so many.
+        max_context: tokens of prompt and answer together; None: the model's maximum.
+        max_bytes: for keys, values and recurrent states of running requests and of the prefix cache, and for
+            the buffers of the disk cache.
+        max_sequences: requests that run at a time, if memory allows.
         chunk_size: tokens of a step.
-        step_seconds: how long reading prompts may hold up answers; steps are made smaller for that.
-        snapshot_bytes: for copies of recurrent states where texts may be resumed, besides ``max_bytes``.
-        snapshot_spacing: the state of a prompt is copied every so many tokens, besides its boundaries.
-        cache_dir: keeps what is remembered in files too, so that it survives a restart.
+        step_seconds: how long reading prompts may delay answers; steps are made smaller accordingly.
+        snapshot_bytes: for copies of recurrent states in the prefix cache, besides ``max_bytes``.
+        snapshot_spacing: a prompt's state is copied every so many tokens, besides its boundaries.
+        cache_dir: keeps the prefix cache in files, too, so that it survives a restart.
         cache_bytes: of these files.
-        speculate: guess tokens ahead where measurements say that it pays, beside few other answers; only with
-            packed weights, whose answers stay the same, and where there is memory for it.
-        max_rollback: tokens that may be drafted for a sequence in a step by ``drafter``.
-        drafter: drafts them, instead of what ``speculate`` asks for.
-        debug: check the books whenever there is nothing to do.
+        speculate: draft tokens where measurements say that it pays, while few requests run; only with packed
+            weights, which keep the answers the same, and if memory allows.
+        max_rollback: tokens that ``drafter`` may draft for a sequence in a step.
+        drafter: replaces the drafter that ``speculate`` asks for.
+        debug: check the integrity of the caches whenever the engine is idle.
 
     Attributes:
         capacity: tokens of prompt and answer that fit the caches.
 
     Raises:
-        UsageError: arguments that make no sense.
-        MemoryBudgetError: ``max_bytes`` has no room for even a short text.
+        UsageError: an argument is out of range.
+        MemoryBudgetError: not even a short text fits ``max_bytes``.
     """
 
     def __init__(
@@ -155,8 +160,8 @@ class Engine:
         self._numbers = itertools.count()
         self._changed = threading.Condition()  # guards the five below
         self._inbox: list[Generation] = []
-        self._errands: list[Future[None]] = []
-        self._poked = False
+        self._checks: list[Future[None]] = []
+        self._woken = False
         self._closing = False
         self._ended = False
         self._fault: str | None = None
@@ -168,13 +173,13 @@ class Engine:
         """Queue a request.
 
         Raises:
-            UsageError: it makes no sense, or the engine is closed.
+            UsageError: the request is invalid, or the engine is closed.
             MemoryBudgetError: it can never fit the caches.
         """
         limit = self._limit(request)
         sampler = Sampler(request.params, self.vocab_size, request.prompt_ids)
         ids, cuts = list(request.prompt_ids), self._cuts(request)
-        channel = Channel(self._poke)
+        channel = Channel(self._wake)
         with self._changed:
             if self._closing:
                 raise UsageError("the engine is closed")
@@ -189,19 +194,14 @@ class Engine:
         return Stream(channel)
 
     def on_turn(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` in the engine's thread after each step, when all its events are out."""
+        """Call ``callback`` in the engine's thread after each step, once all its events are out."""
         self._on_turn = callback
 
     def stats(self) -> EngineStats:
-        """What was done and what is in use; does not wait for the step under way."""
-        core = self.core
+        """Counts and usage; does not wait for the current step."""
+        counts, scheduler, runner = self.core.counts, self.core.scheduler, self.core.runner
+        cache, kept = runner.cache, runner.index.stats
         disk = DiskStats() if self._disk is None else self._disk.stats
-        counts, scheduler, cache, kept = (
-            core.counts,
-            core.scheduler,
-            core.runner.cache,
-            core.runner.index.stats,
-        )
         return EngineStats(
             num_waiting=len(self._inbox) + len(scheduler.waiting),
             num_running=len(scheduler.running),
@@ -233,26 +233,26 @@ class Engine:
 
     @property
     def health(self) -> Health:
-        """Whether the engine serves, and what went wrong last."""
-        core, alive = self.core, self._thread.is_alive()
-        return Health(alive, alive and core.ok, core.counts.failures, self._fault or core.last_error)
+        """Whether the engine serves, and what failed last."""
+        core, fault = self.core, self._fault or self.core.last_error
+        return Health(self._thread.is_alive(), core.failed_steps, core.counts.failures, fault)
 
     def check_integrity(self) -> None:
-        """Every request, block, row and snapshot is accounted for; looked at between two steps.
+        """Check between two steps that every request, block, row and snapshot is accounted for.
 
         Raises:
-            RuntimeError: it is not so, which is a fault of the program.
+            RuntimeError: the books do not balance, which is a bug.
         """
         checked: Future[None] = Future()
         with self._changed:
             if self._ended or threading.current_thread() is self._thread:
                 return self.core.check_integrity()
-            self._errands.append(checked)
+            self._checks.append(checked)
             self._changed.notify_all()
         return checked.result()
 
     def close(self) -> None:
-        """Cancel all requests and end the thread."""
+        """Cancel all requests and stop the thread."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -266,7 +266,7 @@ class Engine:
         self.close()
 
     def _limit(self, request: GenerationRequest) -> int:
-        """Where the answer ends at the latest, as a position in the whole text.
+        """The last possible position of the answer in the whole text.
 
         Raises: as :meth:`submit`.
         """
@@ -301,7 +301,7 @@ class Engine:
         return min(end, self.capacity)
 
     def _cuts(self, request: GenerationRequest) -> list[int]:
-        """Where the state of a prompt is worth keeping: at boundaries, and at a spacing."""
+        """Where the state of a prompt is kept: at boundaries, and at a spacing."""
         if not (self.core.runner.recurrent and self.core.runner.remembers):
             return []
         num_prompt = len(request.prompt_ids)
@@ -315,9 +315,9 @@ class Engine:
         kept.update(range(self.snapshot_spacing, num_prompt, self.snapshot_spacing))
         return sorted(kept)
 
-    def _poke(self) -> None:
+    def _wake(self) -> None:
         with self._changed:
-            self._poked = True
+            self._woken = True
             self._changed.notify_all()
 
     # in the engine's thread
@@ -327,7 +327,7 @@ class Engine:
             while self._wait():
                 self._take()
                 self.core.turn()
-                self._on_turn()
+                self._notify()
             self._take()
             self.core.cancel_all()
         except BaseException as fault:
@@ -341,18 +341,24 @@ class Engine:
             with self._changed:
                 self._ended = True
             self._take()
-            self._on_turn()
+            self._notify()
             self.core.masks.close()
             if self._disk is not None:
                 self._disk.close()
 
+    def _notify(self) -> None:
+        try:
+            self._on_turn()
+        except Exception:
+            _log.exception("a callback of the engine failed")
+
     def _take(self) -> None:
         with self._changed:
             arrived, self._inbox = self._inbox, []
-            errands, self._errands = self._errands, []
+            checks, self._checks = self._checks, []
         for generation in arrived:
             self.core.add(generation)
-        for checked in errands:
+        for checked in checks:
             try:
                 self.core.check_integrity()
                 checked.set_result(None)
@@ -360,12 +366,12 @@ class Engine:
                 checked.set_exception(error)
 
     def _wait(self) -> bool:
-        """Until there is something to do; False when the engine is to end."""
+        """Wait for something to do; False when the engine is to stop."""
         if self.debug and not self.core.busy:
             self.core.check_integrity()
         with self._changed:
             self._changed.wait_for(
-                lambda: self._inbox or self._errands or self._poked or self._closing or self.core.busy
+                lambda: self._inbox or self._checks or self._woken or self._closing or self.core.busy
             )
-            self._poked = False
+            self._woken = False
             return not self._closing

@@ -1,4 +1,4 @@
-"""Generation: one request under way, from its tokens to the events of its stream."""
+"""Generation: one request in progress, from its tokens to the events of its stream."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from godwit.engine.scheduler import Sequence
 from godwit.engine.scoring import PromptScores
 from godwit.engine.stream import Channel, Finish, GenerationRequest, Piece, PromptScored, Reason, Started
 from godwit.engine.thinking import ThinkingGuide, shown
+from godwit.errors import GodwitError
 from godwit.models.causal_lm import CausalLM
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 
 
 class Generation:
-    """What one request needs besides its place in the caches: choice of tokens, text, and times.
+    """What one request needs besides its place in the caches: sampling, text, and times.
 
-    No part of a stop text is given out, nor a token of which only a part would be.
+    No part of a stop text is emitted, nor a token whose text would be cut by one.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Generation:
 
     @property
     def made(self) -> list[int]:
-        """The tokens of the answer."""
+        """Tokens of the answer."""
         return self.sequence.ids[self.sequence.num_prompt :]
 
     @property
@@ -76,11 +77,11 @@ class Generation:
 
     @property
     def foreseen(self) -> bool:
-        """Whether the next token is known already, so that there is nothing to guess."""
+        """Whether the next token is already known, so that drafts are of no use."""
         return self._guide is not None and self._guide.forcing
 
     def begin(self, hit: Hit) -> None:
-        """Note that it runs now, the first time with what was cached of its prompt."""
+        """Note that it was admitted; ``hit``: what was cached of its prompt. Only the first time counts."""
         if self._admitted is None:
             self._admitted = perf_counter()
             self._hit = hit
@@ -89,7 +90,7 @@ class Generation:
             self.channel.put(Started(hit.position))
 
     def score(self, model: CausalLM, first: int, hidden: Tensor) -> None:
-        """Take in the trunk's output ``hidden [T, H]`` for the tokens from ``first`` on, if it is wanted."""
+        """Score the prompt by the trunk's output ``hidden [T, H]`` for the tokens from ``first`` on."""
         if self._scores is not None:
             self._scores.read(model, first, hidden)
             if self._scores.complete:
@@ -97,14 +98,14 @@ class Generation:
                 self._scores = None
 
     def ready(self, seconds: float) -> bool:
-        """Whether the next token can be chosen; waits up to ``seconds`` for the mask that it needs."""
+        """Whether the next token can be chosen; waits up to ``seconds`` for its mask."""
         return self.masks is None or self.masks.ready(seconds)
 
     def choose(self, logits: Row) -> int:
-        """The next token after ``logits [V]``, which becomes a part of the answer.
+        """Choose the next token by ``logits [V]`` and append it to the answer.
 
         Raises:
-            GodwitError: there is none.
+            GodwitError: no token can be chosen.
         """
         mask, guide = None if self.masks is None else self.masks.take(), self._guide
         token = (
@@ -124,7 +125,11 @@ class Generation:
         return self._sampler.sample(logits, self._ending.allowed(self._num_made, allowed))
 
     def push(self, token: int, logits: Row) -> Reason | None:
-        """Give out what text is certain with ``token``, which was chosen by ``logits``; the reason to end."""
+        """Emit the text that is certain after ``token``, which was chosen by ``logits``.
+
+        Returns:
+            Why the answer ends here; None if it goes on.
+        """
         reason = self._push(token, logits)
         if reason is None and self.masks is not None:
             self.masks.accept(token, foreseen=self.foreseen)
@@ -148,11 +153,14 @@ class Generation:
             return "stop"
         return "length" if len(self.sequence.ids) >= self.sequence.limit else None
 
-    def finish(self, reason: Reason, error: str | None = None, *, refused: bool = False) -> None:
-        """Give out what is left, and the end. For ``error`` and ``refused`` see :class:`Finish`."""
-        if self.masks is not None:
+    def finish(
+        self, reason: Reason, error: str | None = None, *, refused: bool = False, flush: bool = True
+    ) -> None:
+        """Emit the remaining text, and the end; see :class:`Finish`. Without ``flush`` only the end."""
+        if flush and self.masks is not None:
             self.masks.end()
-        self._show(self._matcher.push(self._decoder.flush()) + self._matcher.flush())
+        if flush:
+            self._show(self._matcher.push(self._decoder.flush()) + self._matcher.flush())
         now = perf_counter()
         admitted = self._admitted or now
         first = self._first or now
@@ -183,7 +191,7 @@ class Generation:
         )
 
     def _speedup(self, seconds: float) -> float | None:
-        """Time without drafts over time with them, of which each was measured beside as many answers."""
+        """Time without drafts over time with them, for the same number of running sequences."""
         saved = self.sequence.saved_seconds
         return None if saved is None or not seconds else max(0.0, seconds + saved) / seconds
 
@@ -196,3 +204,8 @@ class Generation:
             logprobs = tuple(one for _, _, one in ready if one is not None)
             asked = self.request.params.logprobs is not None
             self.channel.put(Piece(text, tuple(token for _, token, _ in ready), logprobs if asked else None))
+
+
+def client_message(error: Exception) -> str:
+    """What a client is told of an error."""
+    return str(error) if isinstance(error, GodwitError) else "an internal error ended this request; try again"

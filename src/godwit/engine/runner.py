@@ -1,4 +1,4 @@
-"""ModelRunner: the caches of all sequences, what is remembered of earlier ones, and forward passes."""
+"""ModelRunner: the caches of all sequences, the prefix index, and forward passes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class ModelRunner:
         model: whose steps are run.
         num_blocks, num_rows, max_rollback: of the caches, as for :class:`HybridCache`.
         snapshot_bytes: for snapshots of recurrent states.
-        disk: keeps what is remembered beyond the life of the process.
+        disk: keeps the prefix index across restarts.
 
     Attributes:
-        hits: what each newly admitted sequence found, until it is taken from here.
-        ready: the scores of the next token for sequences that need no step to give it.
+        hits: the prefix hit of each newly admitted sequence, until the core takes it.
+        ready: scores of the next token of sequences that need no step for it.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ModelRunner:
         self.ready: dict[Sequence, Tensor] = {}
 
     def reset(self) -> None:
-        """Begin with new caches, and forget all there was."""
+        """Start over with new, empty caches."""
         self.cache.caches.layers.clear()  # before the new ones are allocated
         self.cache.caches.mtp.clear()
         self._allocate()
@@ -71,17 +71,17 @@ class ModelRunner:
         if seq.scored:
             hit = Hit(0, None, "the probabilities of the whole prompt were asked for")
         if not self._fits(seq, hit, reserve):
-            # A partial block is copied, and for a moment that takes a block more than a sequence needs.
+            # Copying a partial block takes one block more for a moment.
             hit = Hit(0, None, "the caches are too small to copy what is known of the text")
             if not alone or not self._fits(seq, hit, 0):
                 return False
         self.index.use(hit)
         self._place(seq, hit)
         if hit.node is not None:
-            # a state so close behind one that is kept saves less than the step costs that would end there
+            # a state so close behind a kept one saves less than the extra step costs
             seq.cuts = [cut for cut in seq.cuts if cut - hit.position >= MIN_SHARED or cut <= hit.position]
         if self.recurrent and self.remembers and hit.known - hit.position >= MIN_SHARED:
-            seq.add_cut(hit.known)  # texts part there, so that others may well begin in the same way
+            seq.add_cut(hit.known)  # texts diverge there, so others may share this prefix
         self.hits[seq] = hit
         return True
 
@@ -105,12 +105,12 @@ class ModelRunner:
         return True
 
     def release(self, seq: Sequence, *, keep: bool = True, last: bool = False) -> None:
-        """End ``seq`` or let it wait.
+        """Free what ``seq`` has; it ends or waits.
 
         Args:
-            seq: what has a place.
-            keep: remember what is computed of it.
-            last: it will not come back.
+            seq: a running sequence.
+            keep: keep what is computed of it in the prefix index.
+            last: it has ended, so that it is written to disk, too.
         """
         if keep and seq.num_computed:
             self.remember(seq)
@@ -118,14 +118,18 @@ class ModelRunner:
                 end = self.index.end_of(seq.ids[: seq.num_computed], seq.salt, seq.chain)
                 if end is not None:
                     self.disk.save(end, self.cache)
-        self.cache.free(_slot(seq))
+        self.discard(seq)
+
+    def discard(self, seq: Sequence) -> None:
+        """Free what ``seq`` has, if it has anything, and keep nothing of it."""
+        if seq.slot is not None:
+            self.cache.free(seq.slot)
         self.hits.pop(seq, None)
         self.ready.pop(seq, None)
-        seq.slot = None
-        seq.num_computed = seq.num_committed = 0
+        seq.restart()
 
     def _fits(self, seq: Sequence, hit: Hit, reserve: int) -> bool:
-        """Whether ``seq`` can begin with ``hit`` and grow to its next token if all unused is evicted."""
+        """Whether ``seq`` can resume at ``hit`` and reach its next token if all unused blocks are evicted."""
         shared = [] if hit.node is None else [node.block for node in hit.node.ancestors()]
         needed = num_blocks(len(seq.ids) + 1) - hit.position // BLOCK_SIZE
         return self.cache.num_owned(shared) + needed + reserve <= self.cache.blocks.num_blocks
@@ -140,10 +144,12 @@ class ModelRunner:
         self.cache.adopt(slot, blocks[: seq.num_committed], seq.num_committed * BLOCK_SIZE)
         if rest:
             self.cache.blocks.share(blocks[-1:])  # so that it is not evicted to make room for its copy
-            if not self.extend(seq, rest):
-                raise RuntimeError("there is no block for a copy that was found to fit")
-            self.cache.copy_block(blocks[-1], self.cache.blocks_of(slot)[-1])
-            self.cache.blocks.free(blocks[-1:])
+            try:
+                if not self.extend(seq, rest):
+                    raise RuntimeError("there is no block for a copy that was found to fit")
+                self.cache.copy_block(blocks[-1], self.cache.blocks_of(slot)[-1])
+            finally:
+                self.cache.blocks.free(blocks[-1:])
         if hit.node.snapshot is not None:
             self.cache.restore(slot, hit.node.snapshot.state)
             if hit.node.snapshot.logits is not None and hit.position == len(seq.ids):
@@ -155,9 +161,9 @@ class ModelRunner:
         """One forward pass over sequences that were extended for it.
 
         Returns:
-            The batch, its hidden states ``[T, H]``, scores ``[R, V]``, and for each work its first row there:
-            that after the last known token, which those after each draft follow. None where the step does not
-            reach the end of what is known.
+            The batch, its hidden states ``[T, H]``, scores ``[R, V]``, and for each work its first row of
+            scores: that after the last known token; the rows after each draft follow. None where the step
+            does not reach the last known token.
         """
         pieces = {_slot(work.sequence): work.tokens for work in works}
         tentative = [work.num_drafts if self.recurrent else 0 for work in works]
@@ -181,7 +187,7 @@ class ModelRunner:
         return batch, hidden, logits, firsts
 
     def settle(self, work: Work, num_kept: int) -> None:
-        """After a step: of the work's tokens the first ``num_kept`` are true, the others are undone."""
+        """After a step: keep the first ``num_kept`` of the work's tokens and undo the others."""
         seq = work.sequence
         if num_kept < len(work.tokens):
             self.cache.rollback(_slot(seq), len(work.tokens) - num_kept)
@@ -190,7 +196,7 @@ class ModelRunner:
             self._commit(seq)
 
     def remember(self, seq: Sequence, logits: Tensor | None = None) -> None:
-        """Make what is computed of ``seq`` known, with its state and, after a prompt, the ``logits``."""
+        """Put what is computed of ``seq`` into the prefix index, after a whole prompt with its ``logits``."""
         if not self.remembers:
             return
         self._commit(seq)
@@ -209,18 +215,23 @@ class ModelRunner:
             self.cache.replace_block(slot, place, block)
         seq.num_committed = end
 
-    def check_integrity(self, running: Seq[Sequence]) -> None:
+    def check_integrity(self, running: Seq[Sequence], works: Seq[Work] = ()) -> None:
         """Every block is free, a sequence's, or the index's; every row is free or a running sequence's.
 
+        Args:
+            running: all sequences that run.
+            works: the step for which they were extended, if it has yet to run.
+
         Raises:
-            RuntimeError: it is not so, which is a fault of the program.
+            RuntimeError: the books do not balance, which is a bug.
         """
+        planned = {work.sequence: len(work.tokens) for work in works}
         self.cache.check_integrity(self.index.held())
         self.index.check_integrity()
         if sorted(_slot(seq) for seq in running) != self.cache.sequences():
             raise RuntimeError("the caches serve other sequences than those that run")
         for seq in running:
-            if self.cache.num_tokens(_slot(seq)) != seq.num_computed:
+            if self.cache.num_tokens(_slot(seq)) != seq.num_computed + planned.get(seq, 0):
                 raise RuntimeError(f"sequence {seq.number} has other tokens in the caches than it counts")
 
 

@@ -1,8 +1,8 @@
-"""Choosing the next token: what may be asked for, and a sampler that does it for one sequence.
+"""Sampling: the parameters, and a sampler that chooses the tokens of one sequence.
 
-The order is fixed: logit bias, repetition penalty, presence and frequency penalty, temperature, top-k, top-p,
-min-p, choice. Each filter sees the probabilities of what the one before it has left, as in ``transformers``.
-Scores are float32; what the filters leave is weighed in float64.
+The order is fixed: logit bias, repetition penalty, presence and frequency penalties, temperature, top-k,
+top-p, min-p, draw. Each filter sees the probabilities of what the one before it has left, as in
+``transformers``. Scores are float32; the probabilities of the candidates are float64.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from godwit.errors import GodwitError, UsageError
 from godwit.kernels import native
 
-#: Below this a temperature counts as 0: the division would overflow, and the likeliest token wins anyway.
+#: Lower temperatures count as 0: the division would overflow, and the likeliest token wins anyway.
 MIN_TEMPERATURE = 1e-5
 MAX_BIAS = 1e6
 MAX_TOKENS = 1 << 24
@@ -28,11 +28,11 @@ MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
 MAX_STOP_IDS = 1024
 MAX_LOGPROBS = 20
-#: So many of the likeliest tokens are looked at first; where they do not settle it, the whole vocabulary is.
+#: This many of the likeliest tokens are filtered first; only if they do not suffice, the whole vocabulary is.
 FEW = 64
-#: From here on sorting is faster than picking.
+#: Beyond this, sorting is faster than a partial selection.
 MANY = 200
-#: Ids whose probabilities are added up together.
+#: Ids per partial sum of probabilities.
 STRETCH = 512
 
 Row = NDArray[np.float32]
@@ -42,27 +42,26 @@ Weights = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How to choose tokens and when to end; the defaults sample from the model's own distribution.
+    """How to choose tokens and when to stop; the defaults sample from the model's own distribution.
 
     Attributes:
-        temperature: divides the scores, 0 to 100; 0 always takes the likeliest token, of equal ones the one
-            with the lowest id.
-        top_k: keep the k likeliest tokens and those equal to the last of them; 0 is no limit.
+        temperature: divides the scores, 0 to 100; 0 always takes the likeliest token, the lowest id on ties.
+        top_k: keep the k likeliest tokens and those equal to the last of them; 0: no limit.
         top_p: keep the fewest tokens whose probabilities reach this, but at least one; 0 to 1.
-        min_p: drop tokens less likely than this share of the likeliest one, 0 to 1.
-        repetition_penalty: of the tokens in prompt and answer, positive scores are divided by this and
-            negative ones multiplied, as in ``transformers``; 0.01 to 100, 1 is off.
-        presence_penalty, frequency_penalty: taken from the score of a token once if it is in the answer, and
-            once for each time it is; the prompt does not count. Both -2 to 2, as in OpenAI's API and vLLM.
+        min_p: drop tokens whose probability is below this share of the highest one, 0 to 1.
+        repetition_penalty: for tokens in prompt or answer, positive scores are divided by this and negative
+            ones multiplied, as in ``transformers``; 0.01 to 100; 1 is off.
+        presence_penalty, frequency_penalty: subtracted from the score of a token in the answer, once and for
+            each occurrence; the prompt does not count. Both -2 to 2, as in OpenAI's API and vLLM.
         logit_bias: id -> what is added to its score; -inf bans it.
-        seed: the same seed, prompt and machine give the same answer; None draws one.
-        stop: texts before which an answer ends.
-        max_tokens: length of an answer; 0 only reads the prompt, and None is what the context has room for.
-        min_tokens: before an answer has so many tokens, no stop token is chosen and no stop text ends it.
+        seed: the same seed, prompt and machine give the same answer; None: a random seed.
+        stop: the answer ends before any of these texts.
+        max_tokens: length of the answer; 0 only reads the prompt; None: what the context has room for.
+        min_tokens: no stop token is chosen and no stop text ends the answer before it has this many tokens.
         ignore_eos: the model's own stop tokens do not end the answer.
-        stop_token_ids: further tokens that end it; their text is left out.
-        logprobs: report the logarithm of each token's probability, and those of the so many likeliest, 0 to
-            20; None reports nothing.
+        stop_token_ids: more tokens that end the answer; their text is left out.
+        logprobs: report each token's log probability, and those of this many likeliest tokens, 0 to 20; None
+            reports nothing.
     """
 
     temperature: float = 1.0
@@ -82,7 +81,7 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises: UsageError for a value that makes no sense."""
+        """Raises: UsageError for a value that is out of range."""
         _number("temperature", self.temperature, 0, 100)
         _number("top_p", self.top_p, 0, 1)
         _number("min_p", self.min_p, 0, 1)
@@ -107,7 +106,7 @@ class SamplingParams:
 
 
 def _number(name: str, value: object, low: float, high: float) -> None:
-    # The bounds are finite, so they also refuse infinities, and NaN is within none.
+    # The bounds are finite, so infinities and NaN are refused, too.
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise UsageError(f"{name} has to be a number from {low:g} to {high:g}, and not {value!r:.50}")
 
@@ -146,16 +145,16 @@ def _checked_ids(ids: object) -> tuple[int, ...]:
 class Sampler:
     """Chooses the tokens of one sequence.
 
-    Filters see only the likeliest tokens where those decide, since sorting a whole vocabulary for each token
-    would take longer than a step of a small model.
+    The filters look at the likeliest tokens only where those suffice, since sorting the whole vocabulary for
+    each token would take longer than a step of a small model.
 
     Args:
-        params: what was asked for.
-        vocab_size: ids below this exist; rows that only pad the model's head are never chosen.
-        prompt_ids: what the repetition penalty looks at besides the answer.
+        params: how to choose.
+        vocab_size: number of ids; rows that only pad the model's head are never chosen.
+        prompt_ids: count for the repetition penalty, besides the answer.
 
     Raises:
-        UsageError: ``logit_bias`` names an id that does not exist.
+        UsageError: ``logit_bias`` names an unknown id.
     """
 
     def __init__(self, params: SamplingParams, vocab_size: int, prompt_ids: Iterable[int] = ()) -> None:
@@ -177,15 +176,15 @@ class Sampler:
         self._made = Tally()
 
     def sample(self, logits: Tensor | Row, allowed: Tensor | None = None) -> int:
-        """An id chosen by ``logits [V]``, of any dtype and device; V may exceed the vocabulary.
+        """Choose an id by ``logits [V]``, of any dtype and device; V may exceed the vocabulary.
 
         Args:
             logits: raw scores of the model.
-            allowed: bool ``[vocab_size]``, the tokens that a constraint leaves; None leaves all.
+            allowed: bool ``[vocab_size]``, the tokens that a constraint allows; None: all.
 
         Raises:
-            UsageError: the bias, the penalties or ``allowed`` leave no token to choose.
-            GodwitError: the logits are not numbers.
+            UsageError: the bias, the penalties or ``allowed`` leave no token.
+            GodwitError: the logits are not finite numbers.
         """
         scores, peak = self._scores(logits, allowed)
         if self.params.greedy:
@@ -197,7 +196,7 @@ class Sampler:
         return ids.item(_place(weights.cumsum(), point))
 
     def record(self, token: int) -> None:
-        """Count ``token`` as a part of the answer."""
+        """Count ``token`` as part of the answer."""
         if self._repeating:
             self._seen.add(token)
         if self._counting:
@@ -248,7 +247,7 @@ class Sampler:
         return scores, peak
 
     def _kept(self, scores: Row, peak: float) -> tuple[Ids, Weights]:
-        """What the filters leave: ids, ascending, and weights in proportion to their probabilities."""
+        """The ids that the filters leave, ascending, and weights proportional to their probabilities."""
         params, size = self.params, len(scores)
         mass = None
         if params.top_p < 1 and not params.top_k:
@@ -267,7 +266,7 @@ class Sampler:
 
 
 class Tally:
-    """Ids and how often each of them came, in arrays that grow."""
+    """Ids and how often each occurred, in arrays that grow."""
 
     def __init__(self, ids: Iterable[int] = ()) -> None:
         known = list(ids)
@@ -297,11 +296,11 @@ class Tally:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """How likely the model itself found a token: before bias, penalties, temperature and filters.
+    """Log probabilities by the model itself: before bias, penalties, temperature and filters.
 
     Attributes:
-        token_id, logprob: the token chosen, and the logarithm of its probability.
-        top: the likeliest tokens with theirs, falling, of equal ones the lowest id first.
+        token_id, logprob: the chosen token and its log probability.
+        top: the likeliest tokens and theirs, descending, on ties the lowest id first.
     """
 
     token_id: int
@@ -310,14 +309,14 @@ class TokenLogprobs:
 
     @staticmethod
     def of(logits: Tensor | Row, vocab_size: int, token: int, num_top: int) -> TokenLogprobs:
-        """From raw ``logits [V]``; ids from ``vocab_size`` on do not exist."""
+        """From raw ``logits [V]``, of which the first ``vocab_size`` count."""
         logprobs = torch.tensor(as_rows(logits)[:vocab_size]).log_softmax(0).numpy()
         values, ids = native.top_k(logprobs, min(num_top, vocab_size))
         return TokenLogprobs(token, logprobs.item(token), tuple(zip(ids, values, strict=True)))
 
 
 def as_rows(logits: Tensor | Row) -> Row:
-    """Scores as float32 arrays in the CPU's memory: small operations cost less on them than on tensors."""
+    """Scores as a float32 NumPy array, on which small operations cost less than on a tensor."""
     if isinstance(logits, np.ndarray):
         return logits
     if logits.dtype != torch.float32 or logits.device.type != "cpu":
@@ -327,21 +326,21 @@ def as_rows(logits: Tensor | Row) -> Row:
 
 
 def penalized(scores: Row, penalty: float) -> Row:
-    """Scores brought down by the factor of the repetition penalty."""
+    """Scores reduced by the repetition penalty."""
     return np.where(scores > 0, scores / penalty, scores * penalty)
 
 
 def num_kept(values: Weights, params: SamplingParams, mass: float | None, *, whole: bool) -> int:
-    """How many of the largest scores the filters keep; 0 where that takes more of them to tell.
+    """How many of the largest scores the filters keep; 0 if ``values`` are too few to tell.
 
-    Top-k keeps what equals the k-th too. Top-p keeps the fewest whose probabilities reach p; of equal ones,
+    Top-k also keeps what equals the k-th score. Top-p keeps the fewest whose probabilities reach p; on ties
     the first.
 
     Args:
-        values: the largest scores, falling; more of them than top-k asks for.
-        params: what the filters are.
-        mass: of all scores together, relative to the largest's; None: of what top-k leaves.
-        whole: there are no more.
+        values: the largest scores, descending; more of them than top-k asks for.
+        params: the filters.
+        mass: sum of all weights, where the largest has weight 1; None: of those that top-k leaves.
+        whole: these are all scores.
     """
     cut, peak = len(values), values.item(0)
     if values.item(-1) == -math.inf:
@@ -363,7 +362,7 @@ def num_kept(values: Weights, params: SamplingParams, mass: float | None, *, who
 
 
 def _weights(scores: Row, peak: float, temperature: float) -> Row:
-    """In proportion to the probabilities, that of the largest score 1."""
+    """Proportional to the probabilities; the largest score has weight 1."""
     weights = scores - np.float32(peak)
     weights *= np.float32(1 / temperature)
     np.exp(weights, out=weights)
@@ -371,16 +370,16 @@ def _weights(scores: Row, peak: float, temperature: float) -> Row:
 
 
 def _largest(scores: Row, least: float, count: int) -> Ids:
-    """Ids of the ``count`` largest, of which ``least`` is the smallest; of equal ones the lowest ids."""
+    """Ids of the ``count`` largest scores, the smallest of which is ``least``; on ties the lowest ids."""
     above, equal = np.flatnonzero(scores > least), np.flatnonzero(scores == least)
     return np.sort(np.concatenate((above, equal[: count - len(above)])))
 
 
 def _draw(scores: Row, peak: float, temperature: float, point: float) -> int:
-    """The id at ``point`` of all probabilities laid side by side.
+    """The id at ``point``, 0 to 1, of the cumulative distribution.
 
-    First a stretch of ids is found, then the id: float32 sums over a whole vocabulary would not be exact
-    enough, and float64 ones take their time.
+    First a stretch of ids is found, then the id in it: float32 sums over a whole vocabulary would be too
+    inexact, and float64 ones too slow.
     """
     weights = _weights(scores, peak, temperature)
     sums = np.add.reduceat(weights, np.arange(0, len(weights), STRETCH)).cumsum(dtype=np.float64)
@@ -392,7 +391,7 @@ def _draw(scores: Row, peak: float, temperature: float, point: float) -> int:
 
 
 def _place(cumulative: Weights, point: float) -> int:
-    """Where ``point``, 0 to 1, falls in what adds up to ``cumulative``; never on what adds nothing."""
+    """The index at ``point``, 0 to 1, of the ``cumulative`` weights; never one of weight 0."""
     total = cumulative.item(-1)
     last = int(cumulative.searchsorted(total))
     return min(last, int(cumulative.searchsorted(point * total, "right")))

@@ -1,4 +1,4 @@
-"""How likely the model itself finds a prompt, token by token, while it is read."""
+"""Log probabilities of a prompt's tokens, computed while it is read."""
 
 from __future__ import annotations
 
@@ -10,20 +10,17 @@ from torch import Tensor
 from godwit.engine.sampling import TokenLogprobs
 from godwit.models.causal_lm import CausalLM
 
-#: Rows of logits at a time: with a large vocabulary, those of a whole step would take hundreds of megabytes.
+#: Rows of logits at a time; with a large vocabulary, those of a whole step take hundreds of megabytes.
 ROWS = 32
 
 
 class PromptScores:
-    """The probabilities of a prompt's tokens, in whatever pieces it is read.
+    """The log probabilities of a prompt's tokens; the prompt may be read in any pieces.
 
     Args:
         ids: the prompt.
-        vocab_size: ids below this exist.
-        num_top: report so many of the likeliest tokens, too.
-
-    Attributes:
-        complete: all are known.
+        vocab_size: number of ids.
+        num_top: report this many of the likeliest tokens, too.
     """
 
     def __init__(self, ids: Seq[int], vocab_size: int, num_top: int) -> None:
@@ -34,12 +31,13 @@ class PromptScores:
 
     @property
     def complete(self) -> bool:
+        """Whether all are known."""
         return len(self._known) == len(self._ids)
 
     def read(self, model: CausalLM, first: int, hidden: Tensor) -> None:
         """Take in ``hidden [T, H]``, the trunk's output for the tokens from ``first`` on.
 
-        What is known already, from before the request had to make room for others, is passed over.
+        Tokens scored before a preemption are skipped.
         """
         begin, end = len(self._known) - 1, min(first + len(hidden), len(self._ids) - 1)
         with torch.inference_mode():
@@ -49,5 +47,5 @@ class PromptScores:
                     self._known.append(TokenLogprobs.of(row, self._vocab_size, token, self._num_top))
 
     def whole(self) -> tuple[TokenLogprobs | None, ...]:
-        """One entry for each token, that of the first None."""
+        """One entry per token, None for the first."""
         return tuple(self._known)

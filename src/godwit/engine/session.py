@@ -16,7 +16,7 @@ from godwit.engine.sampling import Sampler, SamplingParams
 from godwit.engine.thinking import ThinkingEnd, ThinkingGuide, ThinkingRules, shown
 from godwit.errors import UsageError
 from godwit.models.causal_lm import CausalLM
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
 

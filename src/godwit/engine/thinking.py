@@ -16,7 +16,7 @@ from godwit.engine.answer import StopMatcher
 from godwit.engine.constraint_calls import CALL, END_CALL
 from godwit.engine.constraint_grammar import END_THINK, THINK
 from godwit.errors import UsageError
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 
 #: Why thinking was over: the model closed it, or it was closed for one of the other reasons.
 ThinkingEnd = Literal["model", "budget", "end_of_text", "reserve"]

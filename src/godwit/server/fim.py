@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 
 #: What opens the text before the gap, the text behind it, and the answer, in several families of models.
 _FAMILIES = (

@@ -14,7 +14,7 @@ from godwit.engine.constraint_trial import Abandon
 from godwit.errors import GodwitError
 from godwit.server.errors import bad_request, from_engine
 from godwit.server.tools import Format
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 
 NO_TOOLS = (
     "this model's chat template has no place for tools, or writes calls in a form that this server does not "

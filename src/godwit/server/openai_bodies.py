@@ -11,7 +11,7 @@ from godwit.engine import TokenLogprobs
 from godwit.engine.stream import Finish
 from godwit.server.answers import Answer, Update, Usage
 from godwit.server.tools import CallArguments, CallStart, Delta, Text, Thinking
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 
 #: In place of minus infinity, which JSON does not have.
 LEAST_LOGPROB = -9999.0

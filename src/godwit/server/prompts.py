@@ -11,7 +11,7 @@ from godwit.engine import opens_thinking
 from godwit.engine.constraint_grammar import END_THINK, THINK
 from godwit.errors import TemplateError
 from godwit.server.errors import bad_request, too_long
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 
 Message = dict[str, Any]
 #: How many beginnings of a conversation are rendered where its tokens do not tell its messages apart.

@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from godwit.chat_template import Effort
 from godwit.server.errors import bad_request
 from godwit.server.fields import (
     MAX_TOKENS,
@@ -36,6 +35,7 @@ from godwit.server.forms import Form
 from godwit.server.neutral import NeutralFields
 from godwit.server.prompts import Conversation, Message
 from godwit.server.thinking import ThinkingFields
+from godwit.text.chat_template import Effort
 
 MAX_CHOICES = 16
 MAX_BIASES = 1024

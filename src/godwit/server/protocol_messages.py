@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationInfo, model_validator
 
-from godwit.chat_template import Effort
 from godwit.server.errors import bad_request
 from godwit.server.fields import (
     MAX_TOKENS,
@@ -29,6 +28,7 @@ from godwit.server.fields import (
 from godwit.server.forms import Form
 from godwit.server.prompts import Conversation, Message
 from godwit.server.thinking import ThinkingWish
+from godwit.text.chat_template import Effort
 
 
 class TextBlock(Part):

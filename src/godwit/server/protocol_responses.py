@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from godwit.chat_template import Effort
 from godwit.server.errors import bad_request
 from godwit.server.fields import (
     Arguments,
@@ -31,6 +30,7 @@ from godwit.server.prompts import Conversation, Message
 from godwit.server.protocol import JsonSchema, NumLogprobs, StreamOptions
 from godwit.server.response_tools import INPUT, AnyTool, HostedTool, OfferedTool, is_known, joined, offered
 from godwit.server.thinking import ThinkingFields
+from godwit.text.chat_template import Effort
 
 
 class InputMessage(Part):

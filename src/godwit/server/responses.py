@@ -21,7 +21,7 @@ from godwit.server.response_tools import CallText, OfferedTool, echoed, left_out
 from godwit.server.service import Chat, Service, allowed_tools
 from godwit.server.sse import DONE, KEEP_ALIVE, EventStream, event
 from godwit.server.tools import CallArguments, CallEnd, CallStart, Delta, Text, Thinking
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 
 Body = dict[str, Any]
 _ITEM_FIELDS: Mapping[str, Body] = {"message": {"role": "assistant"}, "reasoning": {"summary": []}}

@@ -8,13 +8,13 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from godwit.chat_template import ChatTemplate, Effort
 from godwit.engine.constraint_calls import CALL, FUNCTION
 from godwit.engine.constraint_grammar import END_THINK
 from godwit.engine.thinking import DEFAULT_MESSAGE, MAX_BUDGET, ThinkingRules
 from godwit.server.dialects import Format
 from godwit.server.errors import bad_request
 from godwit.server.fields import Request
+from godwit.text.chat_template import ChatTemplate, Effort
 
 #: Of an answer's tokens, how many may be thinking; higher efforts have no limit of their own.
 SHARES: Mapping[Effort, float] = {"minimal": 1 / 16, "low": 1 / 4, "medium": 1 / 2, "high": 4 / 5}

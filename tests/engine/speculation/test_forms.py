@@ -14,7 +14,7 @@ from godwit.engine.speculation.speculator import MAX_DEPTH, Speculator
 from godwit.models.causal_lm import CausalLM
 from godwit.models.loader import load_model
 from godwit.models.native import pack_model
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 from tests.engine.forms import FLAG, FOLDER, TOOLS, held
 from tests.engine.speculation.test_speculator import Eager
 

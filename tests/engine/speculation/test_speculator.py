@@ -19,7 +19,7 @@ from godwit.engine.speculation.speculator import MAX_DEPTH, MAX_SEQUENCES, Specu
 from godwit.models.causal_lm import CausalLM
 from godwit.models.loader import load_model
 from godwit.models.native import pack_model
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 from tests.engine.steps import Core
 from tests.engine.test_core import ALL, HYBRID, alone, answer, asked, text
 from tests.engine.tiny import tiny_model, tiny_tokenizer

@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 
 from godwit.errors import UnsupportedModelError
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 
 Make = Callable[[str], dict[str, Any]]
 

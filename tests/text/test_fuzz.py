@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from godwit.errors import GodwitError
-from godwit.tokenizer import Tokenizer
-from tests.tokenizer.conftest import TEMPLATE, _make
+from godwit.text.tokenizer import Tokenizer
+from tests.text.conftest import TEMPLATE, _make
 
 quick = settings(max_examples=250, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 SETTINGS = {

@@ -1,13 +1,12 @@
 """Text to token ids and back, for any checkpoint with a `tokenizer.json`.
 
 The `tokenizers` library normalises, splits and merges, but it would also turn a control token that a user
-typed into the real one. So its copy of the tokenizer knows no added tokens; they are matched here, and only
-in texts that are allowed to contain them.
+typed into the real one. So its copy of the tokenizer has no added tokens; they are matched here, and only in
+texts that may contain them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -17,11 +16,12 @@ from typing import Any
 
 import tokenizers
 
-from .added_tokens import SPECIAL_NAMES, AddedToken, Matcher, Part, merged
+from godwit.errors import CheckpointError, GodwitError, TemplateError
+
+from .added_tokens import SPECIAL_NAMES, AddedToken, Matcher, TextPart, merged
 from .chat_template import ROLE_OTHER, TOOL_RESULT, ChatTemplate, RoleTracker, Shield, thinks_nothing
 from .detokenizer import DecodePlan, StreamDecoder
-from .errors import CheckpointError, GodwitError, TemplateError
-from .tokenizer_files import (
+from .files import (
     MAX_TOKENIZER_BYTES,
     ReadText,
     eos_ids,
@@ -31,7 +31,8 @@ from .tokenizer_files import (
     read_template,
     token_text,
 )
-from .tokenizer_trial import check_growth, try_out
+from .library import library_errors, load, without_prefix
+from .trial import try_out
 
 __all__ = ["AddedToken", "ChatTemplate", "StreamDecoder", "Tokenizer"]
 
@@ -40,9 +41,9 @@ _SAMPLING = (
     "max_new_tokens", "do_sample",
 )  # fmt: skip
 MAX_AROUND = 64  # tokens that the post-processor puts around a text
-#: Parts of a text by which the words of a template are told from those of an assistant.
+#: Parts that are looked at to tell a template's words from those of an assistant.
 _LOOKAHEAD = 8
-#: Longer texts are encoded without the interpreter's lock, which is not worth its cost for shorter ones.
+#: Longer texts are encoded without the interpreter's lock; for shorter ones that costs more than it gains.
 _LONG_CHARS = 1024
 
 
@@ -50,9 +51,9 @@ class Tokenizer:
     """Encodes text and conversations; decodes ids, at once or one at a time.
 
     Ids 0 to `vocab_size` - 1 exist; a model may have more rows. `special_ids` are left out of decoded text.
-    Generation ends at `stop_ids`, written `stop_tokens`. `generation_defaults` are the sampling settings that
-    the checkpoint recommends. `chat_template` is None where the checkpoint has none. `named_tokens` are those
-    that the checkpoint gives a part to: `bos_token`, `eos_token`, `pad_token`, ...
+    Generation ends at `stop_ids`, whose texts are `stop_tokens`. `generation_defaults` are the sampling
+    settings that the checkpoint recommends. `chat_template` is None if the checkpoint has none.
+    `named_tokens` are the texts of `bos_token`, `eos_token`, `pad_token`, ...
     """
 
     def __init__(
@@ -65,15 +66,15 @@ class Tokenizer:
         generation_defaults: Mapping[str, Any] | None = None,
         named_tokens: Mapping[str, str] | None = None,
     ) -> None:
-        """`raw` is the content of `tokenizer.json`. Raises GodwitError when it cannot be used."""
+        """`raw` is the content of `tokenizer.json`. Raises GodwitError if it cannot be used."""
         try:
             self._added = [AddedToken.from_dict(token) for token in raw.get("added_tokens") or []]
-            self._base = _load(raw)
+            self._base = load(raw)
             self._by_id = {token.id: token for token in self._added}
             self._by_text = {token.content: token for token in self._added if token.content}
             self._forbidden = self._find_forbidden(raw["model"])
             self._first_only = '"prepend_scheme": "first"' in json.dumps(raw.get("pre_tokenizer"))
-            self._bare = _load(_without_prefix(raw)) if self._first_only or self._forbidden else self._base
+            self._bare = load(without_prefix(raw)) if self._first_only or self._forbidden else self._base
             self._raw = raw
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"it is not a valid tokenizer ({error!r})") from None
@@ -101,13 +102,13 @@ class Tokenizer:
 
         Reads `tokenizer.json` and, where they exist, `tokenizer_config.json`, `chat_template.jinja`,
         `generation_config.json` and `config.json`; links must not lead out of the directory. Unless it is
-        `trusted`, a tokenizer is first tried in a process with limits of time and memory.
+        `trusted`, a tokenizer is first tried in a limited process.
         """
         return cls.from_files(files_in(Path(path)), str(path), trusted=trusted)
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes], where: str, *, trusted: bool = False) -> Tokenizer:
-        """The tokenizer in files that were read from what errors call `where`. Raises as `from_dir`."""
+        """The tokenizer in `files`; errors call their folder `where`. Raises as `from_dir`."""
         if not trusted:
             try_out(files, where)
         return cls._read(in_memory(files, where), where)
@@ -144,17 +145,17 @@ class Tokenizer:
         return added.id if added is not None else self._base.token_to_id(token)
 
     def id_to_token(self, id: int) -> str | None:
-        """The vocabulary spelling of an id; None where there is no such token."""
+        """The vocabulary spelling of an id; None if there is no such token."""
         added = self._by_id.get(id)
         if added is not None:
             return added.content
         return self._base.id_to_token(id) if 0 <= id < 1 << 32 else None
 
     def encode(self, text: str, *, allow_special: bool = False, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, which may have been typed by anyone: no part of it becomes a control token.
+        """Token ids of an untrusted `text`: no part of it becomes a control token.
 
-        `allow_special` is for texts of the program itself: control tokens written out in them are matched.
-        `add_special_tokens` adds what the checkpoint wants around a plain prompt (a BOS token, or nothing).
+        `allow_special` is for texts of the program itself: control tokens in them are matched.
+        `add_special_tokens` adds what the checkpoint puts around a plain prompt (a BOS token, or nothing).
         """
         parts = (self._any_token if allow_special else self._text_token).split(_valid(text))
         ids = [id for part in parts for id in self._encode_part(part)]
@@ -184,7 +185,7 @@ class Tokenizer:
     ) -> list[int]:
         """Ids of a conversation in the checkpoint's chat template; no text in it can become a control token.
 
-        Raises TemplateError when there is no template, when it fails, or when a message is malformed.
+        Raises TemplateError if there is no template, it fails, or a message is malformed.
         """
         variables = {"add_generation_prompt": add_generation_prompt, **kwargs}
         parts, mark = self._render(messages, tools, variables)
@@ -222,7 +223,7 @@ class Tokenizer:
         return [id for id, _ in pairs], [code for _, code in pairs]
 
     def _opening(self, variables: Mapping[str, Any]) -> str:
-        """What the template puts behind the header of an answer that is to come."""
+        """What the template puts after the header of the next answer."""
         key = json.dumps(variables, sort_keys=True, default=repr)
         if key not in self._openings:
             asked = {**variables, "add_generation_prompt": True}
@@ -239,7 +240,7 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None,
         variables: Mapping[str, Any],
-    ) -> tuple[list[Part], str]:
+    ) -> tuple[list[TextPart], str]:
         if self.chat_template is None:
             raise TemplateError(
                 "this checkpoint has no chat template; add a chat_template.jinja or use plain prompts"
@@ -248,7 +249,7 @@ class Tokenizer:
         text = self.chat_template.render(shielded, tools=shielded_tools, **shielded_variables)
         return list(self._chat_token.split(_valid(text))), mark
 
-    def _encode_part(self, part: Part, mark: str = "") -> list[int]:
+    def _encode_part(self, part: TextPart, mark: str = "") -> list[int]:
         if part.token is not None:
             return [part.token.id]
         text = part.text.replace(mark, "") if mark else part.text
@@ -270,7 +271,7 @@ class Tokenizer:
     def _pieces(self, text: str, leads: bool, normal: bool) -> Iterator[tuple[int, tokenizers.Encoding]]:
         """(index of its first character, encoding) of each piece of text without added tokens.
 
-        Some vocabularies hold control tokens among the words. Cut in two, they are words no more.
+        Some vocabularies contain control tokens as words; such a match is cut in two.
         """
         piece = self._run(text, leads, normal=normal)
         found = [index for index, id in enumerate(piece.ids) if id in self._forbidden]
@@ -288,7 +289,7 @@ class Tokenizer:
         self, text: str, leads: bool, *, around: bool = False, normal: bool = False, offsets: bool = True
     ) -> tokenizers.Encoding:
         chosen = self._normal if normal else self._base if leads else self._bare
-        with _library_errors():
+        with library_errors():
             if len(text) < _LONG_CHARS:
                 return chosen.encode(text, add_special_tokens=around)
             # Only the library's batches release the interpreter's lock.
@@ -297,15 +298,15 @@ class Tokenizer:
 
     @cached_property
     def _normal(self) -> tokenizers.Tokenizer:
-        """For text that the normaliser has seen; few vocabularies ever need it."""
-        return _load({**self._raw, "normalizer": None})
+        """For text that is already normalised; few vocabularies ever need it."""
+        return load({**self._raw, "normalizer": None})
 
     def _set_matchers(self) -> None:
-        """What is cut out of the program's own texts, of rendered conversations and of anyone's texts."""
-        # A control token of one character could not be broken up by the shield, so none is read from a text.
+        """What is matched in the program's own texts, in rendered conversations, and in untrusted texts."""
+        # The shield cannot break up a control token of one character, so none is read from a text.
         readable = [token for token in self._added if not token.is_control or len(token.content) > 1]
         plain = [token for token in self._added if not token.is_control]
-        # In conversations the normaliser must not turn what someone typed into a control token.
+        # In conversations, the normaliser must not turn what a user typed into a control token.
         chat = [token for token in plain if token.normalized]
         self._any_token = self._matcher(readable, [token for token in readable if token.normalized])
         self._chat_token = self._matcher(readable, chat)
@@ -319,7 +320,7 @@ class Tokenizer:
         normalizer = self._base.normalizer
         if normalizer is None:
             return text
-        with _library_errors():
+        with library_errors():
             return str(normalizer.normalize_str(text))
 
     def _find_forbidden(self, model: Mapping[str, Any]) -> frozenset[int]:
@@ -340,9 +341,9 @@ class Tokenizer:
         return [], []
 
     def token_bytes(self, id: int, *, first: bool = False) -> bytes | None:
-        """What an id adds to a text, maybe a part of a character; None where there is no such token.
+        """The bytes of an id, maybe a part of a character; None if there is no such token.
 
-        Some tokenizers write the ``first`` token of a text without its leading space.
+        Some tokenizers drop the leading space of the ``first`` token of a text.
         """
         key = id, first and self._plan.drop_first
         if key not in self._bytes:
@@ -371,49 +372,3 @@ def _valid(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return text
-
-
-def _load(raw: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """The library's tokenizer without added tokens, and without what only training needs."""
-    model = dict(raw["model"])
-    if model.get("dropout"):
-        model["dropout"] = None
-    if model.get("continuing_subword_prefix") and model.get("type") != "WordPiece":
-        # No language model has one, and a wrong one makes the library abort the whole program.
-        raise CheckpointError("its continuing_subword_prefix is not supported")
-    plain = {**raw, "model": model, "added_tokens": [], "truncation": None, "padding": None}
-    check_growth(plain)
-    with _library_errors():
-        return tokenizers.Tokenizer.from_str(json.dumps(plain))
-
-
-@contextlib.contextmanager
-def _library_errors() -> Iterator[None]:
-    """The library raises bare Exception, and where its Rust code panics, a BaseException of its own."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        raise CheckpointError(f"it is not a valid tokenizer ({error})") from None
-
-
-def _without_prefix(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The same tokenizer without the space that it puts before a text."""
-    return {**raw, **{key: _strip_prefix(raw.get(key)) for key in ("normalizer", "pre_tokenizer")}}
-
-
-def _strip_prefix(step: Any) -> Any:
-    if not isinstance(step, Mapping):
-        return step
-    if step.get("type") == "Prepend":
-        return None
-    result = {**step}
-    if "prepend_scheme" in step:
-        result["prepend_scheme"] = "never"
-    if "add_prefix_space" in step:
-        result["add_prefix_space"] = False
-    for key in ("normalizers", "pretokenizers"):
-        if key in step:
-            result[key] = [inner for inner in map(_strip_prefix, step[key]) if inner is not None]
-    return result

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from godwit.errors import TemplateError
-from godwit.tokenizer import ChatTemplate, Tokenizer
+from godwit.text.tokenizer import ChatTemplate, Tokenizer
 
 Make = Callable[[str], dict[str, Any]]
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import os
 import resource
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from godwit import tokenizer_trial
-from godwit.child import run_once
 from godwit.errors import CheckpointError
-from godwit.tokenizer import Tokenizer
-from godwit.tokenizer_worker import TEXTS, use
+from godwit.text import trial
+from godwit.text.tokenizer import Tokenizer
+from godwit.text.trial_worker import TEXTS, use
+from godwit.worker import Worker
 
 Make = Callable[..., dict[str, Any]]
 
@@ -84,7 +83,7 @@ def test_many_tokens_around_a_text_are_refused(make: Make) -> None:
 
 def test_a_limit_of_memory_ends_the_trial(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """What no check foresees takes all it can get, in the other process."""
-    monkeypatch.setattr(tokenizer_trial, "MEMORY_BYTES", 128 << 20)
+    monkeypatch.setattr(trial, "MEMORY_BYTES", 128 << 20)
     before = resource.getrusage(resource.RUSAGE_SELF)
     raw = make("bytes")
     many = [{**raw["added_tokens"][0], "id": i, "content": f"<{i}{'x' * 900}"} for i in range(500)]
@@ -95,23 +94,15 @@ def test_a_limit_of_memory_ends_the_trial(make: Make, monkeypatch: pytest.Monkey
     assert after.ru_utime - before.ru_utime < 2
 
 
-@pytest.mark.parametrize("work", ["while True: pass", "bytearray(1 << 30)"])
-def test_the_limits_of_the_worker(tmp_path: Path, work: str) -> None:
-    script = tmp_path / "script.py"
-    limited = "from godwit.tokenizer_worker import limit\nlimit(0.5, 1 << 29)\n"
-    script.write_text(f"import sys\nsys.path[:] = {sys.path!r}\n{limited}{work}")
-    assert run_once(script, b"", 600) is None
-
-
 def test_a_trial_is_made_once_for_the_same_files(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def run(*args: object) -> bytes:
+    def ask(*args: object) -> dict[str, str]:
         calls.append(args)
-        return b"{}"
+        return {}
 
-    monkeypatch.setattr(tokenizer_trial, "_passed", set())
-    monkeypatch.setattr(tokenizer_trial, "run_once", run)
+    monkeypatch.setattr(trial, "_passed", set())
+    monkeypatch.setattr(Worker, "ask", ask)
     content = files(make("bytes"), tokenizer_config={"a": 1})
     for _ in range(2):
         Tokenizer.from_files(content, "here")
@@ -122,9 +113,10 @@ def test_a_trial_is_made_once_for_the_same_files(make: Make, monkeypatch: pytest
     assert len(calls) == 2
 
 
-def test_a_failed_trial_is_one_sentence(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer_trial, "_passed", set())
-    monkeypatch.setattr(tokenizer_trial, "run_once", lambda *args: None)
+@pytest.mark.parametrize("answer", [None, {"error": "MemoryError"}])
+def test_a_failed_trial_is_one_sentence(make: Make, monkeypatch: pytest.MonkeyPatch, answer: object) -> None:
+    monkeypatch.setattr(trial, "_passed", set())
+    monkeypatch.setattr(Worker, "ask", lambda *args: answer)
     for _ in range(2):  # what failed is tried again
         with pytest.raises(CheckpointError, match=r"^here: its tokenizer was stopped: .*; use another one$"):
             Tokenizer.from_files(files(make("bytes")), "here")

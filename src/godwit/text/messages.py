@@ -1,8 +1,8 @@
-"""Conversations as chat templates expect them, whatever clients and models made of them.
+"""Conversations in the form that chat templates expect.
 
-`normalise_messages` brings messages into one shape. `calls_as_text` and `repaired` deal with what a template
-cannot write: calls whose arguments are not an object, system messages in places where it wants none, and a
-conversation without a user's message.
+`normalise_messages` brings messages into one form. `calls_as_text` and `repaired` handle what some templates
+refuse: calls whose arguments are not an object, system messages after the first, and conversations without a
+user message.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .errors import TemplateError
+from godwit.errors import TemplateError
 
 Message = dict[str, Any]
 TAG_CALLS, CALL = "<function=", "<tool_call>"

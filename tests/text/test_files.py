@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from godwit.errors import CheckpointError, GodwitError, TemplateError
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 
 Make = Callable[[str], dict[str, Any]]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import UnsupportedModelError
+from godwit.errors import UnsupportedModelError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -65,7 +65,7 @@ class DecodePlan:
             elif kind == "Strip" and fused and part.get("content") == " " and not part.get("stop"):
                 strip += int(part.get("start", 0))
             else:
-                raise UnsupportedModelError(f"its decoder {kind!r} is not one that Godwit knows")
+                raise UnsupportedModelError(f"its decoder {kind!r} is not supported")
         return cls(tuple(steps), drop_first, strip)
 
     def convert(self, token: str, first: bool) -> bytes:
@@ -96,9 +96,9 @@ def _utf8(text: str) -> bytes:
 
 
 class StreamDecoder:
-    """Turns ids into text one by one; a character is given out when all its bytes are there.
+    """Turns ids into text one by one; a character is emitted once all its bytes are there.
 
-    `lookup(id, first)` gives the bytes of a token, or None for one that does not exist or is left out.
+    `lookup(id, first)` returns the bytes of a token, or None for one that does not exist or is left out.
     """
 
     def __init__(self, lookup: Callable[[int, bool], bytes | None], *, strip: int = 0) -> None:
@@ -108,7 +108,7 @@ class StreamDecoder:
         self._strip = strip
 
     def push(self, id: int) -> str:
-        """The text that is complete with this token; nothing while a character still lacks bytes."""
+        """The text that this token completes; empty while a character lacks bytes."""
         data = self._lookup(int(id), self._first)
         if data is None:
             return ""
@@ -121,7 +121,7 @@ class StreamDecoder:
         return not self._utf8.getstate()[0]
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that was never completed, else nothing."""
+        """The rest at the end: U+FFFD for an incomplete character, else nothing."""
         return self._utf8.decode(b"", True)
 
     def _without_prefix(self, data: bytes) -> bytes:

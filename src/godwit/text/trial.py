@@ -1,39 +1,38 @@
-"""Trying a stranger's tokenizer in a process with limits before it is read in this one.
+"""Tries an untrusted tokenizer in a limited process before it is read in this one.
 
 A `tokenizer.json` is data, but it says what is done to every text: steps that double it thirty times, or
-tokens of a megabyte, take all memory, and some contents make the native library abort the whole program.
+tokens of a megabyte, take all memory, and some contents make the native library abort the program.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import errors
-from .child import run_once
-from .errors import BusyError, CheckpointError
-from .tokenizer_files import FILES, check_size
+from godwit import errors
+from godwit.errors import CheckpointError
+from godwit.worker import Limits, Worker
+
+from .files import FILES, check_size
 
 #: Seconds of processor time, and bytes of address space, for a small tokenizer and more for each byte of its
 #: files. One of 18 MB and 270,000 tokens takes 3 s and 340 MiB.
 SECONDS, SECONDS_PER_BYTE = 10.0, 1e-6
 MEMORY_BYTES, MEMORY_PER_BYTE = 1 << 30, 32
-#: How much longer by the clock, on a machine that is busy.
-_PATIENCE = 10
+#: Seconds of wall time for one of processor time, since the machine may be busy.
+_WALL_SECONDS = 10
 MAX_STEPS = 64
 MAX_GROWTH = 4096
 _passed: set[bytes] = set()  # digests of what was tried in this process
 
 
 def try_out(files: Mapping[str, bytes], where: str) -> None:
-    """Read a tokenizer, and encode and decode some texts, in another process; once for the same files.
+    """Read a tokenizer and use it a little in another process, once for the same files.
 
     Raises:
-        CheckpointError, TemplateError, UnsupportedModelError: what reading it raises, or it exceeds a limit.
+        CheckpointError, TemplateError, UnsupportedModelError: as reading it, or it exceeds a limit.
         BusyError: the process cannot be started.
     """
     used = {name: files[name] for name in FILES if name in files}
@@ -44,24 +43,23 @@ def try_out(files: Mapping[str, bytes], where: str) -> None:
         return
     size = sum(map(len, used.values()))
     seconds, memory_bytes = SECONDS + size * SECONDS_PER_BYTE, MEMORY_BYTES + size * MEMORY_PER_BYTE
-    setup = {
-        "sys_path": sys.path,
-        "where": where,
-        "sizes": {name: len(data) for name, data in used.items()},
-        "seconds": seconds,
-        "memory_bytes": memory_bytes,
-    }
-    data = b"".join([json.dumps(setup).encode(), b"\n", *used.values()])
+    worker = Worker(
+        Path(__file__).with_name("trial_worker.py"),
+        {},
+        Limits(memory_bytes, cpu_seconds=seconds),
+        purpose="tries tokenizers",
+        hint="check the memory limit of this system",
+    )
+    request = {"where": where, "names": list(used)}
     try:
-        output = run_once(Path(__file__).with_name("tokenizer_worker.py"), data, _PATIENCE * seconds)
-    except OSError as error:
-        raise BusyError(f"the process that tries tokenizers cannot be started: {error}") from None
-    if output is None:
+        answer = worker.ask(request, _WALL_SECONDS * seconds, used.values())
+    finally:
+        worker.drop()
+    if answer is None or answer.keys() == {"error"}:
         raise CheckpointError(
             f"{where}: its tokenizer was stopped: it ends the program that reads it, or takes more than "
             f"{seconds:.0f} s or {memory_bytes >> 20} MiB; use another one"
         )
-    answer = json.loads(output)
     if answer:
         raise getattr(errors, answer["kind"])(answer["error"])
     _passed.add(digest)
@@ -87,11 +85,11 @@ def _growth(step: Mapping[str, Any]) -> int:
     word = pattern.get("String") if isinstance(pattern, Mapping) else None
     if isinstance(word, str) and word:
         return max(1, -(-len(content) // len(word.encode())))
-    return 1 + len(content)  # a pattern that matches nothing puts its content between all letters
+    return 1 + len(content)  # an empty match puts the content between all letters
 
 
 def _steps(value: Any) -> Iterator[Mapping[str, Any]]:
-    """All steps, those inside of others too."""
+    """All steps, nested ones too."""
     waiting = [value]
     while waiting:
         one = waiting.pop()

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from godwit import tokenizer
-from godwit.tokenizer import Tokenizer
+from godwit.text import tokenizer
+from godwit.text.tokenizer import Tokenizer
 
 Make = Callable[[str], dict[str, Any]]
 

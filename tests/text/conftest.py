@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from godwit.tokenizer import ChatTemplate, Tokenizer
+from godwit.text.tokenizer import ChatTemplate, Tokenizer
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog, and the dog does not mind at all",

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from godwit.chat_template import ChatTemplate
 from godwit.errors import TemplateError
-from godwit.messages import normalise_messages
+from godwit.text.chat_template import ChatTemplate
+from godwit.text.messages import normalise_messages
 from tests.server.templates import LLAMA31, QWEN3, QWEN3_CODER, QWEN3_NEXT, QWEN35, TEMPLATES
 
 SYSTEM, LATE = {"role": "system", "content": "S"}, {"role": "system", "content": "L"}
@@ -219,16 +219,16 @@ class TestRefusedMessages:
         with pytest.raises(TemplateError, match="system system assistant"):
             render(source, SYSTEM, LATE, ANSWER)
 
-    def test_nothing_is_tried_twice(self) -> None:
+    def test_nothing_is_tried_twice(self, monkeypatch: pytest.MonkeyPatch) -> None:
         template = ChatTemplate("{{ raise_exception('No user query found') }}")
         count, ask = 0, template._worker.ask
 
-        def counted(request: Any) -> Any:
+        def counted(*request: Any) -> Any:
             nonlocal count
             count += 1
-            return ask(request)
+            return ask(*request)
 
-        template._worker.ask = counted  # type: ignore[method-assign]
+        monkeypatch.setattr(template._worker, "ask", counted)
         with pytest.raises(TemplateError, match="No user query"):
             template.render([SYSTEM, LATE, USER])
         assert count == 3

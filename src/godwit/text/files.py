@@ -7,14 +7,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from godwit.errors import CheckpointError
+from godwit.file_kinds import kind_of, refusal
+from godwit.safe_files import check_json, read_bounded
+
 from .chat_template import ChatTemplate
-from .errors import CheckpointError
-from .file_kinds import kind_of, refusal
-from .safe_files import check_json, read_bounded
 
 MAX_TOKENIZER_BYTES = 64 << 20  # twice that of the largest known
 MAX_SIDE_FILE_BYTES = 16 << 20
-#: What a tokenizer is read from, and how large each may be.
+#: The files of a tokenizer, and the size limit of each.
 FILES = {
     "tokenizer.json": MAX_TOKENIZER_BYTES,
     **dict.fromkeys(
@@ -22,7 +23,7 @@ FILES = {
         MAX_SIDE_FILE_BYTES,
     ),
 }
-#: The texts of files by their names, None where there is no such file; raises CheckpointError.
+#: Reads a file by its name and size limit, None if there is no such file; raises CheckpointError.
 ReadText = Callable[[str, int], str | None]
 
 

@@ -1,7 +1,7 @@
-"""Chat templates: a conversation as text, by the Jinja program that a checkpoint ships.
+"""Chat templates: a conversation as text, rendered by the Jinja template of a checkpoint.
 
-Nobody is trusted. The template runs in `template_worker`, a process with limits. `Shield` breaks up every
-literal of a control token in the messages before rendering, so that whatever a user types stays text.
+Neither templates nor messages are trusted. A template runs in a limited process. `Shield` breaks up every
+literal of a control token in the messages before rendering, so that what a user types stays text.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ import itertools
 import re
 import secrets
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from .child import Child
-from .errors import BusyError, TemplateError
+from godwit.errors import TemplateError
+from godwit.worker import Limits, Worker
+
 from .messages import calls_as_text, normalise_messages, repaired
-from .template_worker import read_frame, write_frame
 
 MAX_SOURCE_CHARS = 1 << 20
 MAX_DEPTH = 64
@@ -63,13 +62,15 @@ class ChatTemplate:
                 f"the chat template is longer than {MAX_SOURCE_CHARS} characters; use another one"
             )
         self.source, self.tool_source, self.special = source, tool_source, dict(special or {})
-        self._worker = _Worker(
-            {
-                "sources": {"default": source} | ({} if tool_source is None else {"tools": tool_source}),
-                "seconds": seconds,
-                "memory_bytes": memory_bytes,
-                "output_chars": output_chars,
-            }
+        self._limits = f"{seconds} seconds or {memory_bytes >> 20} MiB"
+        self._seconds = seconds
+        sources = {"default": source} | ({} if tool_source is None else {"tools": tool_source})
+        self._worker = Worker(
+            Path(__file__).with_name("template_worker.py"),
+            {"sources": sources, "output_chars": output_chars},
+            Limits(memory_bytes),
+            purpose="renders chat templates",
+            hint=f"check that `{sys.executable}` can import jinja2",
         )
 
     @property
@@ -80,7 +81,7 @@ class ChatTemplate:
     def thinking_variables(self, on: bool | None, effort: Effort | None) -> dict[str, Any]:
         """Variables that ask the template for thinking; None leaves it to the template.
 
-        Where the template knows no efforts, the least of them turns thinking off.
+        If the template knows no efforts, the lowest one turns thinking off.
         """
         if on is None and (effort == "none" or (effort == "minimal" and not self.knows_effort)):
             on = False
@@ -115,65 +116,25 @@ class ChatTemplate:
         version: list[dict[str, Any]] | None = calls_as_text(normalise_messages(messages), source or "")
         errors: list[str] = []
         while version is not None:
-            answer = self._worker.ask({"source": name, "variables": {**variables, "messages": version}})
+            answer = self._ask({"source": name, "variables": {**variables, "messages": version}})
             if "error" not in answer:
                 return str(answer["text"])
             errors.append(str(answer["error"]))
             version = repaired(version, errors[-1])
         raise TemplateError(f"the chat template cannot be rendered: {errors[0]}")
 
-
-class _Worker:
-    """Starts `template_worker` when it is needed, and again after a limit has ended it."""
-
-    def __init__(self, setup: Mapping[str, Any]) -> None:
-        self._setup = dict(setup)
-        self._lock = threading.Lock()
-        self.child = Child(Path(__file__).with_name("template_worker.py"))
-
-    def __reduce__(self) -> tuple[type[_Worker], tuple[dict[str, Any]]]:
-        return _Worker, (self._setup,)
-
-    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        with self._lock:
-            if not self.child.running:
-                self._start()
-            answer = self._exchange(request)
-            if answer is None:
-                raise TemplateError(
-                    f"the chat template was stopped: it takes more than {self._setup['seconds']} seconds "
-                    f"or {self._setup['memory_bytes'] >> 20} MiB; use another template"
-                )
-            return answer
-
-    def _start(self) -> None:
+    def _ask(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         try:
-            self.child.start()
-        except OSError as error:
-            raise BusyError(f"the process that renders chat templates cannot be started: {error}") from None
-        if self._exchange(self._setup | {"sys_path": sys.path}) is None:
-            raise TemplateError(
-                "the process that renders chat templates ended at its start; "
-                f"check that `{sys.executable}` can import jinja2"
-            )
-
-    def _exchange(self, value: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The answer, or None when the process has ended."""
-        answer = None
-        try:
-            requests, answers = self.child.pipes()
-            write_frame(requests, value)
-            answer = read_frame(answers)
-        except (EOFError, OSError):
-            return None
+            answer: Mapping[str, Any] | None = self._worker.ask(request, self._seconds)
         except (TypeError, ValueError, RecursionError) as error:
             raise TemplateError(
                 f"messages, tools and template arguments have to be plain JSON: {error}"
             ) from None
-        finally:
-            if answer is None:
-                self.child.drop()
-        return dict(answer)
+        if answer is None:
+            raise TemplateError(
+                f"the chat template was stopped: it takes more than {self._limits}; use another template"
+            )
+        return answer
 
 
 class Shield:
@@ -263,8 +224,8 @@ class RoleTracker:
     what the template itself puts in front of an assistant's words: the opening, and thinking that is empty.
 
     Args:
-        opening: what the template puts behind the header of an answer that is to come.
-        own_empty: some answer has an empty thought among its own words, which thus is not the template's.
+        opening: what the template puts after the header of the next answer.
+        own_empty: some answer has an empty thought of its own, so that it is not the template's.
     """
 
     def __init__(self, opening: str = "", *, own_empty: bool = False) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from godwit.errors import CheckpointError
-from godwit.tokenizer import Tokenizer
+from godwit.text.tokenizer import Tokenizer
 
 Make = Callable[[str], dict[str, Any]]
 PLAIN = {"special": False, "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}

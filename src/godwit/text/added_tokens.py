@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _WORD_CATEGORIES = ("Mn", "Mc", "Me", "Pc")
-#: Letters of a token: what breaks tokens up in conversations keeps the parts of each.
+#: Letters of a token; the shield of conversations stores all prefixes and suffixes of each.
 MAX_CONTENT = 1000
 _FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -51,10 +51,10 @@ class AddedToken:
 
 
 @dataclass(frozen=True)
-class Part:
-    """An added token, or text between two.
+class TextPart:
+    """An added token, or the text between two.
 
-    `leads`: it gets the prefix space of the tokenizer, if any. `normal`: the normaliser has been applied.
+    `leads`: the tokenizer's prefix space, if any, goes before it. `normal`: it is normalised.
     """
 
     text: str
@@ -87,24 +87,24 @@ class Matcher:
         self._patterns = _alternatives(self._literal), _alternatives(self._normalized)
         self._normalize, self._first_only = normalize, first_only
 
-    def split(self, text: str) -> Iterator[Part]:
+    def split(self, text: str) -> Iterator[TextPart]:
         """The parts of `text` in order."""
         for start, piece, token in _cut(text, self._patterns[0], self._literal):
             if token is not None:
-                yield Part(token.content, token)
+                yield TextPart(token.content, token)
             else:
                 yield from self._split_normalized(piece, start == 0 or not self._first_only)
 
-    def _split_normalized(self, text: str, leads: bool) -> Iterator[Part]:
+    def _split_normalized(self, text: str, leads: bool) -> Iterator[TextPart]:
         normal = self._normalize(text) if self._normalized else text
         if not self._patterns[1].search(normal):
-            yield Part(text, None, leads)
+            yield TextPart(text, None, leads)
             return
         for start, piece, token in _cut(normal, self._patterns[1], self._normalized):
             if token is not None:
-                yield Part(token.content, token)
+                yield TextPart(token.content, token)
             else:
-                yield Part(piece, None, leads and (start == 0 or not self._first_only), normal=True)
+                yield TextPart(piece, None, leads and (start == 0 or not self._first_only), normal=True)
 
 
 def _cut(
