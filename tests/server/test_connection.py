@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from godwit.server.connection import SLICE_BYTES, LimitedProtocol, Parser
-from godwit.server.places import Places
+from godwit.server.connections.places import Places
+from godwit.server.connections.protocol import SLICE_BYTES, LimitedProtocol, Parser
 from godwit.server.settings import Limits
 from tests.server.conftest import Engines, Running, running
 from tests.server.test_life import wait

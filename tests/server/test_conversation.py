@@ -12,13 +12,13 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from godwit.chat_template import ChatTemplate
+from godwit.server.anthropic.schemas import MessagesRequest, MessageTool
 from godwit.server.body import parse_object
 from godwit.server.errors import ApiError
 from godwit.server.fields import FunctionSpec, Reading
+from godwit.server.openai.response_schemas import ResponsesRequest
+from godwit.server.openai.schemas import ChatRequest
 from godwit.server.prompts import Conversation, Prompt, PromptMaker
-from godwit.server.protocol import ChatRequest
-from godwit.server.protocol_messages import MessagesRequest, MessageTool
-from godwit.server.protocol_responses import ResponsesRequest
 from godwit.server.settings import Limits
 from godwit.tokenizer import Tokenizer
 from tests.engine.tiny import tokenizer_json

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from godwit.errors import UsageError
+from godwit.server.connections.fair_queue import FairQueue, Lines
 from godwit.server.errors import ApiError
-from godwit.server.fair_queue import FairQueue, Lines
 
 
 class Held:

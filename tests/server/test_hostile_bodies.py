@@ -16,15 +16,15 @@ from pydantic import BaseModel, ValidationError
 from godwit.chat_template import ChatTemplate
 from godwit.server import app
 from godwit.server import service as service_module
+from godwit.server.anthropic.schemas import MessagesRequest
 from godwit.server.body import LONG, parse_object
 from godwit.server.errors import ApiError
 from godwit.server.fields import Reading
+from godwit.server.openai.response_schemas import ResponsesRequest
+from godwit.server.openai.response_tools import offered
+from godwit.server.openai.schemas import MAX_BIASES, ChatRequest
+from godwit.server.openai.text_schemas import CompletionRequest, DetokenizeRequest, TokenizeRequest
 from godwit.server.prompts import RESERVED, Conversation, PromptMaker, check_variables, num_chars
-from godwit.server.protocol import MAX_BIASES, ChatRequest
-from godwit.server.protocol_messages import MessagesRequest
-from godwit.server.protocol_responses import ResponsesRequest
-from godwit.server.protocol_texts import CompletionRequest, DetokenizeRequest, TokenizeRequest
-from godwit.server.response_tools import offered
 from godwit.server.service import explain
 from godwit.server.settings import Limits
 from godwit.template_worker import build_environment

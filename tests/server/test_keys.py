@@ -14,9 +14,9 @@ import openai
 import pytest
 
 from godwit.errors import UsageError
-from godwit.server.journal import OneLine, Record
+from godwit.server.connections.pace import BoundedRate, Bucket, Share, Sieve
 from godwit.server.keys import MAX_KEYS, Key, Quota, read_keys
-from godwit.server.pace import BoundedRate, Bucket, Share, Sieve
+from godwit.server.log import OneLine, Record
 from tests.server.conftest import Engines, Running, running
 from tests.server.test_life import wait
 

@@ -11,9 +11,9 @@ import openai
 import pytest
 
 from godwit.server.errors import ApiError
-from godwit.server.items import ItemStore
-from godwit.server.protocol_responses import ResponsesRequest
-from godwit.server.response_tools import CallText, offered
+from godwit.server.openai.items import ItemStore
+from godwit.server.openai.response_schemas import ResponsesRequest
+from godwit.server.openai.response_tools import CallText, offered
 from tests.server.conftest import Engines, Running, Servers, running
 from tests.server.openai_steps import client_of
 

@@ -14,7 +14,7 @@ from openai import OpenAI
 
 from godwit.cli import common
 from godwit.engine import Engine
-from godwit.server.fim import Fim
+from godwit.server.openai.fim import Fim
 from tests.engine.tiny import TEMPLATE, tiny_tokenizer, write_chain_model
 from tests.server.conftest import Engines, Running, Servers, running
 from tests.server.openai_steps import HELLO, client_of

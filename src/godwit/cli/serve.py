@@ -213,8 +213,8 @@ def shown_name(name: str) -> str:
 
 def log_to_stderr() -> None:
     """One line for each request and event, on stderr; what anyone can cause, at a bounded rate."""
-    from godwit.server.journal import OneLine
-    from godwit.server.pace import BoundedRate
+    from godwit.server.connections.pace import BoundedRate
+    from godwit.server.log import OneLine
 
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLine("%(asctime)s %(message)s", "%H:%M:%S"))

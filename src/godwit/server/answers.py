@@ -11,9 +11,9 @@ from starlette.requests import Request
 
 from godwit.engine import Stream, TokenLogprobs
 from godwit.engine.stream import Event, Finish, PromptScored, Started
-from godwit.server.clients import while_there
+from godwit.server.connections.clients import while_there
 from godwit.server.errors import INTERNAL, ApiError, bad_request, failed_answer, overloaded
-from godwit.server.journal import Record
+from godwit.server.log import Record
 from godwit.server.mailbox import Mailbox
 from godwit.server.tools import AnswerParser, CallArguments, CallEnd, CallStart, Delta, Text, Thinking
 

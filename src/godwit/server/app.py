@@ -16,14 +16,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from godwit.server import anthropic, openai, responses
+from godwit.server.anthropic import messages
 from godwit.server.auth import Guard
 from godwit.server.chat_page import read_chat_page
 from godwit.server.errors import INTERNAL, ApiError, bad_request, respond
 from godwit.server.host import EngineHost
-from godwit.server.journal import Journal, Record
+from godwit.server.log import Record, RequestLog
+from godwit.server.openai import completions, responses
+from godwit.server.openai.text_schemas import DetokenizeRequest, TokenizeRequest
 from godwit.server.openapi import describe
-from godwit.server.protocol_texts import DetokenizeRequest, TokenizeRequest
 from godwit.server.service import Service
 from godwit.server.settings import Settings
 from godwit.server.thinking import ThinkingWish
@@ -50,7 +51,7 @@ def make_app(service: Service) -> Starlette:
 
 
 def _middleware(service: Service, settings: Settings) -> list[Middleware]:
-    layers = [Middleware(Journal, metrics=service.metrics)]
+    layers = [Middleware(RequestLog, observe=service.metrics.observe)]
     if settings.origins:  # before the guard: a browser asks without a key whether it may send one
         layers.append(
             Middleware(
@@ -159,13 +160,13 @@ async def openapi(request: Request) -> Response:
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 ROUTES: tuple[tuple[str, str, Endpoint], ...] = (
-    ("POST", "/v1/chat/completions", openai.chat_completions),
-    ("POST", "/v1/completions", openai.completions),
+    ("POST", "/v1/chat/completions", completions.chat_completions),
+    ("POST", "/v1/completions", completions.completions),
     ("POST", "/v1/responses", responses.responses),
-    ("GET", "/v1/models", openai.models),
-    ("GET", "/v1/models/{model:path}", openai.model),
-    ("POST", "/v1/messages", anthropic.messages),
-    ("POST", "/v1/messages/count_tokens", anthropic.count_tokens),
+    ("GET", "/v1/models", completions.models),
+    ("GET", "/v1/models/{model:path}", completions.model),
+    ("POST", "/v1/messages", messages.messages),
+    ("POST", "/v1/messages/count_tokens", messages.count_tokens),
     ("POST", "/tokenize", tokenize),
     ("POST", "/detokenize", detokenize),
     ("GET", "/tokenizer_info", tokenizer_info),

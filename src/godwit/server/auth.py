@@ -9,8 +9,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from godwit.server.errors import ApiError, rate_limited, respond
-from godwit.server.journal import STATIC, Record
 from godwit.server.keys import Holder, KeyRing
+from godwit.server.log import STATIC, Record
 from godwit.server.settings import ANY_HOST, Settings
 
 #: Everyone may call these: the chat page holds nothing of anyone's, and asks its user for a key.

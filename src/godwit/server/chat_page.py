@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from godwit.server.errors import ApiError
-from godwit.server.journal import STATIC
+from godwit.server.log import STATIC
 
 DIRECTORY = Path(__file__).with_name("static")
 _PLACE = b"__STATIC__"

@@ -13,7 +13,7 @@ from time import monotonic
 from starlette.datastructures import Headers
 
 from godwit.errors import UsageError
-from godwit.server.pace import Bucket
+from godwit.server.connections.pace import Bucket
 
 MIN_KEY_CHARS = 8
 MAX_KEYS = 1024

@@ -8,10 +8,10 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 import godwit
-from godwit.server.protocol import ChatRequest
-from godwit.server.protocol_messages import CountRequest, MessagesRequest
-from godwit.server.protocol_responses import ResponsesRequest
-from godwit.server.protocol_texts import CompletionRequest, DetokenizeRequest, TokenizeRequest
+from godwit.server.anthropic.schemas import CountRequest, MessagesRequest
+from godwit.server.openai.response_schemas import ResponsesRequest
+from godwit.server.openai.schemas import ChatRequest
+from godwit.server.openai.text_schemas import CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 _TEMPLATE = "#/components/schemas/{model}"
 _BODIES: tuple[tuple[str, type[BaseModel], str, tuple[str, ...]], ...] = (

@@ -16,11 +16,11 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from godwit.errors import UsageError
-from godwit.server.connection import COSTLY_SHARE, LimitedProtocol
+from godwit.server.connections.pace import Share
+from godwit.server.connections.places import MAX_REFUSED, Places
+from godwit.server.connections.protocol import COSTLY_SHARE, LimitedProtocol
 from godwit.server.errors import overloaded, respond
-from godwit.server.journal import Journal, Record
-from godwit.server.pace import Share
-from godwit.server.places import MAX_REFUSED, Places
+from godwit.server.log import Record, RequestLog
 from godwit.server.service import Service
 from godwit.server.settings import Limits, Settings
 
@@ -82,7 +82,7 @@ def make_server(app: Starlette, settings: Settings) -> Server:
     service: Service = app.state.service
     config = uvicorn.Config(
         app,
-        http=limited_protocol(settings.limits, Journal(refuse_connection, service.metrics)),
+        http=limited_protocol(settings.limits, RequestLog(refuse_connection, service.metrics.observe)),
         ws="none",
         lifespan="on",
         log_config=None,

@@ -22,18 +22,19 @@ from godwit.engine.constraint_trial import Abandon
 from godwit.errors import GodwitError, UsageError
 from godwit.server.answers import Answers, check_choices
 from godwit.server.body import LONG, parse_object, read_body
-from godwit.server.clients import client_of, while_there
+from godwit.server.connections.clients import client_of, while_there
+from godwit.server.connections.fair_queue import FairQueue
 from godwit.server.errors import ApiError, bad_request, from_engine, overloaded, too_long
-from godwit.server.fair_queue import FairQueue
 from godwit.server.fields import Choice, FunctionSpec, Mode, Reading
-from godwit.server.fim import Fim
-from godwit.server.forms import NO_TOOLS, Calls, Form, FormMaker
 from godwit.server.host import EngineHost
-from godwit.server.items import ItemStore
-from godwit.server.journal import Metrics, Record
+from godwit.server.log import Record
+from godwit.server.metrics import Metrics
 from godwit.server.mistral_calls import with_short_ids
+from godwit.server.openai.fim import Fim
+from godwit.server.openai.items import ItemStore
 from godwit.server.prompts import Conversation, Prompt, PromptMaker, check_variables
 from godwit.server.settings import Limits, Settings
+from godwit.server.structured import NO_TOOLS, Calls, Form, FormMaker
 from godwit.server.thinking import ThinkingMaker, ThinkingWish
 from godwit.server.tools import MARKS, AnswerParser, format_of
 

@@ -6,7 +6,7 @@ import ipaddress
 from collections import Counter
 from typing import Protocol
 
-from godwit.server.deadlines import Deadlines
+from godwit.server.connections.deadlines import Deadlines
 from godwit.server.settings import Limits
 
 #: Connections beyond the limits that are told so; more are cut at once.

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from godwit.server.fields import MAX_TOKENS, Items, Request, TokenId
-from godwit.server.protocol import (
+from godwit.server.openai.schemas import (
     MAX_CHOICES,
     ChatMessage,
     Continuing,

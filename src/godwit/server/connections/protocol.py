@@ -10,11 +10,11 @@ import h11
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
-from godwit.server.deadlines import Deadlines, Phase
+from godwit.server.connections.deadlines import Deadlines, Phase
+from godwit.server.connections.pace import Share
+from godwit.server.connections.places import Places
 from godwit.server.errors import ApiError, respond
-from godwit.server.journal import id_headers, new_id
-from godwit.server.pace import Share
-from godwit.server.places import Places
+from godwit.server.log import id_headers, new_id
 from godwit.server.settings import Limits
 
 CLOSE = (b"connection", b"close")

@@ -14,10 +14,10 @@ from starlette.responses import JSONResponse, Response
 from godwit.engine import TokenLogprobs
 from godwit.server.answers import Answer, Answers, Update, Usage
 from godwit.server.errors import bad_request, from_engine, openai_body
-from godwit.server.items import ItemStore
-from godwit.server.openai_bodies import call_id, logprob_body, thinking_ended
-from godwit.server.protocol_responses import Item, ItemReference, ResponsesRequest, TextConfig
-from godwit.server.response_tools import CallText, OfferedTool, echoed, left_out, offered
+from godwit.server.openai.choices import call_id, logprob_body, thinking_ended
+from godwit.server.openai.items import ItemStore
+from godwit.server.openai.response_schemas import Item, ItemReference, ResponsesRequest, TextConfig
+from godwit.server.openai.response_tools import CallText, OfferedTool, echoed, left_out, offered
 from godwit.server.service import Chat, Service, allowed_tools
 from godwit.server.sse import DONE, KEEP_ALIVE, EventStream, event
 from godwit.server.tools import CallArguments, CallEnd, CallStart, Delta, Text, Thinking

@@ -26,10 +26,18 @@ from godwit.server.fields import (
     check_question,
     steady,
 )
-from godwit.server.forms import Form
+from godwit.server.openai.response_tools import (
+    INPUT,
+    AnyTool,
+    HostedTool,
+    OfferedTool,
+    is_known,
+    joined,
+    offered,
+)
+from godwit.server.openai.schemas import JsonSchema, NumLogprobs, StreamOptions
 from godwit.server.prompts import Conversation, Message
-from godwit.server.protocol import JsonSchema, NumLogprobs, StreamOptions
-from godwit.server.response_tools import INPUT, AnyTool, HostedTool, OfferedTool, is_known, joined, offered
+from godwit.server.structured import Form
 from godwit.server.thinking import ThinkingFields
 
 

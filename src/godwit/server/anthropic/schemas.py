@@ -26,8 +26,8 @@ from godwit.server.fields import (
     steady,
     text_of,
 )
-from godwit.server.forms import Form
 from godwit.server.prompts import Conversation, Message
+from godwit.server.structured import Form
 from godwit.server.thinking import ThinkingWish
 
 

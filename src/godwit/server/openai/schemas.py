@@ -32,9 +32,9 @@ from godwit.server.fields import (
     check_question,
     steady,
 )
-from godwit.server.forms import Form
-from godwit.server.neutral import NeutralFields
+from godwit.server.openai.neutral import NeutralFields
 from godwit.server.prompts import Conversation, Message
+from godwit.server.structured import Form
 from godwit.server.thinking import ThinkingFields
 
 MAX_CHOICES = 16

@@ -10,12 +10,12 @@ from starlette.responses import JSONResponse, Response
 
 from godwit.engine.stream import Finish
 from godwit.server.answers import Answer, Answers, Update, Usage
+from godwit.server.anthropic.schemas import CountRequest, MessagesRequest
 from godwit.server.calls import parse_json
 from godwit.server.errors import anthropic_body, from_engine
 from godwit.server.fields import Mode
-from godwit.server.openai_bodies import thinking_ended
+from godwit.server.openai.choices import thinking_ended
 from godwit.server.prompts import Conversation
-from godwit.server.protocol_messages import CountRequest, MessagesRequest
 from godwit.server.service import Chat, Service
 from godwit.server.sse import KEEP_ALIVE, EventStream, event
 from godwit.server.tools import CallArguments, CallEnd, CallStart, Delta, Text, Thinking

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from godwit.server.answers import Answers, check_choices
 from godwit.server.errors import bad_request, from_engine, openai_body
-from godwit.server.openai_bodies import (
+from godwit.server.openai.choices import (
     ChatChunks,
     ChunkStream,
     Echo,
@@ -22,9 +22,9 @@ from godwit.server.openai_bodies import (
     timings,
     usage_of,
 )
+from godwit.server.openai.schemas import ChatRequest, SharedFields
+from godwit.server.openai.text_schemas import CompletionRequest
 from godwit.server.prompts import Prompt
-from godwit.server.protocol import ChatRequest, SharedFields
-from godwit.server.protocol_texts import CompletionRequest
 from godwit.server.service import Chat, Service, allowed_tools
 from godwit.server.sse import DONE, KEEP_ALIVE, EventStream, event
 
