@@ -13,7 +13,7 @@ import pytest
 
 from godwit.server.connections.places import Places
 from godwit.server.connections.protocol import SLICE_BYTES, LimitedProtocol, Parser
-from godwit.server.settings import Limits
+from godwit.server.limits import Limits
 from tests.server.conftest import Engines, Running, running
 from tests.server.test_life import wait
 

@@ -13,13 +13,13 @@ from pydantic import BaseModel, ValidationError
 
 from godwit.chat_template import ChatTemplate
 from godwit.server.anthropic.schemas import MessagesRequest, MessageTool
-from godwit.server.body import parse_object
 from godwit.server.errors import ApiError
-from godwit.server.fields import FunctionSpec, Reading
+from godwit.server.fields import BodyContext, FunctionSpec
+from godwit.server.json_body import parse_object
+from godwit.server.limits import Limits
 from godwit.server.openai.response_schemas import ResponsesRequest
 from godwit.server.openai.schemas import ChatRequest
 from godwit.server.prompts import Conversation, Prompt, PromptMaker
-from godwit.server.settings import Limits
 from godwit.tokenizer import Tokenizer
 from tests.engine.tiny import tokenizer_json
 from tests.server.conftest import Engines, Servers, running
@@ -34,7 +34,7 @@ Body = TypeVar("Body", bound=BaseModel)
 def read(kind: type[Body], body: dict[str, Any], *, refuse_media: bool = False) -> Body:
     """A body as the server reads it."""
     sent = parse_object(json.dumps(body).encode(), Limits())
-    return kind.model_validate(sent, context=Reading(refuse_media))
+    return kind.model_validate(sent, context=BodyContext(refuse_media=refuse_media))
 
 
 def chat(turns: list[Turn], **more: Any) -> Conversation:

@@ -17,13 +17,14 @@ from starlette.testclient import TestClient
 from godwit.errors import UsageError
 from godwit.server.app import ROUTES
 from godwit.server.auth import OPEN_PATHS, Guard
-from godwit.server.body import parse_object
 from godwit.server.errors import INTERNAL, ApiError, failed_answer, from_engine
+from godwit.server.json_body import parse_object
 from godwit.server.keys import Key
+from godwit.server.limits import Limits
 from godwit.server.log import RequestLog
 from godwit.server.metrics import Metrics
 from godwit.server.run import is_loopback, listen
-from godwit.server.settings import Limits, Settings
+from godwit.server.settings import Settings
 from tests.server.conftest import Engines, Running, Servers, running
 
 KEYS = ("first-key-12345", "second-key-6789")

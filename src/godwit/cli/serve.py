@@ -62,9 +62,10 @@ def run(
         from godwit.server.app import make_app
         from godwit.server.host import EngineHost
         from godwit.server.keys import read_keys
+        from godwit.server.limits import Limits
         from godwit.server.run import allow_open_files, is_loopback, listen, make_server
         from godwit.server.service import Service
-        from godwit.server.settings import Limits, Settings
+        from godwit.server.settings import Settings
     except ModuleNotFoundError as error:
         raise UsageError(
             f"serving needs the package {error.name}; install it with pip install 'godwit-llm[serve]'"

@@ -20,9 +20,10 @@ from godwit.server.connections.pace import Share
 from godwit.server.connections.places import MAX_REFUSED, Places
 from godwit.server.connections.protocol import COSTLY_SHARE, LimitedProtocol
 from godwit.server.errors import overloaded, respond
+from godwit.server.limits import Limits
 from godwit.server.log import Record, RequestLog
 from godwit.server.service import Service
-from godwit.server.settings import Limits, Settings
+from godwit.server.settings import Settings
 
 #: After the last answers were told to end, they get so long to say so.
 LAST_SECONDS = 5.0

@@ -1,4 +1,4 @@
-"""Answers that are held to a form: what a request may ask for, and what holds its answers to it."""
+"""Structured output: the forms that a request may ask for, and the constraints that enforce them."""
 
 from __future__ import annotations
 
@@ -7,27 +7,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.requests import Request
+
 from godwit.engine import Constraint
 from godwit.engine.constraint import Constraints, GrammarConstraint, Kind, UnknownForm
 from godwit.engine.constraint_grammar import Thinking
 from godwit.engine.constraint_trial import Abandon
 from godwit.errors import GodwitError
-from godwit.server.errors import bad_request, from_engine
+from godwit.server.connections.fair_queue import FairQueue
+from godwit.server.errors import ApiError, bad_request, from_engine
 from godwit.server.tools import Format
 from godwit.tokenizer import Tokenizer
 
+FORM_WORKERS, FORMS_WAITING = 2, 64
 NO_TOOLS = (
-    "this model's chat template has no place for tools, or writes calls in a form that this server does not "
-    "know; leave `tools` out"
+    "this model's chat template does not support tools, or writes calls in an unknown format; remove `tools`"
 )
 
 
 @dataclass(frozen=True)
 class Form:
-    """What an answer has to look like.
+    """The required form of an answer.
 
     Attributes:
-        field: of the request that asks for it.
+        field: the field of the request that asks for it.
         kind, value: as for :meth:`~godwit.engine.constraint.Constraints.rule`.
     """
 
@@ -38,13 +41,13 @@ class Form:
 
 @dataclass(frozen=True)
 class Calls:
-    """Tool calls that an answer may have or has to have, and which fit the tools.
+    """Tool calls that an answer may or must have, with valid arguments.
 
     Attributes:
         choice: "auto", "required" or the name of a tool.
         tools: in OpenAI's shape.
         parallel: an answer may have several calls.
-        otherwise: with "auto", what an answer without calls has to look like; None: any text.
+        otherwise: with "auto", the form of an answer without calls; None: any text.
     """
 
     choice: str
@@ -54,16 +57,16 @@ class Calls:
 
     @property
     def field(self) -> str:
-        """Of the request that asks for it."""
+        """The field of the request that asks for it."""
         return "tools" if self.otherwise is None else self.otherwise.field
 
 
 class FormMaker:
-    """Makes what holds answers to forms. For several threads, of which none should be an event loop's.
+    """Makes the constraints of answers, in threads.
 
     Args:
         tokenizer: the model's.
-        vocab_size: tokens that the model chooses from.
+        vocab_size: number of the model's logits.
         format: of its tool calls.
     """
 
@@ -73,9 +76,34 @@ class FormMaker:
         self._format = format
         self._lock = threading.Lock()
         self._constraints: Constraints | None = None
+        self._queue = FairQueue(FORM_WORKERS, FORMS_WAITING)
+        # Looking up a form takes milliseconds of the interpreter: one at a time, so that streams go on.
+        self._known_queue = FairQueue(1, FORMS_WAITING)
+
+    async def constrain(
+        self, request: Request, form: Form | Calls | None, thinking: Thinking, count: int
+    ) -> Sequence[Constraint | None]:
+        """One constraint for each of ``count`` answers, None where there is no ``form``.
+
+        Raises:
+            ApiError: the form cannot be used, too many requests are waiting, or the client left.
+        """
+        if form is None:
+            return [None] * count
+        abandon = Abandon()
+        try:
+            known = await self._known_queue.run_for(request, lambda: self.known(form, thinking, count))
+            if known is not None:
+                return known
+            return await self._queue.run_for(request, lambda: self.make(form, thinking, count, abandon))
+        except ApiError as error:
+            error.param = error.param or form.field
+            raise
+        finally:
+            abandon.give_up()
 
     def known(self, form: Form | Calls, thinking: Thinking, count: int) -> Sequence[Constraint] | None:
-        """As :meth:`make`, but None where a form was not tried yet: it takes milliseconds and needs no queue.
+        """As :meth:`make`, in milliseconds; None where the form was not tried yet.
 
         Raises:
             ApiError: the form cannot be used.
@@ -92,11 +120,11 @@ class FormMaker:
     def make(
         self, form: Form | Calls, thinking: Thinking, count: int, abandon: Abandon | None = None
     ) -> Sequence[Constraint]:
-        """One for each of ``count`` answers. Blocks while the form is tried, until ``abandon`` is set.
+        """One constraint for each of ``count`` answers. Blocks while the form is tried, or until ``abandon``.
 
         Raises:
-            UsageError: the form cannot be used, or this installation cannot do it.
-            BusyError: it cannot be tried now, or was given up.
+            UsageError: the form cannot be used, or this installation does not support it.
+            BusyError: it cannot be tried now, or was abandoned.
         """
         with self._lock:
             if self._constraints is None:

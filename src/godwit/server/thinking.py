@@ -14,7 +14,7 @@ from godwit.engine.constraint_grammar import END_THINK
 from godwit.engine.thinking import DEFAULT_MESSAGE, MAX_BUDGET, ThinkingRules
 from godwit.server.dialects import Format
 from godwit.server.errors import bad_request
-from godwit.server.fields import Request
+from godwit.server.fields import RequestBody
 
 #: Of an answer's tokens, how many may be thinking; higher efforts have no limit of their own.
 SHARES: Mapping[Effort, float] = {"minimal": 1 / 16, "low": 1 / 4, "medium": 1 / 2, "high": 4 / 5}
@@ -62,7 +62,7 @@ class ThinkingWish:
     budget: int | None = None
 
 
-class ThinkingFields(Request):
+class ThinkingFields(RequestBody):
     """The fields of OpenAI's APIs about thinking that are additions: a budget under several names."""
 
     thinking_token_budget: Budget | None = Field(

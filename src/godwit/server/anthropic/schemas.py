@@ -1,4 +1,4 @@
-"""What clients of Anthropic's API may send to /v1/messages."""
+"""Schemas of Anthropic's Messages API."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from godwit.chat_template import Effort
 from godwit.server.errors import bad_request
 from godwit.server.fields import (
     MAX_TOKENS,
+    BodyPart,
     Content,
     Ignored,
     Items,
     MaxTokens,
     Name,
-    Part,
     Probability,
-    Request,
+    RequestBody,
     StopText,
     TopK,
     as_json,
     check_question,
     function_tool,
-    steady,
+    stable_system,
     text_of,
 )
 from godwit.server.prompts import Conversation, Message
@@ -31,15 +31,15 @@ from godwit.server.structured import Form
 from godwit.server.thinking import ThinkingWish
 
 
-class TextBlock(Part):
+class TextBlock(BodyPart):
     """Text."""
 
     type: Literal["text"]
     text: str
 
 
-class MediaBlock(Part):
-    """An image or a file: its text where it holds one, else a line that says it was left out."""
+class MediaBlock(BodyPart):
+    """An image or file: its text if it has any, else a line that says it was left out."""
 
     type: Literal["image", "document", "file", "container_upload", "search_result"]
     text: str = ""
@@ -50,30 +50,30 @@ class MediaBlock(Part):
         return {"type": block["type"], "text": text_of(block, info)} if isinstance(block, dict) else block
 
 
-class ThinkingBlock(Part):
-    """What an earlier answer had thought."""
+class ThinkingBlock(BodyPart):
+    """The thinking of an earlier answer."""
 
     type: Literal["thinking"]
     thinking: str = ""
 
 
-class HiddenBlock(Part):
-    """Thinking that cannot be read, and so is left out."""
+class HiddenBlock(BodyPart):
+    """Encrypted thinking, which is left out."""
 
     type: Literal["redacted_thinking"]
 
 
-class ToolUseBlock(Part):
+class ToolUseBlock(BodyPart):
     """A call in an earlier answer."""
 
     type: Literal["tool_use"]
     id: str
     name: str
-    input: Any = Field(default_factory=dict, description="An object; what else a model wrote is taken too.")
+    input: Any = Field(default_factory=dict, description="An object; other values are accepted too.")
 
 
-class ToolResultBlock(Part):
-    """What came of a call."""
+class ToolResultBlock(BodyPart):
+    """The result of a call."""
 
     type: Literal["tool_result"]
     tool_use_id: str
@@ -87,14 +87,14 @@ Block = Annotated[
 ]
 
 
-class InputMessage(Part):
+class AnthropicMessage(BodyPart):
     """A message: a text, or blocks."""
 
     role: Literal["user", "assistant", "system"]
     content: str | Items[Block]
 
     @model_validator(mode="after")
-    def _belongs(self) -> InputMessage:
+    def _belongs(self) -> AnthropicMessage:
         kinds = {
             "user": ("text", "tool_result", *get_args(MediaBlock.model_fields["type"].annotation)),
             "assistant": ("text", "thinking", "redacted_thinking", "tool_use"),
@@ -103,7 +103,7 @@ class InputMessage(Part):
         for block in self.blocks():
             if block.type not in allowed:
                 raise ValueError(
-                    f"a block of type {block.type} does not belong in a message of the {self.role}"
+                    f"a block of type {block.type} is not allowed in a message of the {self.role}"
                 )
         return self
 
@@ -112,7 +112,7 @@ class InputMessage(Part):
         return [TextBlock(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
     def messages(self) -> list[Message]:
-        """In the shape of chat templates; results of tools come before what the user says."""
+        """In the format of chat templates; results of tools come before the user's text."""
         blocks = self.blocks()
         text = "\n".join(block.text for block in blocks if isinstance(block, TextBlock | MediaBlock))
         if self.role != "assistant":
@@ -136,7 +136,7 @@ def _call(block: ToolUseBlock) -> dict[str, Any]:
     return {"id": block.id, "type": "function", "function": function}
 
 
-class MessageTool(Part):
+class MessageTool(BodyPart):
     """A tool that the client runs."""
 
     type: Literal["custom"] = "custom"
@@ -146,11 +146,11 @@ class MessageTool(Part):
     strict: bool | None = None
 
     def tool(self) -> dict[str, Any]:
-        """In OpenAI's shape."""
+        """In OpenAI's format."""
         return function_tool(self.name, self.description, self.input_schema)
 
 
-class MessageToolChoice(Part):
+class MessageToolChoice(BodyPart):
     """Whether tools may, must or must not be called."""
 
     type: Literal["auto", "any", "tool", "none"]
@@ -160,49 +160,49 @@ class MessageToolChoice(Part):
     @model_validator(mode="after")
     def _names_a_tool(self) -> MessageToolChoice:
         if (self.type == "tool") != (self.name is not None):
-            raise ValueError("`name` belongs to the type tool, and only there")
+            raise ValueError("`name` is required with the type tool, and not allowed otherwise")
         return self
 
 
-class ThinkingConfig(Part):
-    """Whether the model is to think first, and after how many tokens its thinking is closed."""
+class ThinkingConfig(BodyPart):
+    """Whether the model thinks first, and a limit of its thinking in tokens."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
 
 
-class OutputFormat(Part):
-    """A schema that the answer has to fit."""
+class OutputFormat(BodyPart):
+    """The JSON schema of the answer."""
 
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfig(Part):
+class OutputConfig(BodyPart):
     """How much to think, and the form of the answer."""
 
     effort: Effort | None = None
     format: OutputFormat | None = None
 
 
-class ContextEdit(Part):
-    """An edit of the context: only one that keeps everything can be honoured."""
+class ContextEdit(BodyPart):
+    """An edit of the context; only one that keeps everything is supported."""
 
     type: Literal["clear_thinking_20251015"]
     keep: Literal["all"]
 
 
-class ContextManagement(Part):
+class ContextManagement(BodyPart):
     """Edits of the context before it is read."""
 
     edits: Items[ContextEdit] = Field(default=[])
 
 
-class CountRequest(Request):
+class CountRequest(RequestBody):
     """A body for /v1/messages/count_tokens."""
 
     model: str
-    messages: Items[InputMessage] = Field(min_length=1, max_length=4096)
+    messages: Items[AnthropicMessage] = Field(min_length=1, max_length=4096)
     system: Content | None = None
     tools: Items[MessageTool] = Field(default=[], max_length=256)
     tool_choice: MessageToolChoice | None = None
@@ -223,10 +223,10 @@ class CountRequest(Request):
         return ThinkingWish(on=on, effort=effort, budget=self.thinking.budget_tokens if on else None)
 
     def conversation(self, tools: list[dict[str, Any]], variables: dict[str, Any]) -> Conversation:
-        """The conversation in the shape of chat templates.
+        """The input of the chat template.
 
         Raises:
-            ApiError: its last message cannot be continued, or has nothing that could be read.
+            ApiError: the last message cannot be continued, or has no readable part.
         """
         messages = self.all_messages()
         if self.messages[-1].role == "user" and messages[-1]["role"] == "user":
@@ -235,12 +235,12 @@ class CountRequest(Request):
         return conversation.continuing() if self._is_begun() else conversation
 
     def all_messages(self) -> list[Message]:
-        """The messages in the shape of chat templates."""
-        system = [{"role": "system", "content": steady(self.system)}] if self.system else []
+        """The messages in the format of chat templates."""
+        system = [{"role": "system", "content": stable_system(self.system)}] if self.system else []
         return [*system, *(message for part in self.messages for message in part.messages())]
 
     def _is_begun(self) -> bool:
-        """Whether the answer goes on with the last message.
+        """Whether the answer continues the last message.
 
         Raises:
             ApiError: it should, but cannot.
@@ -250,12 +250,12 @@ class CountRequest(Request):
             return False
         if any(block.type not in ("text", "thinking", "redacted_thinking") for block in last.blocks()):
             raise bad_request(
-                "a last message of the assistant can only be continued if it is text", "messages"
+                "a last message of the assistant can be continued only if it is text", "messages"
             )
         text = "\n".join(block.text for block in last.blocks() if isinstance(block, TextBlock))
         if not text or text != text.rstrip():
             raise bad_request(
-                "the last message of the assistant may not be empty or end with white space", "messages"
+                "the last message of the assistant must not be empty or end with whitespace", "messages"
             )
         return True
 
@@ -273,7 +273,7 @@ class MessagesRequest(CountRequest):
     service_tier: Ignored = None
 
     def form(self) -> Form | None:
-        """What the answer has to be held to."""
+        """The required form of the answer."""
         wanted = self.output_config.format if self.output_config else None
         if wanted is not None and self.output_format not in (None, wanted):
             raise bad_request(

@@ -1,4 +1,4 @@
-"""Who sent a request, and whether they still wait for its answer."""
+"""Who sent a request, and whether they still wait for the answer."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ _Result = TypeVar("_Result")
 
 
 def client_of(request: Request) -> str:
-    """What tells clients apart where they take turns: their keys, and without keys their addresses."""
+    """Identifies a client for fair queueing: by its key, or without keys by its address."""
     key: str = request.state.salt
     return key or (request.client.host if request.client else "")
 
 
-async def gone(request: Request) -> None:
-    """Wait until the client has left, once the body of the request was read."""
+async def disconnected(request: Request) -> None:
+    """Wait until the client has left. The body of the request must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-async def while_there(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
+async def while_connected(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
     """The result of ``work``, which is cancelled when the client leaves.
 
     Raises:
-        ApiError: the client is gone.
+        ApiError: the client left.
     """
-    task, leaves = asyncio.ensure_future(work), asyncio.ensure_future(gone(request))
+    task, leaves = asyncio.ensure_future(work), asyncio.ensure_future(disconnected(request))
     try:
         await asyncio.wait({task, leaves}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import Enum
 
-from godwit.server.settings import Limits
+from godwit.server.limits import Limits
 
 #: The application tells a client that its body is late; if it does not, the connection is cut then.
 BODY_GRACE = 5.0

@@ -1,4 +1,4 @@
-"""A bounded queue in front of work that blocks: a few pieces at a time, and the clients take turns."""
+"""A bounded queue for blocking work: a few jobs at a time, and the clients take turns."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Generic, TypeVar
 
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
+from starlette.requests import Request
 
 from godwit.errors import GodwitError
+from godwit.server.connections.clients import client_of, while_connected
 from godwit.server.errors import from_engine, overloaded
 
 BUSY = "too many requests are waiting to be prepared; send the request again in a moment"
@@ -19,7 +21,7 @@ _Result = TypeVar("_Result")
 
 
 class Lines(Generic[_Item]):
-    """One line for each key; the keys take turns."""
+    """One queue for each key; the keys take turns."""
 
     def __init__(self) -> None:
         self._lines: dict[str, deque[_Item]] = {}
@@ -29,15 +31,15 @@ class Lines(Generic[_Item]):
         return self._size
 
     def push(self, key: str, item: _Item) -> None:
-        """Put an item at the end of a key's line."""
+        """Append an item to a key's queue."""
         self._lines.setdefault(key, deque()).append(item)
         self._size += 1
 
     def pop(self) -> _Item:
-        """Take the first item of the key whose turn it is, which then goes behind the other keys.
+        """Take the first item of the key whose turn it is, which then comes after the other keys.
 
         Raises:
-            IndexError: all lines are empty.
+            IndexError: all queues are empty.
         """
         if not self._lines:
             raise IndexError("nobody is waiting")
@@ -50,10 +52,10 @@ class Lines(Generic[_Item]):
         return item
 
     def pop_from_longest(self) -> _Item:
-        """Take the last item of the longest line, of several the one that had its turn last.
+        """Take the last item of the longest queue; among equals, of the key that had its turn last.
 
         Raises:
-            IndexError: all lines are empty.
+            IndexError: all queues are empty.
         """
         if not self._lines:
             raise IndexError("nobody is waiting")
@@ -63,15 +65,15 @@ class Lines(Generic[_Item]):
         return item
 
     def length(self, key: str) -> int:
-        """How many items a key has."""
+        """The length of a key's queue."""
         return len(self._lines.get(key, ()))
 
     def longest(self) -> int:
-        """The length of the longest line."""
+        """The length of the longest queue."""
         return max(map(len, self._lines.values()), default=0)
 
     def remove(self, key: str, item: _Item) -> None:
-        """Take an item out of its line; one that is not there is no error."""
+        """Remove an item from its queue, if it is still there."""
         line = self._lines.get(key)
         if line is None or item not in line:
             return
@@ -82,14 +84,13 @@ class Lines(Generic[_Item]):
 
 
 class FairQueue:
-    """Runs blocking work in threads, a few pieces at a time. For one event loop.
+    """Runs blocking work in threads, a few jobs at a time. For one event loop.
 
-    A full queue drops the newest entry of whoever has most of them in it, so that one client cannot keep the
-    others out.
+    A full queue drops the newest job of the key that has the most, so that one client cannot keep others out.
 
     Args:
-        workers: pieces of work under way at a time.
-        waiting: pieces of work that may wait.
+        workers: jobs that run at a time.
+        waiting: jobs that may wait.
     """
 
     def __init__(self, workers: int, waiting: int) -> None:
@@ -99,14 +100,22 @@ class FairQueue:
         self._lines: Lines[asyncio.Future[None]] = Lines()
         self._limiter: CapacityLimiter | None = None
 
-    async def run(self, key: str, work: Callable[[], _Result]) -> _Result:
-        """Do the work in a thread when it is the turn of ``key``.
-
-        Cancelling this takes work that has not begun out of the queue. Work that has begun is finished, and
-        holds its place until then.
+    async def run_for(self, request: Request, work: Callable[[], _Result]) -> _Result:
+        """:meth:`run` for the client of a request, as long as it stays connected.
 
         Raises:
-            ApiError: too many are waiting (503), or the work failed.
+            ApiError: too many jobs are waiting (503), the work failed, or the client left.
+        """
+        return await while_connected(request, self.run(client_of(request), work))
+
+    async def run(self, key: str, work: Callable[[], _Result]) -> _Result:
+        """Run the work in a thread when it is the turn of ``key``.
+
+        Cancelling this removes work that has not begun. Work that has begun is finished, and occupies its
+        worker until then.
+
+        Raises:
+            ApiError: too many jobs are waiting (503), or the work failed.
         """
         await self._turn(key)
         task = asyncio.ensure_future(self._do(work))
@@ -145,7 +154,7 @@ class FairQueue:
 
     def _ended(self, task: asyncio.Task[_Result]) -> None:
         if not task.cancelled():
-            task.exception()  # nobody may be left to look at it
+            task.exception()  # marks it as retrieved; the client may have left
         self._release()
 
     def _release(self) -> None:

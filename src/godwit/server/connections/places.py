@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Protocol
 
 from godwit.server.connections.deadlines import Deadlines
-from godwit.server.settings import Limits
+from godwit.server.limits import Limits
 
 #: Connections beyond the limits that are told so; more are cut at once.
 MAX_REFUSED = 64

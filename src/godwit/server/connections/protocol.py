@@ -14,8 +14,8 @@ from godwit.server.connections.deadlines import Deadlines, Phase
 from godwit.server.connections.pace import Share
 from godwit.server.connections.places import Places
 from godwit.server.errors import ApiError, respond
+from godwit.server.limits import Limits
 from godwit.server.log import id_headers, new_id
-from godwit.server.settings import Limits
 
 CLOSE = (b"connection", b"close")
 #: Bytes that are parsed at a time; then others have their turn.

@@ -1,24 +1,22 @@
-"""What OpenAI's clients get back: choices, chunks of streams, probabilities, usage."""
+"""Parts of OpenAI's responses: choices, log probabilities, usage."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from godwit.engine import TokenLogprobs
 from godwit.engine.stream import Finish
-from godwit.server.answers import Answer, Update, Usage
-from godwit.server.tools import CallArguments, CallStart, Delta, Text, Thinking
+from godwit.server.answers import AnswerState, Usage
 from godwit.tokenizer import Tokenizer
 
-#: In place of minus infinity, which JSON does not have.
+#: Replaces minus infinity, which JSON lacks.
 LEAST_LOGPROB = -9999.0
 
 
-def usage_of(answers: Sequence[Answer], num_prompts: int = 1) -> dict[str, Any]:
-    """Tokens as OpenAI's API counts them."""
+def usage_of(answers: Sequence[AnswerState], num_prompts: int = 1) -> dict[str, Any]:
+    """Usage in OpenAI's format."""
     usage = Usage.of(answers, num_prompts)
     return {
         "prompt_tokens": usage.prompt,
@@ -29,8 +27,8 @@ def usage_of(answers: Sequence[Answer], num_prompts: int = 1) -> dict[str, Any]:
     }
 
 
-def timings(answers: Sequence[Answer]) -> dict[str, Any]:
-    """How fast the first answer came, and what drafting gave; an addition to the API."""
+def timings(answers: Sequence[AnswerState]) -> dict[str, Any]:
+    """Speed of the first answer and results of drafting: an extension of the API."""
     finish = answers[0].finish
     usage = Usage.of(answers)
     if finish is None:
@@ -48,15 +46,15 @@ def timings(answers: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
-def thinking_ended(answer: Answer) -> dict[str, Any]:
-    """Why the thinking of an answer was over, if it was; an addition to the APIs."""
+def thinking_ended(answer: AnswerState) -> dict[str, Any]:
+    """Why the thinking ended, if it did: an extension of the APIs."""
     finish = answer.finish
     ended = None if finish is None else finish.thinking_ended
     return {} if ended is None else {"thinking_ended": ended}
 
 
-def chat_choice(index: int, answer: Answer, head: dict[str, Any], logprobs: Any) -> dict[str, Any]:
-    """One answer to a conversation."""
+def chat_choice(index: int, answer: AnswerState, head: dict[str, Any], logprobs: Any) -> dict[str, Any]:
+    """A choice of a chat completion."""
     calls = [
         {
             "id": call_id(head["id"], index, number),
@@ -75,17 +73,17 @@ def chat_choice(index: int, answer: Answer, head: dict[str, Any], logprobs: Any)
 
 
 def call_id(answer_id: str, index: int, call: int) -> str:
-    """The id of a call, like no other's."""
+    """A unique id for a call."""
     return f"call_{answer_id.rpartition('-')[2]}{index:02d}{call:02d}"
 
 
 def chat_logprobs(logprobs: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Probabilities as chat completions have them: of all tokens, those of tags and calls included."""
+    """Log probabilities of a chat completion, for all tokens including tags and calls."""
     return {"content": [logprob_body(one, tokenizer) for one in logprobs], "refusal": None}
 
 
 def logprob_body(one: TokenLogprobs, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The probability of one token of a conversation."""
+    """The log probability of one token of a chat completion."""
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
         data = token_bytes(tokenizer, token)
@@ -97,34 +95,34 @@ def logprob_body(one: TokenLogprobs, tokenizer: Tokenizer) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Echo:
-    """How a plain completion begins.
+    """The prompt that a text completion repeats, if requested.
 
     Attributes:
-        text: its prompt, where that was asked for.
-        ids: of the prompt's tokens, where they come with their probabilities.
+        text: of the prompt.
+        ids: of its tokens, if they come with log probabilities.
     """
 
     text: str = ""
     ids: Sequence[int] = ()
 
 
-def text_choice(index: int, answer: Answer, echo: Echo, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """One plain completion; ``tokenizer`` writes the tokens where probabilities were asked for."""
+def text_choice(index: int, answer: AnswerState, echo: Echo, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """A choice of a text completion, with log probabilities if there is a ``tokenizer``."""
     logprobs = None
     if tokenizer is not None:
         read = list(zip(echo.ids, answer.prompt_logprobs, strict=True))
-        logprobs = TextLogprobs(tokenizer).body([*answer.logprobs, *_last(answer.finish)], read)
+        logprobs = TextLogprobs(tokenizer).body([*answer.logprobs, *last_token(answer.finish)], read)
     text = echo.text + answer.text
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": answer.reason}
 
 
-def _last(finish: Finish | None) -> list[TokenLogprobs]:
-    """The stop token, which counts as a token of the answer though it has no text."""
+def last_token(finish: Finish | None) -> list[TokenLogprobs]:
+    """The stop token, which is a token of the answer though it has no text."""
     return [finish.stop_logprobs] if finish is not None and finish.stop_logprobs is not None else []
 
 
 class TextLogprobs:
-    """Probabilities as plain completions have them, for the tokens of one text as they come."""
+    """Log probabilities of a text completion, for the tokens of one text as they come."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -134,7 +132,7 @@ class TextLogprobs:
     def body(
         self, logprobs: Sequence[TokenLogprobs], prompt: Sequence[tuple[int, TokenLogprobs | None]] = ()
     ) -> dict[str, Any]:
-        """The next tokens, those of the ``prompt`` first; the text's very first has no probability."""
+        """The next tokens, those of the ``prompt`` first. The first token of the text has no probability."""
         entries = [*prompt, *((one.token_id, one) for one in logprobs)]
         return {
             "tokens": [token_text(self._tokenizer, token) for token, _ in entries],
@@ -149,7 +147,7 @@ class TextLogprobs:
         return place
 
     def _top(self, one: TokenLogprobs) -> dict[str, float]:
-        """The likeliest tokens and the one that was taken; of several that look the same, the likeliest."""
+        """The likeliest tokens and the sampled one; of tokens with the same text, the likeliest."""
         top: dict[str, float] = {}
         for token, value in (*one.top, (one.token_id, one.logprob)):
             top.setdefault(token_text(self._tokenizer, token), max(value, LEAST_LOGPROB))
@@ -162,128 +160,9 @@ def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token as text; one that is a part of a character as its bytes."""
+    """A token as text, or as bytes if it is part of a character."""
     data = token_bytes(tokenizer, token)
     try:
         return data.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-
-class ChunkStream(ABC):
-    """The chunks of a streamed completion.
-
-    Args:
-        head: the fields that all chunks have.
-        tokenizer: writes tokens.
-        num_prompts: of the request.
-        usage: a last chunk tells the usage.
-    """
-
-    def __init__(
-        self, head: dict[str, Any], tokenizer: Tokenizer, num_prompts: int = 1, *, usage: bool = False
-    ) -> None:
-        self.head = head
-        self.tokenizer = tokenizer
-        self._num_prompts = num_prompts
-        self._usage = usage
-
-    @abstractmethod
-    def begin(self, num_choices: int) -> list[dict[str, Any]]:
-        """The chunks before anything is known."""
-
-    @abstractmethod
-    def chunks(self, update: Update) -> list[dict[str, Any]]:
-        """The chunks for an update."""
-
-    def end(self, answers: Sequence[Answer]) -> list[dict[str, Any]]:
-        """The chunks behind all answers."""
-        if not self._usage:
-            return []
-        usage = usage_of(answers, self._num_prompts)
-        return [{**self.head, "choices": [], "usage": usage, "timings": timings(answers)}]
-
-    def chunk(
-        self, index: int, part: dict[str, Any], *, logprobs: Any = None, reason: str | None = None
-    ) -> dict[str, Any]:
-        choice = {"index": index, **part, "logprobs": logprobs, "finish_reason": reason}
-        return {**self.head, "choices": [choice]} | ({"usage": None} if self._usage else {})
-
-
-class ChatChunks(ChunkStream):
-    """The chunks of a streamed chat completion."""
-
-    def begin(self, num_choices: int) -> list[dict[str, Any]]:
-        delta = {"role": "assistant", "content": "", "refusal": None}
-        return [self.chunk(index, {"delta": delta}) for index in range(num_choices)]
-
-    def chunks(self, update: Update) -> list[dict[str, Any]]:
-        index = update.index
-        deltas = [body for delta in update.deltas if (body := self._delta(index, delta)) is not None]
-        logprobs = chat_logprobs(update.logprobs, self.tokenizer) if update.logprobs else None
-        if logprobs and not deltas:
-            deltas = [{}]
-        chunks = [
-            self.chunk(index, {"delta": delta}, logprobs=None if later else logprobs)
-            for later, delta in enumerate(deltas)
-        ]
-        if update.finish is not None:
-            chunks.append(self.chunk(index, {"delta": {}}, reason=update.reason))
-        return chunks
-
-    def _delta(self, index: int, delta: Delta) -> dict[str, Any] | None:
-        if isinstance(delta, Text):
-            return {"content": delta.text}
-        if isinstance(delta, Thinking):
-            return {"reasoning_content": delta.text}
-        if isinstance(delta, CallStart):
-            id = call_id(self.head["id"], index, delta.index)
-            function = {"name": delta.name, "arguments": ""}
-            return {
-                "tool_calls": [{"index": delta.index, "id": id, "type": "function", "function": function}]
-            }
-        if isinstance(delta, CallArguments):
-            return {"tool_calls": [{"index": delta.index, "function": {"arguments": delta.text}}]}
-        return None
-
-
-class TextChunks(ChunkStream):
-    """The chunks of a streamed plain completion; an echo with probabilities comes when the prompt is read.
-
-    Args:
-        echoes: how each answer begins.
-    """
-
-    def __init__(
-        self,
-        head: dict[str, Any],
-        tokenizer: Tokenizer,
-        num_prompts: int,
-        echoes: Sequence[Echo],
-        *,
-        usage: bool = False,
-    ) -> None:
-        super().__init__(head, tokenizer, num_prompts, usage=usage)
-        self._echoes = echoes
-        self._logprobs = [TextLogprobs(tokenizer) for _ in echoes]
-
-    def begin(self, num_choices: int) -> list[dict[str, Any]]:
-        return [
-            self.chunk(index, {"text": echo.text})
-            for index, echo in enumerate(self._echoes)
-            if echo.text and not echo.ids
-        ]
-
-    def chunks(self, update: Update) -> list[dict[str, Any]]:
-        index, logprobs = update.index, self._logprobs[update.index]
-        if update.prompt_logprobs:
-            echo = self._echoes[index]
-            read = logprobs.body((), list(zip(echo.ids, update.prompt_logprobs, strict=True)))
-            return [self.chunk(index, {"text": echo.text}, logprobs=read)]
-        text = "".join(delta.text for delta in update.deltas if isinstance(delta, Text))
-        new = [*update.logprobs, *_last(update.finish)]
-        if not (text or new or update.finish):
-            return []
-        reason = update.reason if update.finish is not None else None
-        known = logprobs.body(new) if new else None
-        return [self.chunk(index, {"text": text}, logprobs=known, reason=reason)]

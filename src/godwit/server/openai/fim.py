@@ -1,4 +1,4 @@
-"""Filling gaps: a prompt of what stands before and after the text that the model is to write."""
+"""Fill-in-the-middle: prompts from the text before and after the one that the model is to write."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from dataclasses import dataclass
 
 from godwit.tokenizer import Tokenizer
 
-#: What opens the text before the gap, the text behind it, and the answer, in several families of models.
+#: The tokens before the prefix, the suffix and the answer, in several families of models.
 _FAMILIES = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
     ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),
     ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),
 )
-#: After these the answer is over: the next file would begin, or padding.
+#: These end the answer: the next file or padding follows.
 _ENDS = ("<|fim_pad|>", "<|file_sep|>", "<|repo_name|>", "<fim_pad>", "<file_sep>", "<|endoftext|>")
 
 
 @dataclass(frozen=True)
 class Fim:
-    """The control tokens of a model that fills gaps.
+    """The control tokens of a fill-in-the-middle model.
 
     Attributes:
         prefix, suffix, middle: open the parts of a prompt, in this order.
-        ends: tokens with which an answer ends.
+        ends: tokens that end an answer.
     """
 
     prefix: int
@@ -34,7 +34,7 @@ class Fim:
 
     @staticmethod
     def of(tokenizer: Tokenizer) -> Fim | None:
-        """Those of a tokenizer; None where it has none."""
+        """Those of a tokenizer, if it has any."""
         for family in _FAMILIES:
             ids = [id for name in family if (id := tokenizer.token_to_id(name)) is not None]
             if len(ids) == len(family):
@@ -43,5 +43,5 @@ class Fim:
         return None
 
     def prompt(self, before: Sequence[int], behind: Sequence[int]) -> tuple[int, ...]:
-        """The prompt for a gap between two texts."""
+        """The prompt for the gap between two texts."""
         return (self.prefix, *before, self.suffix, *behind, self.middle)

@@ -1,4 +1,4 @@
-"""What was given out in responses lately, so that a request may name an item instead of sending it back."""
+"""Items of recent responses, so that a request can reference them instead of sending them back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_BYTES = 32 << 20
 
 
 class ItemStore:
-    """Items by the key of a client and their ids; the oldest go when there are too many. Not for threads.
+    """Items by client and id. The least recently used are dropped. Not thread-safe.
 
     Args:
         max_bytes: of all items together, as JSON.
@@ -23,7 +23,7 @@ class ItemStore:
         self._size = 0
 
     def put(self, owner: str, item: Mapping[str, Any]) -> None:
-        """Keep an item, which has an ``id``, for those who come with the same key."""
+        """Keep an item, which has an ``id``, for requests of the same owner."""
         data = json.dumps(item, ensure_ascii=False).encode("utf-8", "replace")
         self._drop((owner, item["id"]))
         self._items[owner, item["id"]] = data

@@ -1,4 +1,4 @@
-"""Fields of other servers that are taken with the one value that this server acts by anyway."""
+"""Fields of other servers, accepted only with values that change nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from godwit.server.fields import Ignored, Request
+from godwit.server.fields import Ignored, RequestBody
 
 
 def _equals(wanted: float) -> Callable[[Any], Any]:
@@ -24,18 +24,15 @@ One = Annotated[Any, BeforeValidator(_equals(1)), WithJsonSchema({"enum": [1]})]
 MinusOne = Annotated[Any, BeforeValidator(_equals(-1)), WithJsonSchema({"enum": [-1]})]
 
 
-class NeutralFields(Request):
-    """What llama.cpp, vLLM and their clients send along, with the values that change no answer here.
-
-    Any other value would change the answer, and is refused.
-    """
+class NeutralFields(RequestBody):
+    """Fields that clients of llama.cpp and vLLM send. Values that would change the answer are refused."""
 
     cache_prompt: bool | None = Field(
-        default=None, description="Taken and ignored: prompts are always reused."
+        default=None, description="Accepted and ignored: prompts are always cached."
     )
     skip_special_tokens: Literal[True] | None = None
     spaces_between_special_tokens: bool | None = Field(
-        default=None, description="Taken and ignored: no special token has text in an answer."
+        default=None, description="Accepted and ignored: special tokens are never in an answer."
     )
     include_stop_str_in_output: Literal[False] | None = None
     use_beam_search: Literal[False] | None = None

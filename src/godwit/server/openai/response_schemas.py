@@ -1,4 +1,4 @@
-"""What clients of OpenAI's API may send to /v1/responses."""
+"""Schemas of OpenAI's Responses API."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from godwit.chat_template import Effort
 from godwit.server.errors import bad_request
 from godwit.server.fields import (
     Arguments,
-    Choice,
+    BodyPart,
     Content,
     Ignored,
     Items,
     Mode,
     Name,
-    Part,
     Penalty,
     Probability,
     Temperature,
     TokenLimit,
+    ToolChoice,
     check_question,
-    steady,
+    stable_system,
 )
 from godwit.server.openai.response_tools import (
     INPUT,
@@ -41,7 +41,7 @@ from godwit.server.structured import Form
 from godwit.server.thinking import ThinkingFields
 
 
-class InputMessage(Part):
+class InputMessage(BodyPart):
     """A message."""
 
     type: Literal["message"] = "message"
@@ -49,7 +49,7 @@ class InputMessage(Part):
     content: Content
 
 
-class FunctionCall(Part):
+class FunctionCall(BodyPart):
     """A call in an earlier answer."""
 
     type: Literal["function_call"]
@@ -59,8 +59,8 @@ class FunctionCall(Part):
     namespace: str | None = None
 
 
-class CustomCall(Part):
-    """A call of a tool that takes one text, in an earlier answer."""
+class CustomCall(BodyPart):
+    """A call of a custom tool in an earlier answer."""
 
     type: Literal["custom_tool_call"]
     call_id: str
@@ -69,30 +69,30 @@ class CustomCall(Part):
     namespace: str | None = None
 
 
-class ItemReference(Part):
-    """An item that this server gave out lately."""
+class ItemReference(BodyPart):
+    """A reference to an item of an earlier response."""
 
     type: Literal["item_reference"] = "item_reference"
     id: str
 
 
-class FunctionOutput(Part):
-    """What came of a call."""
+class FunctionOutput(BodyPart):
+    """The result of a call."""
 
     type: Literal["function_call_output", "custom_tool_call_output"]
     call_id: str
     output: Content = ""
 
 
-class ReasoningText(Part):
-    """A part of what was thought."""
+class ReasoningText(BodyPart):
+    """BodyPart of the thinking."""
 
     type: Literal["reasoning_text", "summary_text"] = "reasoning_text"
     text: str = ""
 
 
-class ReasoningItem(Part):
-    """What an earlier answer had thought; some clients keep only a summary of it."""
+class ReasoningItem(BodyPart):
+    """The thinking of an earlier answer; some clients keep only a summary."""
 
     type: Literal["reasoning"]
     content: Items[ReasoningText] | None = None
@@ -118,45 +118,44 @@ Item = Annotated[
 ]
 
 
-class NamedTool(Part):
-    """The one tool that is to be called."""
+class ResponseNamedTool(BodyPart):
+    """The one tool that must be called."""
 
     type: Literal["function", "custom"]
     name: Name
     namespace: str | None = None
 
     def allows(self, tool: OfferedTool) -> bool:
-        """Whether it stands for a tool."""
+        """Whether this means ``tool``."""
         return tool.name == joined(self.namespace, self.name)
 
 
-class NamedGroup(Part):
-    """All tools of a group."""
+class NamedGroup(BodyPart):
+    """All tools of a namespace."""
 
     type: Literal["namespace"]
     name: Name
 
     def allows(self, tool: OfferedTool) -> bool:
-        """Whether it stands for a tool."""
+        """Whether this means ``tool``."""
         return tool.namespace == self.name
 
 
-class AllowedTools(Part):
-    """Those of the tools that may be called now, and whether one has to be."""
+class ResponseAllowedTools(BodyPart):
+    """The tools that may be called, and whether one must be."""
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-
-    tools: Items[NamedTool | NamedGroup | HostedTool] = Field(min_length=1, max_length=256)
+    tools: Items[ResponseNamedTool | NamedGroup | HostedTool] = Field(min_length=1, max_length=256)
 
     def names(self, tools: Sequence[OfferedTool]) -> list[str]:
-        """The names of those among ``tools``, and of what is not there."""
+        """The names of those among ``tools``, and of those that are missing."""
         given = [one for one in self.tools if not isinstance(one, HostedTool)]
         missing = [one.name for one in given if not any(map(one.allows, tools))]
         return [*missing, *(tool.name for tool in tools if any(one.allows(tool) for one in given))]
 
 
-class TextFormat(Part):
+class TextFormat(BodyPart):
     """The form of an answer."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -165,25 +164,25 @@ class TextFormat(Part):
     schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
     strict: bool | None = None
 
-    def told(self) -> dict[str, Any]:
-        """As a response tells it."""
+    def echo(self) -> dict[str, Any]:
+        """As responses repeat it."""
         if self.type != "json_schema":
             return {"type": self.type}
-        told = {"name": self.name, "description": self.description, "schema": self.schema_}
-        return {"type": self.type, **told, "strict": bool(self.strict)}
+        schema = {"name": self.name, "description": self.description, "schema": self.schema_}
+        return {"type": self.type, **schema, "strict": bool(self.strict)}
 
 
-class TextConfig(Part):
-    """How the text of an answer is to be."""
+class TextConfig(BodyPart):
+    """The form of an answer's text."""
 
     format: TextFormat | None = None
     verbosity: Literal["low", "medium", "high"] | None = Field(
-        default=None, description="A hint that changes nothing."
+        default=None, description="Accepted and ignored."
     )
 
 
-class ReasoningConfig(Part):
-    """How much the model is to think; none turns it off where the template can."""
+class ReasoningConfig(BodyPart):
+    """How much to think; none turns thinking off where the template can."""
 
     effort: Effort | None = None
     summary: Ignored = None
@@ -191,7 +190,7 @@ class ReasoningConfig(Part):
     context: Ignored = None
 
 
-#: What else a response is to tell; what belongs to tools that a server runs is never there.
+#: Optional parts of a response. Those of hosted tools are never there.
 Include = Literal[
     "reasoning.encrypted_content",
     "message.output_text.logprobs",
@@ -202,16 +201,15 @@ Include = Literal[
     "code_interpreter_call.outputs",
     "computer_call_output.output.image_url",
 ]
-#: Changes no answer, and is told again in the response.
-Told = (
-    Annotated[str, Field(max_length=4096, description="Told again in the response, and else ignored.")] | None
+#: Changes no answer, and is repeated in the response.
+Echoed = (
+    Annotated[str, Field(max_length=4096, description="Repeated in the response, otherwise ignored.")] | None
 )
 
 
 class ResponsesRequest(ThinkingFields):
-    """A body for /v1/responses. No response is stored, so each request brings the whole conversation."""
+    """A body for /v1/responses. Responses are not stored, so each request has the whole conversation."""
 
-    model: str | None = None
     input: str | Annotated[Items[Item], Field(min_length=1, max_length=4096)]
     instructions: str | None = None
     stream: bool = False
@@ -222,27 +220,27 @@ class ResponsesRequest(ThinkingFields):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     tools: Items[AnyTool] = Field(default=[], max_length=256)
-    tool_choice: Mode | NamedTool | AllowedTools = "auto"
+    tool_choice: Mode | ResponseNamedTool | ResponseAllowedTools = "auto"
     parallel_tool_calls: bool = True
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
     max_tool_calls: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Taken and ignored: it counts calls of tools that a server runs."
+        default=None, description="Accepted and ignored: it limits calls of hosted tools."
     )
     truncation: Literal["auto", "disabled"] | None = Field(
-        default=None, description="Nothing is ever cut: what does not fit is refused in any case."
+        default=None, description="Accepted and ignored: what does not fit is always refused."
     )
     background: Literal[False] | None = None
     top_logprobs: NumLogprobs | None = None
     include: Items[Include] = Field(default=[], max_length=16)
     metadata: dict[str, Any] | None = None
     store: bool | None = Field(
-        default=None, description="False: later requests cannot refer to the items of the response."
+        default=None, description="False: later requests cannot reference items of the response."
     )
-    user: Told = None
+    user: Echoed = None
     service_tier: Ignored = None
-    safety_identifier: Told = None
-    prompt_cache_key: Told = None
+    safety_identifier: Echoed = None
+    prompt_cache_key: Echoed = None
     prompt_cache_retention: Ignored = None
     prompt_cache_options: Ignored = None
     client_metadata: Ignored = None
@@ -250,41 +248,41 @@ class ResponsesRequest(ThinkingFields):
     @model_validator(mode="after")
     def _logprobs_are_included(self) -> ResponsesRequest:
         if self.top_logprobs and self.logprobs() is None:
-            raise ValueError("`top_logprobs` needs `include` to have message.output_text.logprobs")
+            raise ValueError("`top_logprobs` requires message.output_text.logprobs in `include`")
         return self
 
     @field_validator("tools", mode="before")
     @classmethod
     def _known_types(cls, tools: Any) -> Any:
-        """One sentence for a type that is not known, in place of a list of patterns."""
+        """An unknown type gets one clear error instead of a list of patterns."""
         for tool in tools if isinstance(tools, list) else ():
             kind = tool.get("type") if isinstance(tool, dict) else None
             if isinstance(kind, str) and not is_known(kind):
                 raise ValueError(
-                    f"there are no tools of type {kind[:40]!r}; the model can call tools of type function, "
-                    "custom and namespace"
+                    f"unknown tool type {kind[:40]!r}; the model can call tools of type function, custom and "
+                    "namespace"
                 )
         return tools
 
     def logprobs(self) -> int | None:
-        """How many tokens to tell the probabilities of beside those of the text; None: of none at all."""
+        """Alternatives per token whose log probabilities are wanted; None: no log probabilities."""
         wanted = "message.output_text.logprobs" in self.include
         return (self.top_logprobs or 0) if wanted else None
 
-    def choice(self) -> Choice:
-        """Which tools may or have to be called."""
+    def choice(self) -> ToolChoice:
+        """Which tools may or must be called."""
         asked = self.tool_choice
-        if isinstance(asked, NamedTool):
-            return Choice("required", joined(asked.namespace, asked.name))
-        if isinstance(asked, AllowedTools):
-            return Choice(asked.mode, None, asked.names(offered(self.tools)))
-        return Choice(asked)
+        if isinstance(asked, ResponseNamedTool):
+            return ToolChoice("required", joined(asked.namespace, asked.name))
+        if isinstance(asked, ResponseAllowedTools):
+            return ToolChoice(asked.mode, None, asked.names(offered(self.tools)))
+        return ToolChoice(asked)
 
     def conversation(self, tools: list[dict[str, Any]], variables: dict[str, Any]) -> Conversation:
-        """The conversation in the shape of chat templates.
+        """The input of the chat template.
 
         Raises:
-            ApiError: its last message has nothing that could be read.
+            ApiError: the last message has no readable part.
         """
         messages = self.messages()
         if messages[-1]["role"] == "user":
@@ -292,10 +290,10 @@ class ResponsesRequest(ThinkingFields):
         return Conversation(messages, tools, variables)
 
     def messages(self) -> list[Message]:
-        """The messages in the shape of chat templates."""
+        """The messages in the format of chat templates."""
         result: list[Message] = []
         if self.instructions:
-            result.append({"role": "system", "content": steady(self.instructions)})
+            result.append({"role": "system", "content": stable_system(self.instructions)})
         items = [InputMessage(role="user", content=self.input)] if isinstance(self.input, str) else self.input
         for item in items:
             _append(result, item)
@@ -305,10 +303,10 @@ class ResponsesRequest(ThinkingFields):
         return result
 
     def form(self) -> Form | None:
-        """What the answer has to be held to.
+        """The required form of the answer.
 
         Raises:
-            ApiError: it is not said.
+            ApiError: its schema is missing.
         """
         wanted = self.text.format if self.text else None
         if wanted is None or wanted.type == "text":
@@ -321,12 +319,12 @@ class ResponsesRequest(ThinkingFields):
 
 
 def _append(messages: list[Message], item: Item) -> None:
-    """Add an item; what one answer had thought, said and called becomes one message again.
+    """Add an item. Thinking, text and calls of one answer become one message again.
 
-    What it said is kept in parts, which are joined at the end.
+    The text is kept in parts, which are joined at the end.
     """
     if isinstance(item, ItemReference):
-        raise bad_request(f"the item {item.id[:80]!r} was not looked up", "input")
+        raise bad_request(f"the reference to the item {item.id[:80]!r} was not resolved", "input")
     if isinstance(item, FunctionOutput):
         messages.append({"role": "tool", "content": item.output, "tool_call_id": item.call_id})
         return
@@ -335,8 +333,8 @@ def _append(messages: list[Message], item: Item) -> None:
         messages.append({"role": role, "content": item.content})
         return
     last = messages[-1] if messages and messages[-1]["role"] == "assistant" else None
-    spoke = last is not None and (bool(last["content"]) or "tool_calls" in last)
-    if last is None or (isinstance(item, ReasoningItem) and spoke):
+    has_output = last is not None and (bool(last["content"]) or "tool_calls" in last)
+    if last is None or (isinstance(item, ReasoningItem) and has_output):
         last = {"role": "assistant", "content": []}
         messages.append(last)
     if isinstance(item, ReasoningItem):

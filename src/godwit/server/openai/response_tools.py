@@ -1,7 +1,7 @@
-"""The tools of /v1/responses: functions, tools that take one text, and groups of both.
+"""The tools of the Responses API: functions, custom tools that take one text, and namespaces of both.
 
-A model only knows functions, so it is told of all of them as functions, and a call comes back as one of the
-tool that the client sent.
+Models only know functions, so all tools are shown to the model as functions, and its calls are turned back
+into calls of the client's tools.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pydantic import Discriminator, Field, Tag
 
 from godwit.server.calls import parse_json
 from godwit.server.errors import bad_request
-from godwit.server.fields import FunctionSpec, Items, Name, Part
+from godwit.server.fields import BodyPart, FunctionSpec, Items, Name
 
-#: Where a text stands in the arguments of a call of a tool that takes one.
+#: The argument of a custom tool.
 INPUT = "input"
-#: Only a vendor's server could run these, or a model made for them call them; some names end with a date.
+#: Hosted tools, which only their vendor's server can run; some names end with a date.
 _HOSTED = re.compile(
     r"(web_search|web_search_preview|file_search|code_interpreter|image_generation|computer|computer_use"
     r"|computer_use_preview|mcp|local_shell|shell|apply_patch|tool_search|programmatic_tool_calling)"
@@ -33,15 +33,15 @@ class FunctionTool(FunctionSpec):
     type: Literal["function"]
 
 
-class CustomFormat(Part):
-    """What the text for a tool looks like: the model is told, but not held to it."""
+class CustomFormat(BodyPart):
+    """The format of a custom tool's text: the model sees it, but it is not enforced."""
 
     type: Literal["text", "grammar"] = "text"
     syntax: str = ""
     definition: str = ""
 
 
-class CustomTool(Part):
+class CustomTool(BodyPart):
     """A tool that takes one text."""
 
     type: Literal["custom"]
@@ -50,8 +50,8 @@ class CustomTool(Part):
     format: CustomFormat | None = None
 
 
-class NamespaceTool(Part):
-    """A group of tools; calls of them name the group."""
+class NamespaceTool(BodyPart):
+    """A group of tools; their calls name the group."""
 
     type: Literal["namespace"]
     name: Name
@@ -59,8 +59,8 @@ class NamespaceTool(Part):
     tools: Items[Annotated[FunctionTool | CustomTool, Field(discriminator="type")]] = Field(max_length=256)
 
 
-class HostedTool(Part):
-    """A tool that only a vendor's server could run: it is left out."""
+class HostedTool(BodyPart):
+    """A tool that only its vendor's server can run: it is left out."""
 
     type: Annotated[str, Field(pattern=rf"^{_HOSTED.pattern}$")]
 
@@ -83,7 +83,7 @@ class OfferedTool(FunctionSpec):
     """A tool as the model sees it.
 
     Attributes:
-        kind, own_name, namespace: of the tool that the client sent.
+        kind, own_name, namespace: of the client's tool.
     """
 
     kind: Literal["function", "custom"]
@@ -92,7 +92,7 @@ class OfferedTool(FunctionSpec):
 
 
 def joined(namespace: str | None, name: str) -> str:
-    """What the model calls a tool of a group."""
+    """The name that the model sees for a tool of a namespace."""
     if not namespace:
         return name
     return namespace + name if namespace.endswith("__") else f"{namespace}__{name}"
@@ -107,7 +107,7 @@ def offered(tools: Sequence[AnyTool]) -> list[OfferedTool]:
     found: dict[str, OfferedTool] = {}
     for tool in _offered(tools):
         if tool.name in found:
-            raise bad_request(f"`tools` has two tools with the name {tool.name}; rename one", "tools")
+            raise bad_request(f"`tools` has two tools named {tool.name}; rename one", "tools")
         found[tool.name] = tool
     return list(found.values())
 
@@ -154,17 +154,17 @@ def _one_text(tool: CustomTool) -> dict[str, Any]:
 
 
 def is_known(kind: str) -> bool:
-    """Whether there are tools of this type, including those that are left out."""
+    """Whether this type of tools exists, including those that are left out."""
     return kind in ("function", "custom", "namespace") or _HOSTED.fullmatch(kind) is not None
 
 
 def left_out(tools: Sequence[AnyTool]) -> list[str]:
-    """The types of tools that are not offered."""
+    """The types of tools that are left out."""
     return sorted({tool.type for tool in tools if isinstance(tool, HostedTool)})
 
 
 def echoed(tools: Sequence[AnyTool]) -> list[dict[str, Any]]:
-    """The tools as a response tells them."""
+    """The tools as responses repeat them."""
     return [_echo(tool) for tool in tools if not isinstance(tool, HostedTool)]
 
 
@@ -184,13 +184,13 @@ def _echo(tool: FunctionTool | CustomTool | NamespaceTool) -> dict[str, Any]:
 
 
 class CallText:
-    """What a client gets of the arguments of a call, while they come.
+    """The part of a call's arguments that the client gets, as they come.
 
-    A function's arguments are JSON as the model wrote it. Of a tool that takes one text, it is that text.
+    For a function, the JSON as the model wrote it; for a custom tool, its text.
     """
 
     _OPENS = re.compile(rf'\s*\{{\s*"{INPUT}"\s*:\s*"')
-    #: A text in JSON up to its end, without an escape that is cut off or half of a surrogate pair.
+    #: The content of a JSON string, without an incomplete escape or half of a surrogate pair.
     _BODY = re.compile(
         r'(?:[^"\\]|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}'
         r"|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4}|\\[\"\\/bfnrt])*"
@@ -199,10 +199,10 @@ class CallText:
     def __init__(self, *, custom: bool) -> None:
         self._custom = custom
         self._raw = ""
-        self._place = -1  # up to where the text is given out
+        self._place = -1  # the end of the text that was returned
 
     def push(self, arguments: str) -> str:
-        """What is certain with a further part of the arguments."""
+        """Text that is certain with more of the arguments."""
         if not self._custom:
             return arguments
         self._raw += arguments
@@ -216,7 +216,7 @@ class CallText:
         return text
 
     def flush(self) -> str:
-        """What is left at the end: where nothing could be read as the text, the arguments as they are."""
+        """The rest at the end. Where no text could be read, the arguments as they are."""
         if not self._custom or self._place >= 0:
             return ""
         try:

@@ -1,4 +1,4 @@
-"""What clients of OpenAI's API may send to /v1/chat/completions, and what other addresses have in common."""
+"""Schemas of OpenAI's chat completions, and the fields that other routes share with them."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from godwit.server.errors import bad_request
 from godwit.server.fields import (
     MAX_TOKENS,
     Arguments,
-    Choice,
+    BodyPart,
     Content,
     FunctionSpec,
     Ignored,
     Items,
     Mode,
     Name,
-    Part,
     Penalty,
     Probability,
-    Request,
+    RequestBody,
     Salt,
     Seed,
     Stops,
     Temperature,
     TokenId,
     TokenLimit,
+    ToolChoice,
     TopK,
     check_question,
-    steady,
+    stable_system,
 )
 from godwit.server.openai.neutral import NeutralFields
 from godwit.server.prompts import Conversation, Message
@@ -47,25 +47,25 @@ NumLogprobs = Annotated[int, Field(ge=0, le=20)]
 
 def _few(biases: Any) -> Any:
     if isinstance(biases, dict) and len(biases) > MAX_BIASES:
-        raise ValueError(f"there may be {MAX_BIASES} biases, and there are {len(biases)}")
+        raise ValueError(f"at most {MAX_BIASES} biases are allowed; there are {len(biases)}")
     return biases
 
 
 Bias = Annotated[
     dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
     Field(max_length=MAX_BIASES),
-    BeforeValidator(_few),  # a dict's length is only checked behind its entries
+    BeforeValidator(_few),  # pydantic checks the length of a dict only after its entries
 ]
 
 
-class CalledFunction(Part):
+class CalledFunction(BodyPart):
     """The function of a tool call."""
 
     name: str
     arguments: Arguments = "{}"
 
 
-class CalledTool(Part):
+class CalledTool(BodyPart):
     """A tool call in an earlier answer."""
 
     id: str | None = None
@@ -73,17 +73,17 @@ class CalledTool(Part):
     function: CalledFunction
 
     def call(self) -> dict[str, Any]:
-        """In the shape of chat templates."""
+        """In the format of chat templates."""
         function = {"name": self.function.name, "arguments": self.function.arguments}
         return ({} if self.id is None else {"id": self.id}) | {"type": self.type, "function": function}
 
 
-class ChatMessage(Part):
+class ChatMessage(BodyPart):
     """A message.
 
     Attributes:
-        reasoning_content: what an earlier answer had thought; some clients send it back as ``reasoning``.
-        prefix, partial: two names for one flag: the answer goes on with this message, the last one.
+        reasoning_content: the thinking of an earlier answer; some clients send it back as ``reasoning``.
+        prefix, partial: two names of one flag: the answer continues this message, the last one.
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -99,14 +99,14 @@ class ChatMessage(Part):
     @model_validator(mode="before")
     @classmethod
     def _thoughts_apart(cls, message: Any) -> Any:
-        """Some clients send thinking back as a part of the content."""
+        """Move thinking out of the content, where some clients send it back."""
         content = message.get("content") if isinstance(message, dict) else None
         if not isinstance(content, list) or message.get("role") != "assistant":
             return message
         thoughts = [part["thinking"] for part in content if _is_thinking(part)]
         rest = [part for part in content if not _is_thinking(part)]
-        told = {"reasoning_content": "\n".join(thoughts)} if thoughts else {}
-        return {**told, **message, "content": rest}
+        moved = {"reasoning_content": "\n".join(thoughts)} if thoughts else {}
+        return {**moved, **message, "content": rest}
 
     @model_validator(mode="after")
     def _says_something(self) -> ChatMessage:
@@ -115,10 +115,10 @@ class ChatMessage(Part):
         return self
 
     def message(self) -> Message:
-        """In the shape of chat templates."""
+        """In the format of chat templates."""
         role = "system" if self.role == "developer" else self.role
         content = self.content or ""
-        message: Message = {"role": role, "content": steady(content) if role == "system" else content}
+        message: Message = {"role": role, "content": stable_system(content) if role == "system" else content}
         thoughts = self.reasoning_content or self.reasoning
         if self.role == "assistant" and isinstance(thoughts, str) and thoughts:
             message["reasoning_content"] = thoughts
@@ -133,42 +133,42 @@ def _is_thinking(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "thinking" and isinstance(part.get("thinking"), str)
 
 
-class Tool(Part):
+class Tool(BodyPart):
     """A tool that the model may call."""
 
     type: Literal["function"]
     function: FunctionSpec
 
 
-class NamedFunction(Part):
+class NamedFunction(BodyPart):
     """A function by its name."""
 
     name: Name
 
 
-class NamedTool(Part):
-    """The one tool that is to be called."""
+class NamedTool(BodyPart):
+    """The one tool that must be called."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
-class AllowedFunctions(Part):
-    """Those of the tools that may be called now, and whether one has to be."""
+class AllowedFunctions(BodyPart):
+    """The tools that may be called, and whether one must be."""
 
     mode: Literal["auto", "required"]
     tools: Items[NamedTool] = Field(min_length=1, max_length=256)
 
 
-class AllowedTools(Part):
-    """A choice among some of the tools."""
+class AllowedTools(BodyPart):
+    """A subset of the tools."""
 
     type: Literal["allowed_tools"]
     allowed_tools: AllowedFunctions
 
 
-class JsonSchema(Part):
-    """A schema that an answer has to fit."""
+class JsonSchema(BodyPart):
+    """The JSON schema of an answer."""
 
     name: str = "answer"
     description: str | None = None
@@ -176,7 +176,7 @@ class JsonSchema(Part):
     strict: bool | None = None
 
 
-class ResponseFormat(Part):
+class ResponseFormat(BodyPart):
     """The form of an answer."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -186,11 +186,11 @@ class ResponseFormat(Part):
     )
 
     def form(self, field: str) -> Form | None:
-        """What the answer has to be held to."""
+        """The required form of the answer."""
         schema = self.schema_ if self.json_schema is None else self.json_schema.schema_
         if self.type == "text":
             if schema is not None:
-                raise bad_request(f"`{field}` of type text has no schema; the type is json_schema", field)
+                raise bad_request(f"`{field}` has a schema; set its type to json_schema", field)
             return None
         if schema is not None:
             return Form(field, "schema", schema)
@@ -199,8 +199,8 @@ class ResponseFormat(Part):
         raise bad_request(f"`{field}` of type json_schema needs `json_schema`", field)
 
 
-class StructuredOutputs(Part):
-    """The form of an answer, in one of several ways: an addition to the API, under vLLM's name."""
+class StructuredOutputs(BodyPart):
+    """The form of an answer: an extension of the API, under vLLM's name."""
 
     json_: dict[str, Any] | None = Field(default=None, alias="json")
     regex: str | None = None
@@ -211,11 +211,11 @@ class StructuredOutputs(Part):
     @model_validator(mode="after")
     def _one_way(self) -> StructuredOutputs:
         if len(self.model_fields_set) != 1:
-            raise ValueError("it takes exactly one of json, regex, choice, grammar and json_object")
+            raise ValueError("give exactly one of json, regex, choice, grammar and json_object")
         return self
 
     def form(self, field: str) -> Form:
-        """What the answer has to be held to."""
+        """The required form of the answer."""
         if self.json_ is not None:
             return Form(field, "schema", self.json_)
         if self.regex is not None:
@@ -225,17 +225,16 @@ class StructuredOutputs(Part):
         return Form(field, "object") if self.choice is None else Form(field, "choice", self.choice)
 
 
-class StreamOptions(Part):
-    """What a stream tells besides the answer."""
+class StreamOptions(BodyPart):
+    """What a stream has besides the answer."""
 
     include_usage: bool = False
     include_obfuscation: Ignored = None
 
 
 class SharedFields(NeutralFields):
-    """What both kinds of completions have in common; those from top_k to min_tokens are additions."""
+    """The fields of both kinds of completions; top_k to min_tokens are extensions."""
 
-    model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: NumChoices = 1
@@ -245,7 +244,7 @@ class SharedFields(NeutralFields):
     top_k: TopK | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    ignore_eos: bool = Field(default=False, description="The model's own stop tokens do not end the answer.")
+    ignore_eos: bool = Field(default=False, description="The model's stop tokens do not end the answer.")
     stop_token_ids: Annotated[Items[TokenId], Field(max_length=MAX_STOP_IDS)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] = 0
     presence_penalty: Penalty | None = None
@@ -262,13 +261,18 @@ class SharedFields(NeutralFields):
             raise ValueError("`stream_options` needs `stream` to be true")
         return self
 
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
     def form(self) -> Form | None:
-        """What answers have to be held to."""
+        """The required form of the answers."""
         asked = self.structured_outputs
         return None if asked is None else asked.form("structured_outputs")
 
     def choosing(self) -> dict[str, Any]:
-        """The fields that SamplingParams has by the same name, and the bias by ids."""
+        """Arguments of SamplingParams."""
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
                  "frequency_penalty", "seed", "max_tokens", "min_tokens", "ignore_eos",
                  "stop_token_ids")  # fmt: skip
@@ -277,20 +281,20 @@ class SharedFields(NeutralFields):
         return given | {"logit_bias": bias, "stop": self.stop}
 
 
-class Continuing(Request):
-    """How the answer to a conversation begins: anew, or as the continuation of the last message."""
+class Continuing(RequestBody):
+    """Whether the answer continues the last message."""
 
     add_generation_prompt: bool | None = Field(
         default=None, description="False only with continue_final_message, which is its opposite."
     )
     continue_final_message: bool = Field(
-        default=False, description="The answer goes on with the last message, which is the assistant's."
+        default=False, description="The answer continues the last message, which must be the assistant's."
     )
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
         if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError("`continue_final_message` and `add_generation_prompt` exclude each other")
+            raise ValueError("`continue_final_message` and `add_generation_prompt` cannot both be true")
         if self.add_generation_prompt is False and not self.continue_final_message:
             raise ValueError("`add_generation_prompt: false` needs `continue_final_message: true`")
         return self
@@ -298,10 +302,10 @@ class Continuing(Request):
     def conversation_of(
         self, messages: list[ChatMessage], tools: list[dict[str, Any]], variables: dict[str, Any]
     ) -> Conversation:
-        """The conversation in the shape of chat templates.
+        """The input of the chat template.
 
         Raises:
-            ApiError: its last message cannot be continued, or has nothing that could be read.
+            ApiError: the last message cannot be continued, or has no readable part.
         """
         last = messages[-1]
         if last.role == "user":
@@ -331,7 +335,7 @@ class ChatRequest(SharedFields, Continuing, ThinkingFields):
     modalities: Items[Literal["text"]] | None = None
     add_special_tokens: Literal[False] | None = None
     verbosity: Literal["low", "medium", "high"] | None = Field(
-        default=None, description="A hint that changes nothing."
+        default=None, description="Accepted and ignored."
     )
     metadata: Ignored = None
     store: Ignored = None
@@ -342,37 +346,35 @@ class ChatRequest(SharedFields, Continuing, ThinkingFields):
     prompt_cache_retention: Ignored = None
     prompt_cache_options: Ignored = None
 
-    def choice(self) -> Choice:
-        """Which tools may or have to be called."""
+    def choice(self) -> ToolChoice:
+        """Which tools may or must be called."""
         asked = self.tool_choice
         if isinstance(asked, NamedTool):
-            return Choice("required", asked.function.name)
+            return ToolChoice("required", asked.function.name)
         if isinstance(asked, AllowedTools):
             functions = asked.allowed_tools
-            return Choice(functions.mode, None, [tool.function.name for tool in functions.tools])
-        return Choice(asked)
+            return ToolChoice(functions.mode, None, [tool.function.name for tool in functions.tools])
+        return ToolChoice(asked)
 
     def form(self) -> Form | None:
         wanted = self.response_format.form("response_format") if self.response_format else None
         other = super().form()
         if wanted is not None and other is not None:
-            raise bad_request("`response_format` and `structured_outputs` exclude each other")
+            raise bad_request("`response_format` and `structured_outputs` cannot be combined")
         return wanted or other
 
     @model_validator(mode="before")
     @classmethod
     def _refuse(cls, body: Any) -> Any:
         if isinstance(body, dict) and "chat_template" in body:
-            raise ValueError("a request cannot bring a `chat_template`: the model's own is used")
+            raise ValueError("`chat_template` is not accepted: the model's own is used; remove it")
         if isinstance(body, dict) and body.keys() & {"functions", "function_call"}:
-            raise ValueError(
-                "`functions` and `function_call` are the old form; use `tools` and `tool_choice`"
-            )
+            raise ValueError("`functions` and `function_call` are deprecated; use `tools` and `tool_choice`")
         return body
 
     @field_validator("top_logprobs")
     @classmethod
     def _needs_logprobs(cls, value: int | None, info: Any) -> int | None:
         if value and not info.data.get("logprobs"):
-            raise ValueError("it needs `logprobs` to be true")
+            raise ValueError("requires `logprobs` to be true")
         return value
