@@ -294,3 +294,19 @@ def test_ids_are_written_as_json(server: Running, monkeypatch: Any) -> None:
             told = client.post("/tokenize", json={"prompt": text}).json()
             assert told["tokens"] == server.service.tokenizer.encode(text, allow_special=True)
             assert told["count"] == len(told["tokens"]) and told["max_model_len"]
+
+
+def test_arguments_of_too_many_values_are_refused_before_they_are_parsed(server: Running) -> None:
+    def send(client: httpx.Client, arguments: str) -> httpx.Response:
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        messages = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+        return client.post(
+            "/tokenize", json={"messages": [*HELLO["messages"], *messages, *HELLO["messages"]]}
+        )
+
+    with server.client() as client:
+        refused = send(client, "[" + "[]," * 70_000 + "[]]")
+        assert refused.status_code == 400
+        assert "the arguments of a call have more than 65536" in refused.json()["error"]["message"]
+        assert send(client, json.dumps({"text": "[]," * 70_000})).status_code != 500
+        assert "the arguments" not in send(client, json.dumps({"text": "[]," * 70_000})).text

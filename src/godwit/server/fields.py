@@ -154,7 +154,7 @@ def _arguments(value: Any, info: ValidationInfo) -> str:
     """The arguments of a call. They will be parsed as well, so the limits of bodies hold for them too."""
     text = as_json(value)
     limits = (info.context if isinstance(info.context, BodyContext) else BodyContext()).limits
-    check_counts(text.encode("utf-8", "replace"), limits, "the arguments of a call")
+    check_counts(text.encode("utf-8", "replace"), limits, "the arguments of a call have")
     return text
 
 

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from time import monotonic
 
-from godwit.engine import Engine, EngineStats, GenerationRequest, Stream
+from godwit.engine import Engine, EngineStats, GenerationRequest, Health, Stream
 from godwit.errors import GodwitError
 from godwit.server.errors import overloaded
 from godwit.server.mailbox import Mailbox
@@ -48,11 +48,12 @@ class EngineHost:
         return engine
 
     def _after_step(self) -> None:
-        """Runs in the engine's thread."""
+        """Runs in the engine's thread, before clients hear of what came of the step."""
+        if (engine := self.engine) is not None:
+            self._count(engine.health)
         self.mailbox.deliver()
-        if (engine := self.engine) is None:
-            return
-        health = engine.health
+
+    def _count(self, health: Health) -> None:
         failed = health.num_failures - self._num_failures
         if failed:
             self._num_failures = health.num_failures

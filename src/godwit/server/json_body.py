@@ -23,7 +23,7 @@ def parse_object(data: bytes, limits: Limits) -> dict[str, Any]:
     Raises:
         ApiError: it is not a JSON object, has NaN or infinity, is nested too deeply or has too many values.
     """
-    check_counts(data, limits, "the body")
+    check_counts(data, limits, "the body has")
     depth = limits.depth
     try:
         value = json.loads(data.decode(), parse_constant=refuse_constant, parse_float=finite)
@@ -53,9 +53,9 @@ def check_counts(data: bytes, limits: Limits, what: str) -> None:
     if containers > limits.containers or values > limits.values:
         containers, values = _count(_STRING.sub(b"", data))
     if containers > limits.containers:
-        raise bad_request(f"{what} has more than {limits.containers} objects and lists")
+        raise bad_request(f"{what} more than {limits.containers} objects and lists")
     if values > limits.values:
-        raise bad_request(f"{what} has more than {limits.values} values")
+        raise bad_request(f"{what} more than {limits.values} values")
 
 
 def _count(data: bytes) -> tuple[int, int]:

@@ -16,18 +16,18 @@ from godwit.engine.stream import Finish
 from godwit.server.connections.pace import Sieve
 
 _log = logging.getLogger("godwit.server")
-_QUIET = frozenset({"/", "/health", "/ready", "/metrics"})
-#: The files that the chat page loads lie below it.
+_NOT_LOGGED = frozenset({"/", "/health", "/ready", "/metrics"})
+#: The prefix of the chat page's files.
 STATIC = "/static/"
 
 
 def new_id() -> str:
-    """An id for a request."""
+    """A new id of a request."""
     return secrets.token_hex(12)
 
 
 def id_headers(id: str) -> list[tuple[bytes, bytes]]:
-    """Headers of every response: the request's id, also where Anthropic's clients look for it."""
+    """Headers of every response: the request's id, under the names of both APIs."""
     return [
         (b"x-request-id", id.encode()),
         (b"request-id", id.encode()),
@@ -37,20 +37,19 @@ def id_headers(id: str) -> list[tuple[bytes, bytes]]:
 
 @dataclass
 class Record:
-    """One request: what came of it.
+    """One request and its outcome.
 
     Attributes:
         path: as it was sent, so without spaces or control characters.
-        id: shown in the log, and to the client as ``x-request-id``.
-        key: label of the API key; "" where there is none.
-        spend: takes tokens from what the key may use.
-        num_prompt, num_generated: tokens that the key was charged for.
-        refused: it was turned away before anything was done for it.
+        id: in the log, and for the client as ``x-request-id``.
         first: seconds until the first part of an answer.
-        finishes: how each of its answers ended.
-        reasons: the same in the words of its API.
-        left: tokens of the prompt, and of the answers, that there were when the client was gone.
+        finishes, reasons: how each of its answers ended; ``reasons`` as OpenAI's finish_reason.
+        left: (tokens of the prompt, of the answers) when the client left early.
         error: what went wrong, for the log.
+        key: label of the API key; "" without one.
+        spend: charges tokens to the key.
+        num_prompt, num_generated: tokens that were charged.
+        refused: it was refused before any work was done.
     """
 
     method: str
@@ -71,22 +70,22 @@ class Record:
     refused: bool = False
 
     def note_prompts(self, num_tokens: int) -> None:
-        """Prompts of so many tokens are about to be read."""
+        """Charge the tokens of the prompts."""
         self.num_prompt += num_tokens
         self.spend(num_tokens)
 
     def note_first(self) -> None:
-        """A part of an answer is there."""
+        """The first part of an answer has come."""
         if self.first is None:
             self.first = perf_counter() - self.began
 
     def note_generated(self, num_tokens: int) -> None:
-        """So many tokens of an answer have come."""
+        """Charge new tokens of an answer."""
         self.num_generated += num_tokens
         self.spend(num_tokens)
 
     def line(self, held_back: int = 0) -> str:
-        """The line in the log; ``held_back`` requests before it were refused without one."""
+        """The line in the log. ``held_back`` refused requests before it were not logged."""
         parts = [f"{self.id} {self.method} {self.path} {self.status} {self.seconds:.3f}s"]
         if self.key:
             parts.append(f"key={self.key}")
@@ -111,15 +110,15 @@ class Record:
 
 
 def printable(text: str) -> str:
-    """``text`` on one line, without characters that steer terminals."""
+    """``text`` on one line, without control characters."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class OneLine(logging.Formatter):
-    """Writes each event on a line of its own, whatever the texts in it; a traceback follows, indented."""
+    """Writes each record on one line, whatever its text; a traceback follows, indented."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """The line of an event."""
+        """The line of a record."""
         record.message = printable(record.message)
         return super().formatMessage(record)
 
@@ -130,7 +129,7 @@ class OneLine(logging.Formatter):
 
 
 class RequestLog:
-    """Notes every request when it is over, and answers with its id in a header."""
+    """Middleware that logs and counts each request, and adds its id to the response."""
 
     def __init__(self, app: ASGIApp, observe: Callable[[Record, str], None]) -> None:
         self._app = app
@@ -143,14 +142,14 @@ class RequestLog:
         record = Record(scope["method"][:16], (scope.get("raw_path") or b"?").decode("latin-1")[:200])
         scope.setdefault("state", {})["record"] = record
 
-        async def note(message: Message) -> None:
+        async def with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 message["headers"] = [*message.get("headers", ()), *id_headers(record.id)]
             await send(message)
 
         try:
-            await self._app(scope, receive, note)
+            await self._app(scope, receive, with_id)
         except Exception as error:
             record.status = record.status or 500
             record.error = record.error or type(error).__name__
@@ -159,15 +158,15 @@ class RequestLog:
             record.seconds = perf_counter() - record.began
             route = scope.get("route")
             self._observe(record, getattr(route, "path", "other"))
-            if not _is_quiet(scope["path"]) or record.refused:
+            if not _is_not_logged(scope["path"]) or record.refused:
                 self._write(record)
 
     def _write(self, record: Record) -> None:
-        """Log a request; those that were refused, who may come from anyone, at a bounded rate."""
+        """Log a request; refused ones, which anyone can send, at a limited rate."""
         held_back = self._refusals.passes() if record.refused else 0
         if held_back is not None:
             _log.info("%s", record.line(held_back))
 
 
-def _is_quiet(path: str) -> bool:
-    return path in _QUIET or path.startswith(STATIC)
+def _is_not_logged(path: str) -> bool:
+    return path in _NOT_LOGGED or path.startswith(STATIC)

@@ -18,7 +18,7 @@ _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 
 
 class Metrics:
-    """Counts for Prometheus, in a registry of their own."""
+    """The server's metrics, in their own registry."""
 
     def __init__(self, stats: Callable[[], EngineStats | None]) -> None:
         self._registry = CollectorRegistry()
@@ -28,10 +28,10 @@ class Metrics:
             name: self._counter(f"{name}_tokens", f"Tokens: {text}.")
             for name, text in (
                 ("prompt", "of prompts"),
-                ("cached_prompt", "of prompts that were read before and reused"),
+                ("cached_prompt", "of prompts that were cached"),
                 ("completion", "of answers"),
-                ("drafted", "guessed ahead"),
-                ("accepted", "guessed ahead and right"),
+                ("drafted", "drafted"),
+                ("accepted", "drafted and accepted"),
             )
         }
         self._answers = self._counter("answers", "Answers by the reason of their end.", ["reason"])
@@ -49,7 +49,7 @@ class Metrics:
         )
 
     def observe(self, record: Record, route: str) -> None:
-        """Count a request that is over."""
+        """Count a finished request."""
         self._requests.labels(route, str(record.status)).inc()
         self._whole.observe(record.seconds)
         if record.key:
@@ -75,7 +75,7 @@ class Metrics:
                 self._each.observe(1 / rate)
 
     def text(self) -> bytes:
-        """All of it, in Prometheus' format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def _counter(self, name: str, text: str, labels: tuple[str, ...] | list[str] = ()) -> Counter:

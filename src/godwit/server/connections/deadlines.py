@@ -1,4 +1,4 @@
-"""What a connection is waiting for, and until when: one state machine, which knows no sockets."""
+"""The deadlines of a connection: a state machine without sockets."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from enum import Enum
 
 from godwit.server.limits import Limits
 
-#: The application tells a client that its body is late; if it does not, the connection is cut then.
+#: The application answers a late body with 408; if it does not, the connection is cut after this time.
 BODY_GRACE = 5.0
-#: After the last response, for a client that still sends, so that it reads the response before it fails.
+#: After the last response, for a client that still sends, so that it can read the response.
 CLOSING_SECONDS = 2.0
-#: A client that takes fewer bytes than these in the time for writing takes none.
+#: A client that reads fewer bytes in ``write_seconds`` is stalled.
 MIN_PROGRESS = 16 << 10
 
 
 class Phase(Enum):
-    """What comes next on a connection."""
+    """What a connection is waiting for."""
 
     IDLE = "the first byte of another request"
     HEAD = "the rest of a head"
@@ -26,13 +26,13 @@ class Phase(Enum):
 
 
 class Deadlines:
-    """The deadlines of a connection, each set when its phase begins and never by single bytes.
+    """The deadlines of a connection. Each is set when its phase begins; single bytes do not extend it.
 
-    A connection begins with HEAD: one that never sends anything is let go as soon as one that stops in the
-    middle of a head. Writing may stall in every phase and has a deadline of its own.
+    A connection begins with HEAD, so that one that never sends anything has the deadline of one that stops in
+    the middle of a head. Writing can stall in every phase and has its own deadline.
 
     Args:
-        limits: with the seconds for each phase.
+        limits: with the seconds of each phase.
         clock: seconds.
     """
 
@@ -55,33 +55,33 @@ class Deadlines:
 
     @property
     def waiting(self) -> bool:
-        """Nothing is being done for the client: it may be let go to make room for another."""
+        """No request is in progress: the connection may be closed to make room for another."""
         return self.phase in (Phase.IDLE, Phase.HEAD)
 
     @property
     def due(self) -> float | None:
-        """When to look again; None: there is no deadline."""
+        """The next deadline, if there is one."""
         seconds = self._seconds.get(self.phase)
         phase = None if seconds is None else self.since + seconds
         stall = None if self._stalled_since is None else self._stalled_since + self._write_seconds
         return min((time for time in (phase, stall) if time is not None), default=None)
 
     def received(self) -> None:
-        """Bytes have come: where nothing was expected, these begin a head."""
+        """Bytes have come; on an idle connection they begin a head."""
         if self.phase is Phase.IDLE:
             self._enter(Phase.HEAD)
 
     def head_read(self) -> None:
-        """A whole head has come."""
+        """The head is complete."""
         self._enter(Phase.BODY)
 
     def body_read(self) -> None:
-        """The whole body has come, also if there is none."""
+        """The body is complete, or there is none."""
         if self.phase is Phase.BODY:
             self._enter(Phase.ANSWER)
 
     def answered(self) -> None:
-        """The response is complete, and so was its request."""
+        """The response and its request are complete."""
         self._enter(Phase.IDLE)
 
     def closing(self) -> None:
@@ -89,19 +89,19 @@ class Deadlines:
         self._enter(Phase.CLOSING)
 
     def write_paused(self, num_waiting: int) -> None:
-        """The client does not take what is sent; so many bytes wait for it."""
+        """The client does not read its response; so many bytes are waiting."""
         if self._stalled_since is None:
             self._stalled_since, self._stalled_at = self._clock(), num_waiting
 
     def write_resumed(self) -> None:
-        """The client has taken enough to go on."""
+        """The client has read enough to go on."""
         self._stalled_since = None
 
     def missed(self, num_waiting: int) -> str | None:
-        """Which deadline has passed, in words for the log; None: none, or the client is making progress.
+        """The deadline that has passed, in words for the log; None: none, or the client is making progress.
 
         Args:
-            num_waiting: bytes that wait to be sent.
+            num_waiting: bytes waiting to be sent.
         """
         now = self._clock()
         if self._stalled_since is not None and now >= self._stalled_since + self._write_seconds:

@@ -1,4 +1,4 @@
-"""Rates: how often something may happen, with a clock that tests can turn."""
+"""Rate limits, with a clock that tests can replace."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from time import monotonic
 
 
 class Bucket:
-    """A token bucket: fills steadily up to its size; what is taken beyond what it holds is a debt.
+    """A token bucket, which may go into debt.
 
     Args:
-        rate: units that flow in a second.
-        size: units it holds at most, and at first.
+        rate: units per second.
+        size: units at most, and at first.
         clock: seconds.
     """
 
@@ -25,12 +25,12 @@ class Bucket:
         self._then = clock()
 
     def wait(self) -> float:
-        """Seconds until a unit is there; 0 if one is there now."""
+        """Seconds until there is a unit; 0 if there is one now."""
         self._fill()
         return max(0.0, (1 - self._level) / self._rate)
 
     def take(self, count: float) -> None:
-        """Take units, whether they are there or not."""
+        """Take units, even more than there are."""
         self._fill()
         self._level -= count
 
@@ -41,7 +41,7 @@ class Bucket:
 
 
 class Share:
-    """Spreads costly work over time, so that all of it takes a given share of one processor.
+    """Spreads costly work over time, so that it takes only a share of one processor.
 
     Args:
         share: between 0 and 1.
@@ -54,17 +54,17 @@ class Share:
         self._free = clock()
 
     def spent(self, seconds: float) -> float:
-        """Note work that took so long; how many seconds to wait before more."""
+        """Record work that took so long; return how many seconds to wait before more."""
         now = self._clock()
         self._free = max(self._free, now) + self._rest * seconds
         return self._free - now
 
 
 class Sieve:
-    """Lets a burst of events through, then so many a second, and counts those it holds back. For any thread.
+    """Passes a burst of events, then so many per second, and counts the others. Thread-safe.
 
     Args:
-        rate: events a second.
+        rate: events per second.
         burst: events at once.
         clock: seconds.
     """
@@ -75,7 +75,7 @@ class Sieve:
         self._held_back = 0
 
     def passes(self) -> int | None:
-        """None: this event is held back. Otherwise how many were held back since the last that passed."""
+        """None if this event is held back, else how many were held back since the last one that passed."""
         with self._lock:
             if self._bucket.wait() > 0:
                 self._held_back += 1
@@ -86,7 +86,7 @@ class Sieve:
 
 
 class BoundedRate(logging.Filter):
-    """Keeps a logger from writing warnings faster than a sieve lets through; errors always pass."""
+    """A logging filter that limits the rate of warnings; errors always pass."""
 
     def __init__(self, sieve: Sieve | None = None) -> None:
         super().__init__()

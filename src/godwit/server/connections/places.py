@@ -1,4 +1,4 @@
-"""Which connections are open, and which of them have to go where there is no room for another."""
+"""Limits of open connections, and which of them is closed to make room for another."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Protocol
 from godwit.server.connections.deadlines import Deadlines
 from godwit.server.limits import Limits
 
-#: Connections beyond the limits that are told so; more are cut at once.
+#: Connections beyond the limits that get a 503; more are cut at once.
 MAX_REFUSED = 64
 
 
 class Connection(Protocol):
-    """What has a place."""
+    """A connection that takes a place."""
 
     deadlines: Deadlines
 
@@ -23,11 +23,11 @@ class Connection(Protocol):
 
 
 class Places:
-    """Gives connections their places. A full house lets go of whoever has waited longest without a request
-    under way, so that silent connections keep nobody out.
+    """The places of connections. If all are taken, the connection that has waited longest without a request in
+    progress is closed, so that silent connections keep nobody out.
 
     Args:
-        limits: of connections in all, and from one address.
+        limits: of all connections, and of those from one address.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -40,18 +40,18 @@ class Places:
         return len(self._open)
 
     def enter(self, connection: Connection, address: str) -> bool | None:
-        """Take a place; False: there is none, which may be said; None: there is not even time to say so."""
+        """Take a place. False: there is none, and the client gets a 503; None: cut the connection at once."""
         group = _group(address)
-        if group and self._counts[group] >= self._limits.per_address and not self._let_go(group):
+        if group and self._counts[group] >= self._limits.per_address and not self._make_room(group):
             return self._refuse(connection)
-        if len(self._open) >= self._limits.connections and not self._let_go(None):
+        if len(self._open) >= self._limits.connections and not self._make_room(None):
             return self._refuse(connection)
         self._open[connection] = group
         self._counts[group] += 1
         return True
 
     def leave(self, connection: Connection) -> None:
-        """Give the place back, if there was one."""
+        """Give the place back, if the connection has one."""
         self._refused.discard(connection)
         if (group := self._open.pop(connection, None)) is not None:
             self._counts[group] -= 1
@@ -64,8 +64,8 @@ class Places:
         self._refused.add(connection)
         return False
 
-    def _let_go(self, group: str | None) -> bool:
-        """Cut the connection of a group, or of all, that has waited longest; False: all are busy."""
+    def _make_room(self, group: str | None) -> bool:
+        """Cut the connection of the group, or of all, that has waited longest. False: all are busy."""
         waiting = [
             connection
             for connection, own in self._open.items()
@@ -80,7 +80,7 @@ class Places:
 
 
 def _group(address: str) -> str:
-    """What counts as one address; "" for this machine, whose connections have no limit of their own."""
+    """What counts as one address; "" for this machine, which has no limit of its own."""
     try:
         known = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:

@@ -1,4 +1,4 @@
-"""One HTTP connection: uvicorn's, held to deadlines and limits."""
+"""HTTP connections: uvicorn's protocol with deadlines and limits."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from godwit.server.limits import Limits
 from godwit.server.log import id_headers, new_id
 
 CLOSE = (b"connection", b"close")
-#: Bytes that are parsed at a time; then others have their turn.
+#: Bytes that are parsed before other connections have their turn.
 SLICE_BYTES = 4 << 10
-#: Slices with more chunks than these cost far more than they bring; together they get a share of the time.
+#: Slices with more chunks are costly; together they get COSTLY_SHARE of the time.
 MANY_CHUNKS = 64
 COSTLY_SHARE = 0.1
-#: What comes after the last response is taken and thrown away so often, all that is there at once.
-THROW_AWAY_SECONDS = 0.05
+#: How often data after the last response is read and discarded.
+DISCARD_SECONDS = 0.05
 _log = logging.getLogger("godwit.server.connections")
 _REASONS = {
     400: "the request is not valid HTTP",
@@ -34,7 +34,7 @@ _REASONS = {
 
 
 class Parser(h11.Connection):
-    """h11's, made stricter, and telling the deadlines how far a request has come."""
+    """h11's parser, made stricter; it reports the progress of requests to the deadlines."""
 
     def __init__(self, limits: Limits, deadlines: Deadlines) -> None:
         super().__init__(h11.SERVER, limits.head_bytes)
@@ -46,10 +46,10 @@ class Parser(h11.Connection):
         self.fault = 400
 
     def next_event(self) -> Any:
-        """As h11's.
+        """As in h11.
 
         Raises:
-            h11.RemoteProtocolError: the request is refused; ``fault`` is the status that says so.
+            h11.RemoteProtocolError: the request is refused with the status ``fault``.
         """
         try:
             event = super().next_event()
@@ -70,7 +70,7 @@ class Parser(h11.Connection):
             self._deadlines.body_read()
 
     def send(self, event: Any) -> Any:
-        """As h11's; a response that overtakes its request's body says that it is the last one."""
+        """As in h11. A response that begins before its request's body is complete closes the connection."""
         if (
             isinstance(event, h11.Response)
             and self.their_state is h11.SEND_BODY
@@ -88,30 +88,29 @@ class Parser(h11.Connection):
         names = {name for name, _ in request.headers}
         self._chunked = b"transfer-encoding" in names
         if self._chunked and (b"content-length" in names or request.http_version < b"1.1"):
-            # Which of them counts, and so where the request ends, is understood differently by others.
+            # Proxies disagree on which of them counts, and so on where the request ends.
             raise h11.RemoteProtocolError("contradicting lengths")
 
     def _count(self, data: h11.Data) -> None:
-        if not self._chunked:  # the application knows its length
+        if not self._chunked:  # the application checks the length
             return
-        self.num_chunks += 1  # or parts of chunks, which cost as much
+        self.num_chunks += 1  # or part of a chunk, which costs as much
         self._body_bytes += self._limits.chunk_bytes + len(data.data)
         if self._body_bytes > self._limits.body_bytes:
             raise h11.RemoteProtocolError("large body", error_status_hint=413)
 
 
-class GentleTransport(asyncio.Transport):
-    """A transport that leaves the end of the connection to the protocol, and that is read from only if nobody
-    objects."""
+class ControlledTransport(asyncio.Transport):
+    """A transport whose protocol decides how to close it, and which can be paused for several reasons."""
 
     def __init__(self, transport: asyncio.Transport, protocol: LimitedProtocol) -> None:
         super().__init__()
         self.inner = transport
-        self.objections: set[str] = set()
+        self.pauses: set[str] = set()
         self._protocol = protocol
 
     def close(self) -> None:
-        """End the connection once the client can have read what was sent."""
+        """Close the connection once the client could read the response."""
         self._protocol.finish()
 
     def is_closing(self) -> bool:
@@ -130,39 +129,39 @@ class GentleTransport(asyncio.Transport):
         return self.inner.get_write_buffer_size()
 
     def pause_reading(self) -> None:
-        self.object("application")
+        self.pause("application")
 
     def resume_reading(self) -> None:
-        self.agree("application")
+        self.resume("application")
         self._protocol.parse_soon()
 
-    def object(self, who: str) -> None:
-        """Do not read for now."""
-        if not self.objections and not self.inner.is_closing():
+    def pause(self, reason: str) -> None:
+        """Stop reading for a reason."""
+        if not self.pauses and not self.inner.is_closing():
             self.inner.pause_reading()
-        self.objections.add(who)
+        self.pauses.add(reason)
 
-    def agree(self, who: str) -> None:
-        """Read again, if nobody else objects."""
-        self.objections.discard(who)
-        if not self.objections and not self.inner.is_closing():
+    def resume(self, reason: str) -> None:
+        """Read again, if there is no other reason to pause."""
+        self.pauses.discard(reason)
+        if not self.pauses and not self.inner.is_closing():
             self.inner.resume_reading()
 
 
 class LimitedProtocol(H11Protocol):
-    """A connection with deadlines and a place; a subclass for each server says how many there are.
+    """A connection with deadlines and a place. Each server has a subclass with its own limits.
 
     Attributes:
         limits, places: the server's.
-        full: answers requests on connections for which there is no place.
-        costly: gives the time for slices of many chunks.
+        full: answers requests on connections beyond the limits.
+        costly: limits the time for slices of many chunks.
     """
 
     limits: Limits
     places: Places
     full: ASGIApp
     costly: Share
-    transport: GentleTransport
+    transport: ControlledTransport
     conn: Parser
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -170,14 +169,14 @@ class LimitedProtocol(H11Protocol):
         self.deadlines = Deadlines(self.limits, self.loop.time)
         self.conn = Parser(self.limits, self.deadlines)
         self._unparsed = bytearray()
-        self._dropped_bytes = 0
+        self._discarded_bytes = 0
         self._next_parse: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     # what asyncio calls
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(GentleTransport(transport, self))
+        super().connection_made(ControlledTransport(transport, self))
         address = "" if self.client is None else self.client[0]
         place = self.places.enter(self, address)
         if place is None:
@@ -197,14 +196,14 @@ class LimitedProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self.deadlines.phase is Phase.CLOSING:
-            return self._throw_away(len(data))
+            return self._discard(len(data))
         self.deadlines.received()
         self._unparsed += data
         if self._next_parse is None:
             self._parse()
 
     def eof_received(self) -> None:
-        """The client has ended its side, which counts as leaving: asyncio closes the connection."""
+        """The client closed its side, which counts as leaving: asyncio closes the connection."""
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -218,16 +217,16 @@ class LimitedProtocol(H11Protocol):
     # reading
 
     def parse_soon(self) -> None:
-        """Go on with what has come already."""
+        """Parse what has already come."""
         if self._unparsed and self._next_parse is None:
             self._next_parse = self.loop.call_soon(self._parse)
 
     def _parse(self) -> None:
         self._next_parse = None
-        if self.transport.is_closing() or "application" in self.transport.objections:
+        if self.transport.is_closing() or "application" in self.transport.pauses:
             return
-        if not self._unparsed:  # it only had to wait; to the parser nothing would mean the end
-            return self.transport.agree("parser")
+        if not self._unparsed:  # after a wait; to the parser, no data means the end
+            return self.transport.resume("parser")
         piece = bytes(self._unparsed[:SLICE_BYTES])
         del self._unparsed[:SLICE_BYTES]
         chunks, began = self.conn.num_chunks, self.loop.time()
@@ -241,22 +240,22 @@ class LimitedProtocol(H11Protocol):
             return
         costly = self.conn.num_chunks - chunks > MANY_CHUNKS
         if not self._unparsed and not costly:
-            return self.transport.agree("parser")
-        self.transport.object("parser")
+            return self.transport.resume("parser")
+        self.transport.pause("parser")
         wait = self.costly.spent(self.loop.time() - began) if costly else 0.0
         self._next_parse = self.loop.call_later(wait, self._parse)
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what the parser could not take; the response under way, if there is one, ends here."""
+        """Refuse invalid data; a response in progress ends here."""
         error = ApiError(self.conn.fault, _REASONS.get(self.conn.fault, _REASONS[400]))
         id, cycle = new_id(), self.cycle
         _log.warning("%s %d: %s", id, error.status, error.message)
-        under_way = cycle is not None and not cycle.response_complete
-        if under_way:
+        in_progress = cycle is not None and not cycle.response_complete
+        if in_progress:
             cycle.disconnected = True
             cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            response = respond(error, self.scope["path"] if under_way else "")
+            response = respond(error, self.scope["path"] if in_progress else "")
             headers = [*response.raw_headers, *id_headers(id), CLOSE]
             reason = STATUS_PHRASES[response.status_code]
             events = (
@@ -272,7 +271,7 @@ class LimitedProtocol(H11Protocol):
     def on_response_complete(self) -> None:
         self.deadlines.answered()
         super().on_response_complete()
-        self._unset_keepalive_if_required()  # the deadlines see to that
+        self._unset_keepalive_if_required()  # the deadlines replace it
         if self.conn.trailing_data[0] or self._unparsed:
             self.deadlines.received()
         self._watch()
@@ -282,8 +281,8 @@ class LimitedProtocol(H11Protocol):
             super().shutdown()
 
     def finish(self) -> None:
-        """Close the connection. A client that still sends may read its response first: closing at once would
-        have its system throw away what it has not read yet."""
+        """Close the connection. A client that still sends may read its response first: if the connection were
+        closed at once, its system would discard what it has not read yet."""
         if self.deadlines.phase is Phase.CLOSING:
             return
         still_sends = self.conn.their_state in (h11.SEND_BODY, h11.ERROR) or bool(self._unparsed)
@@ -294,18 +293,18 @@ class LimitedProtocol(H11Protocol):
                 self.transport.inner.write_eof()
             except OSError:  # the client is gone
                 return self.drop()
-            self._throw_away(0)
+            self._discard(0)
         else:
             self.transport.inner.close()
         self._watch()
 
-    def _throw_away(self, num_bytes: int) -> None:
-        self._dropped_bytes += num_bytes
-        if self._dropped_bytes > self.limits.body_bytes:
+    def _discard(self, num_bytes: int) -> None:
+        self._discarded_bytes += num_bytes
+        if self._discarded_bytes > self.limits.body_bytes:
             return self.drop()
-        self.transport.objections.clear()
-        self.transport.object("closing")
-        self._next_parse = self.loop.call_later(THROW_AWAY_SECONDS, self.transport.agree, "closing")
+        self.transport.pauses.clear()
+        self.transport.pause("closing")
+        self._next_parse = self.loop.call_later(DISCARD_SECONDS, self.transport.resume, "closing")
 
     def drop(self) -> None:
         """Cut the connection."""
@@ -314,7 +313,7 @@ class LimitedProtocol(H11Protocol):
     # time
 
     def _watch(self) -> None:
-        """Look at the deadlines again when one is due; a timer that is early costs less than new ones."""
+        """Set a timer for the next deadline. An early timer costs less than a new one for each change."""
         due = self.deadlines.due
         idle = not self.transport.get_write_buffer_size()
         if due is None or (idle and self.transport.inner.is_closing()):
@@ -323,9 +322,9 @@ class LimitedProtocol(H11Protocol):
             if self._timer.when() <= due:
                 return
             self._timer.cancel()
-        self._timer = self.loop.call_at(due, self._look)
+        self._timer = self.loop.call_at(due, self._check_deadlines)
 
-    def _look(self) -> None:
+    def _check_deadlines(self) -> None:
         self._timer = None
         missed = self.deadlines.missed(self.transport.get_write_buffer_size())
         if missed is None:
