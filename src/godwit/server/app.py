@@ -82,7 +82,7 @@ async def _lifespan(host: EngineHost, service: Service) -> AsyncIterator[None]:
 async def tokenize(request: Request) -> Response:
     """The tokens of a text, or of a conversation as the model reads it."""
     service: Service = request.app.state.service
-    asked = await service.bodies.read(request, TokenizeRequest)
+    asked = await service.bodies.read_body(request, TokenizeRequest)
     prompts = service.prompts
     if asked.messages is None:
         text = asked.prompt or ""
@@ -94,7 +94,7 @@ async def tokenize(request: Request) -> Response:
     else:
         tools = [tool.function.tool() for tool in asked.tools]
         variables = service.thinking.variables(ThinkingWish(), asked.chat_template_kwargs)
-        prompt = await prompts.chat(request, asked.conversation_of(asked.messages, tools, variables))
+        prompt = await prompts.make_prompt(request, asked.conversation_of(asked.messages, tools, variables))
     rest = {"count": len(prompt.ids), "max_model_len": service.context}
     ids = await prompts.run(request, lambda: _as_json(prompt.ids))
     return Response(f'{{"tokens":{ids},{json.dumps(rest)[1:]}', media_type="application/json")
@@ -109,7 +109,7 @@ def _as_json(ids: Sequence[int]) -> str:
 async def detokenize(request: Request) -> Response:
     """The text of tokens, with control tokens spelled out."""
     service: Service = request.app.state.service
-    asked = await service.bodies.read(request, DetokenizeRequest)
+    asked = await service.bodies.read_body(request, DetokenizeRequest)
     unknown = [id for id in asked.tokens if id >= service.tokenizer.vocab_size]
     if unknown:
         raise bad_request(

@@ -10,6 +10,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
 
+from godwit.server.connections.clients import in_turn
 from godwit.server.connections.fair_queue import FairQueue
 from godwit.server.errors import ApiError, bad_request
 from godwit.server.fields import BodyContext, RequestBody
@@ -38,7 +39,7 @@ class BodyReader:
         self._settings = settings
         self._queue = FairQueue(BODY_WORKERS, BODIES_WAITING)
 
-    async def read(self, request: Request, kind: type[_Body]) -> _Body:
+    async def read_body(self, request: Request, kind: type[_Body]) -> _Body:
         """The body of a request as ``kind``, for this server's model.
 
         Raises:
@@ -51,7 +52,7 @@ class BodyReader:
         def check() -> _Body:
             return checked(kind, data, context)
 
-        body = check() if len(data) < LONG else await self._queue.run_for(request, check)
+        body = check() if len(data) < LONG else await in_turn(request, self._queue, check)
         if context.left_out:
             kinds = ", ".join(sorted(context.left_out))
             _log.info("%s: not text, left out of the prompt: %s", request.state.record.id, kinds)

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from godwit.engine import opens_thinking
 from godwit.engine.constraint_grammar import END_THINK, THINK
 from godwit.errors import GodwitError, TemplateError
+from godwit.server.connections.clients import in_turn
 from godwit.server.connections.fair_queue import FairQueue
 from godwit.server.dialects import Format
 from godwit.server.errors import ApiError, bad_request, too_long
@@ -236,9 +237,9 @@ class PromptQueue:
         Raises:
             ApiError: it failed, too many requests are waiting, or the client left.
         """
-        return await self._queue.run_for(request, work)
+        return await in_turn(request, self._queue, work)
 
-    async def chat(self, request: Request, conversation: Conversation) -> Prompt:
+    async def make_prompt(self, request: Request, conversation: Conversation) -> Prompt:
         """The prompt of a conversation.
 
         Raises:

@@ -145,7 +145,7 @@ class Service:
             raise bad_request(NO_TOOLS, "tools")
         job = replace(job, parallel=job.parallel and not self._one_call)
         form = job.constrained(tools)
-        prompt = await self.prompts.chat(request, replace(job.conversation, tools=tools))
+        prompt = await self.prompts.make_prompt(request, replace(job.conversation, tools=tools))
         constraints = await self.forms.constrain(request, form, self._thinking(job, prompt), job.n)
         format = self.format if tools else None
         rules = self.thinking.rules(

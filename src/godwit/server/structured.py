@@ -14,6 +14,7 @@ from godwit.engine.constraint import Constraints, GrammarConstraint, Kind, Unkno
 from godwit.engine.constraint_grammar import Thinking
 from godwit.engine.constraint_trial import Abandon
 from godwit.errors import GodwitError
+from godwit.server.connections.clients import in_turn
 from godwit.server.connections.fair_queue import FairQueue
 from godwit.server.errors import ApiError, bad_request, from_engine
 from godwit.server.tools import Format
@@ -92,10 +93,10 @@ class FormMaker:
             return [None] * count
         abandon = Abandon()
         try:
-            known = await self._known_queue.run_for(request, lambda: self.known(form, thinking, count))
+            known = await in_turn(request, self._known_queue, lambda: self.known(form, thinking, count))
             if known is not None:
                 return known
-            return await self._queue.run_for(request, lambda: self.make(form, thinking, count, abandon))
+            return await in_turn(request, self._queue, lambda: self.make(form, thinking, count, abandon))
         except ApiError as error:
             error.param = error.param or form.field
             raise

@@ -59,7 +59,7 @@ def job_of(asked: MessagesRequest, service: Service) -> ChatJob:
 async def messages(request: Request) -> Response:
     """The next message of a conversation."""
     service: Service = request.app.state.service
-    asked = await service.bodies.read(request, MessagesRequest)
+    asked = await service.bodies.read_body(request, MessagesRequest)
     answers = await service.chat(request, job_of(asked, service))
     head = {
         "id": f"msg_{request.state.record.id}",
@@ -78,8 +78,8 @@ async def messages(request: Request) -> Response:
 async def count_tokens(request: Request) -> Response:
     """How many tokens a conversation has."""
     service: Service = request.app.state.service
-    asked = await service.bodies.read(request, CountRequest)
-    prompt = await service.prompts.chat(request, conversation_of(asked, service))
+    asked = await service.bodies.read_body(request, CountRequest)
+    prompt = await service.prompts.make_prompt(request, conversation_of(asked, service))
     return JSONResponse({"input_tokens": len(prompt.ids)})
 
 

@@ -1,13 +1,14 @@
-"""Who sent a request, and whether they still wait for the answer."""
+"""Clients: who sent a request, their turns, and whether they still wait for the answer."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 
+from godwit.server.connections.fair_queue import FairQueue
 from godwit.server.errors import ApiError
 
 _Result = TypeVar("_Result")
@@ -40,3 +41,12 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, _Result]) 
     finally:
         for one in (task, leaves):
             one.cancel()
+
+
+async def in_turn(request: Request, queue: FairQueue, work: Callable[[], _Result]) -> _Result:
+    """The result of blocking work, run when it is the turn of the client, as long as it is connected.
+
+    Raises:
+        ApiError: too many jobs are waiting (503), the work failed, or the client left.
+    """
+    return await while_connected(request, queue.run(client_of(request), work))

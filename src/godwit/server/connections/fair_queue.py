@@ -11,10 +11,8 @@ from typing import Generic, TypeVar
 
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
-from starlette.requests import Request
 
 from godwit.errors import GodwitError
-from godwit.server.connections.clients import client_of, while_connected
 from godwit.server.errors import from_engine, overloaded
 
 #: Seconds that a job may keep the interpreter when the engine or the event loop wants it. With Python's usual
@@ -25,8 +23,8 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-class Yielding:
-    """Shortens the interpreter's switch interval while jobs run."""
+class ShortSwitches:
+    """A context in which the interpreter's switch interval is short. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -47,17 +45,7 @@ class Yielding:
                 sys.setswitchinterval(self._usual)
 
 
-YIELDING = Yielding()
-
-
-def yielding(work: Callable[[], _Result]) -> Callable[[], _Result]:
-    """``work``, run with short switch intervals."""
-
-    def run() -> _Result:
-        with YIELDING:
-            return work()
-
-    return run
+_SHORT_SWITCHES = ShortSwitches()
 
 
 class Lines(Generic[_Item]):
@@ -140,14 +128,6 @@ class FairQueue:
         self._lines: Lines[asyncio.Future[None]] = Lines()
         self._limiter: CapacityLimiter | None = None
 
-    async def run_for(self, request: Request, work: Callable[[], _Result]) -> _Result:
-        """:meth:`run` for the client of a request, as long as it stays connected.
-
-        Raises:
-            ApiError: too many jobs are waiting (503), the work failed, or the client left.
-        """
-        return await while_connected(request, self.run(client_of(request), work))
-
     async def run(self, key: str, work: Callable[[], _Result]) -> _Result:
         """Run the work in a thread when it is the turn of ``key``.
 
@@ -168,7 +148,8 @@ class FairQueue:
     async def _do(self, work: Callable[[], _Result]) -> _Result:
         if self._limiter is None:  # it belongs to the event loop
             self._limiter = CapacityLimiter(self._workers)
-        return await run_sync(yielding(work), limiter=self._limiter)
+        with _SHORT_SWITCHES:
+            return await run_sync(work, limiter=self._limiter)
 
     async def _turn(self, key: str) -> None:
         if self._free:

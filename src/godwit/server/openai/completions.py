@@ -54,7 +54,7 @@ def job_of(asked: ChatRequest, service: Service) -> ChatJob:
 async def chat_completions(request: Request) -> Response:
     """Answers to a conversation."""
     service: Service = request.app.state.service
-    asked = await service.bodies.read(request, ChatRequest)
+    asked = await service.bodies.read_body(request, ChatRequest)
     answers = await service.chat(request, job_of(asked, service))
     if asked.stream:
         head = _head(request, service, "chatcmpl-", "chat.completion.chunk")
@@ -71,7 +71,7 @@ async def chat_completions(request: Request) -> Response:
 async def completions(request: Request) -> Response:
     """Continuations of plain texts."""
     service: Service = request.app.state.service
-    asked = await service.bodies.read(request, CompletionRequest)
+    asked = await service.bodies.read_body(request, CompletionRequest)
     num_prompts = len(asked.prompts())
     service.check_load(asked.n * num_prompts)
     params = service.sampling(**choosing_of(asked, service))

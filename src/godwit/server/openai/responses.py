@@ -55,7 +55,7 @@ def job_of(asked: ResponsesRequest, service: Service) -> ChatJob:
 async def responses(request: Request) -> Response:
     """The answer to a conversation."""
     service: Service = request.app.state.service
-    asked = await service.bodies.read(request, ResponsesRequest)
+    asked = await service.bodies.read_body(request, ResponsesRequest)
     owner = request.state.salt
     asked.input = resolved(asked.input, owner, service.items)
     if hosted := left_out(asked.tools):
