@@ -63,7 +63,7 @@ class BodyReader:
         """Refuse to answer in another model's name.
 
         Raises:
-            ApiError: ``name`` is none of this model's.
+            ApiError: ``name`` is not one of this model's names.
         """
         if name is not None and not self._settings.knows(name):
             raise ApiError(

@@ -23,8 +23,8 @@ class Connection(Protocol):
 
 
 class Places:
-    """The places of connections. If all are taken, the one that has waited longest without a request is closed,
-    so that silent connections keep nobody out.
+    """The places of connections. If all are taken, the one that has waited longest for a request is closed;
+    so silent connections keep nobody out.
 
     Args:
         limits: of all connections, and of those from one address.
