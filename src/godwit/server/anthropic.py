@@ -8,9 +8,10 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from godwit.dialect.parser import CallArguments, CallEnd, CallStart, Delta, Text, Thinking
+from godwit.dialect.strict_json import parse_json
 from godwit.engine.stream import Finish
 from godwit.server.answers import Answer, Answers, Update, Usage
-from godwit.server.calls import parse_json
 from godwit.server.errors import anthropic_body, from_engine
 from godwit.server.fields import Mode
 from godwit.server.openai_bodies import thinking_ended
@@ -18,7 +19,6 @@ from godwit.server.prompts import Conversation
 from godwit.server.protocol_messages import CountRequest, MessagesRequest
 from godwit.server.service import Chat, Service
 from godwit.server.sse import KEEP_ALIVE, EventStream, event
-from godwit.server.tools import CallArguments, CallEnd, CallStart, Delta, Text, Thinking
 
 _MODES: Mapping[str, Mode] = {"auto": "auto", "none": "none", "any": "required", "tool": "required"}
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}

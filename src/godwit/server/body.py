@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
-from godwit.server.calls import finite, refuse_constant
+from godwit.dialect.strict_json import finite, refuse_constant
 from godwit.server.errors import ApiError, bad_request
 from godwit.server.settings import Limits
 

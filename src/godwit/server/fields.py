@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from godwit.engine.constraint_schema import NO_PARAMETERS
+from godwit.dialect.schema import NO_PARAMETERS
 from godwit.server.errors import bad_request
 
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}

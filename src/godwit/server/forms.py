@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from godwit.dialect.lark import Thinking
+from godwit.dialect.parser import Format
 from godwit.engine import Constraint
-from godwit.engine.constraint import Constraints, GrammarConstraint, Kind, UnknownForm
-from godwit.engine.constraint_grammar import Thinking
-from godwit.engine.constraint_trial import Abandon
+from godwit.engine.constraint.constraints import Constraints, GrammarConstraint, Kind, UnknownForm
+from godwit.engine.constraint.trials import Abandon
 from godwit.errors import GodwitError
 from godwit.server.errors import bad_request, from_engine
-from godwit.server.tools import Format
 from godwit.tokenizer import Tokenizer
 
 NO_TOOLS = (
@@ -28,7 +28,7 @@ class Form:
 
     Attributes:
         field: of the request that asks for it.
-        kind, value: as for :meth:`~godwit.engine.constraint.Constraints.rule`.
+        kind, value: as for :meth:`~godwit.engine.constraint.constraints.Constraints.rule`.
     """
 
     field: str

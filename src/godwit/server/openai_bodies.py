@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from godwit.dialect.parser import CallArguments, CallStart, Delta, Text, Thinking
 from godwit.engine import TokenLogprobs
 from godwit.engine.stream import Finish
 from godwit.server.answers import Answer, Update, Usage
-from godwit.server.tools import CallArguments, CallStart, Delta, Text, Thinking
 from godwit.tokenizer import Tokenizer
 
 #: In place of minus infinity, which JSON does not have.

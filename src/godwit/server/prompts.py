@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+from godwit.dialect.tags import END_THINK, THINK
 from godwit.engine import opens_thinking
-from godwit.engine.constraint_grammar import END_THINK, THINK
 from godwit.errors import TemplateError
 from godwit.server.errors import bad_request, too_long
 from godwit.tokenizer import Tokenizer

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from godwit.dialect.parser import CallArguments, CallEnd, CallStart, Delta, Text, Thinking
 from godwit.engine import TokenLogprobs
 from godwit.server.answers import Answer, Answers, Update, Usage
 from godwit.server.errors import bad_request, from_engine, openai_body
@@ -20,7 +21,6 @@ from godwit.server.protocol_responses import Item, ItemReference, ResponsesReque
 from godwit.server.response_tools import CallText, OfferedTool, echoed, left_out, offered
 from godwit.server.service import Chat, Service, allowed_tools
 from godwit.server.sse import DONE, KEEP_ALIVE, EventStream, event
-from godwit.server.tools import CallArguments, CallEnd, CallStart, Delta, Text, Thinking
 from godwit.tokenizer import Tokenizer
 
 Body = dict[str, Any]

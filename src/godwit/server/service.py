@@ -16,9 +16,12 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 import godwit
+from godwit.dialect.lark import Thinking
+from godwit.dialect.mistral_calls import with_short_ids
+from godwit.dialect.parser import MARKS, AnswerParser, format_of
+from godwit.dialect.tags import THINK
 from godwit.engine import Constraint, GenerationRequest, SamplingParams, Stream, ThinkingRules
-from godwit.engine.constraint_grammar import THINK, Thinking
-from godwit.engine.constraint_trial import Abandon
+from godwit.engine.constraint.trials import Abandon
 from godwit.errors import GodwitError, UsageError
 from godwit.server.answers import Answers, check_choices
 from godwit.server.body import LONG, parse_object, read_body
@@ -31,11 +34,9 @@ from godwit.server.forms import NO_TOOLS, Calls, Form, FormMaker
 from godwit.server.host import EngineHost
 from godwit.server.items import ItemStore
 from godwit.server.journal import Metrics, Record
-from godwit.server.mistral_calls import with_short_ids
 from godwit.server.prompts import Conversation, Prompt, PromptMaker, check_variables
 from godwit.server.settings import Limits, Settings
 from godwit.server.thinking import ThinkingMaker, ThinkingWish
-from godwit.server.tools import MARKS, AnswerParser, format_of
 
 #: Long bodies, prompts and forms that are worked on at a time, more of which would only wait for each other,
 #: and those that may wait.

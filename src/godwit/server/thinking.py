@@ -9,10 +9,9 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from godwit.chat_template import ChatTemplate, Effort
-from godwit.engine.constraint_calls import CALL, FUNCTION
-from godwit.engine.constraint_grammar import END_THINK
+from godwit.dialect.dialects import Format
+from godwit.dialect.tags import CALL, END_THINK, FUNCTION
 from godwit.engine.thinking import DEFAULT_MESSAGE, MAX_BUDGET, ThinkingRules
-from godwit.server.dialects import Format
 from godwit.server.errors import bad_request
 from godwit.server.fields import Request
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from godwit.server.json_calls import JsonCall
+from godwit.dialect.json_calls import JsonCall
 
 #: The ids of calls that the templates of these models take.
 _ID = re.compile(r"[A-Za-z0-9]{9}")
@@ -27,7 +27,7 @@ _HEAD = re.compile(r"\s*\[?\s*|\s*[\w.:/-]{1,256}\s*(\[[A-Z_]{0,8}(\]\s*\w{0,64}
 class MistralCall:
     """Reads the call behind ``[TOOL_CALLS]``, of a list the first.
 
-    See :class:`~godwit.server.calls.CallReader`.
+    See :class:`~godwit.dialect.reader.CallReader`.
     """
 
     def __init__(self) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from godwit.engine.constraint_schema import check_depth, prepared
+from godwit.dialect.schema import check_depth, prepared
+from godwit.dialect.tags import END_THINK, THINK
 from godwit.errors import UsageError
 
 Thinking = Literal["none", "optional", "opened"]
@@ -24,7 +25,6 @@ MAX_CHOICES = 10_000
 #: Characters that are themselves in a regular expression.
 _PLAIN = re.compile(r"[0-9A-Za-z ]|[^\W\d_]")
 
-THINK, END_THINK = "<think>", "</think>"
 #: Between the parts of a JSON text, besides nothing: one blank, or a new line, indented by up to eight steps.
 #: All models write these, and small ones would go on with blanks for ever.
 _BLANKS = r" |\n(  ){0,8}|\n\t{0,8}"

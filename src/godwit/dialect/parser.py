@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from godwit.engine.answer import open_end
-from godwit.engine.constraint_calls import END_CALL, MARKS
-from godwit.engine.constraint_grammar import END_THINK, THINK
-from godwit.server.calls import CallReader
-from godwit.server.dialects import PLAIN, Dialect, Format, Schemas, dialect_of, format_of
-from godwit.server.fences import Fences
-from godwit.server.json_calls import JsonCall
+from godwit.dialect.dialects import PLAIN, Dialect, Format, Schemas, dialect_of, format_of
+from godwit.dialect.fences import Fences
+from godwit.dialect.json_calls import JsonCall
+from godwit.dialect.reader import CallReader
+from godwit.dialect.tags import END_CALL, END_THINK, MARKS, THINK, open_end
 
 __all__ = [
     "MARKS",

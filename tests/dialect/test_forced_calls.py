@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from godwit.engine.constraint import Constraints
-from godwit.engine.constraint_schema import fits, prepared
+from godwit.dialect.parser import Format
+from godwit.dialect.schema import fits, prepared
+from godwit.engine.constraint.constraints import Constraints
 from godwit.errors import UsageError
-from godwit.server.tools import Format
 from godwit.tokenizer import Tokenizer
+from tests.dialect.parsing import calls_of, parse, text_of
 from tests.engine.forms import FOLDER, walk
-from tests.server.parsing import calls_of, parse, text_of
 
 pytest.importorskip("llguidance")
 TOKENIZER = Tokenizer.from_dir(FOLDER)

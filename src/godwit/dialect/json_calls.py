@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Literal
 
-from godwit.engine.constraint_calls import ARGUMENTS, FIRST_KEYS
-from godwit.server.calls import object_text, parse_json
+from godwit.dialect.strict_json import object_text, parse_json
+from godwit.dialect.tags import ARGUMENTS, FIRST_KEYS
 
 _SPACE = " \t\r\n"
 _CLOSERS = {"{": "}", "[": "]"}
@@ -26,7 +26,7 @@ Place = Literal["start", "key or end", "key", "colon", "value", "comma or end"]
 
 
 class JsonCall:
-    """Reads one call; see :class:`~godwit.server.calls.CallReader`.
+    """Reads one call; see :class:`~godwit.dialect.reader.CallReader`.
 
     The arguments are given out as they come once the name is known. Arguments before the name are kept until
     then, and so are arguments as a JSON text within a JSON string, which some models write. Control

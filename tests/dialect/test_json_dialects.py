@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from godwit.server.tools import AnswerParser, CallArguments, CallStart, Format, Text, format_of
-from tests.server.parsing import calls_of, parse, text_of
+from godwit.dialect.parser import AnswerParser, CallArguments, CallStart, Format, Text, format_of
+from tests.dialect.parsing import calls_of, parse, text_of
 
 LLAMA = '{"name": "write", "parameters": {"path": "a;b", "n": [1, {"é": "}"}]}}'
 MEANT = ("write", {"path": "a;b", "n": [1, {"é": "}"}]})

@@ -18,12 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from godwit.engine.constraint_calls import CALL, END_CALL, CallForm, call_grammar
-from godwit.engine.constraint_grammar import (
-    END_THINK,
+from godwit.dialect.grammar import CallForm, call_grammar
+from godwit.dialect.lark import (
     MAX_GRAMMAR_CHARS,
     MAX_REGEX_CHARS,
-    THINK,
     Rule,
     Thinking,
     choice_rule,
@@ -31,9 +29,10 @@ from godwit.engine.constraint_grammar import (
     quoted,
     whole,
 )
-from godwit.engine.constraint_known import KnownTexts
-from godwit.engine.constraint_trial import Abandon, Trials
-from godwit.engine.constraint_vocabulary import Tags, Vocabulary
+from godwit.dialect.tags import CALL, END_CALL, END_THINK, THINK
+from godwit.engine.constraint.trials import Abandon, Trials
+from godwit.engine.constraint.verdicts import KnownTexts
+from godwit.engine.constraint.vocabulary import Tags, Vocabulary
 from godwit.errors import GodwitError, UsageError
 from godwit.tokenizer import Tokenizer
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from godwit.server.tools import AnswerParser, CallArguments, CallEnd, CallStart, Format, Text, Thinking
-from tests.server.parsing import call_of, calls_of, parse, text_of
+from godwit.dialect.parser import AnswerParser, CallArguments, CallEnd, CallStart, Format, Text, Thinking
+from tests.dialect.parsing import call_of, calls_of, parse, text_of
 
 HERMES = (
     '<tool_call>\n{"name": "write", "arguments": {"path": "</tool_call>", "n": [1, {"a": "}\\""}]}}\n'

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from godwit.server.tools import (
+from godwit.dialect.parser import (
     AnswerParser,
     CallArguments,
     CallEnd,

@@ -21,8 +21,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from godwit.engine.answer import open_end
-from godwit.engine.constraint_calls import (
+from godwit.dialect.schema import members
+from godwit.dialect.tags import (
     CALL,
     END_CALL,
     END_FUNCTION,
@@ -30,9 +30,9 @@ from godwit.engine.constraint_calls import (
     FUNCTION,
     PARAMETER,
     TAG_NAME,
+    open_end,
 )
-from godwit.engine.constraint_schema import members
-from godwit.server.values import is_text, read_value
+from godwit.dialect.values import is_text, read_value
 
 MAX_NAME = 258
 _SPACE = " \t\r\n"
@@ -46,7 +46,7 @@ Verdict = Literal["end", "text", "wait"]
 
 
 class XmlCall:
-    """Reads one call; see :class:`~godwit.server.calls.CallReader`.
+    """Reads one call; see :class:`~godwit.dialect.reader.CallReader`.
 
     Values that are texts are given out as they come, others when they are whole. Only parameters that the
     tool knows count. A closing tag may be missing where the next line goes on with another parameter.

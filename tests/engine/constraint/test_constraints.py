@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from godwit.dialect.grammar import MAX_CALLS
 from godwit.engine import Engine, GenerationRequest, SamplingParams, parse_answer
-from godwit.engine.constraint import Constraints, GrammarConstraint
-from godwit.engine.constraint_calls import MAX_CALLS
+from godwit.engine.constraint.constraints import Constraints, GrammarConstraint
 from godwit.engine.stream import Finish, Stream
 from godwit.errors import UsageError
 from godwit.models.loader import load_model

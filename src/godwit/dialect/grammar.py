@@ -11,26 +11,27 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from godwit.engine.constraint_grammar import Rule, Thinking, json_rule, quoted, whole
-from godwit.engine.constraint_schema import NO_PARAMETERS, kinds, members, prepared
-from godwit.engine.constraint_text import ANY, WITH_END, text_expression
+from godwit.dialect.lark import Rule, Thinking, json_rule, quoted, whole
+from godwit.dialect.schema import NO_PARAMETERS, kinds, members, prepared
+from godwit.dialect.tags import (
+    ARGS,
+    CALL,
+    END_CALL,
+    END_FUNCTION,
+    END_PARAMETER,
+    FIRST_KEYS,
+    FUNCTION,
+    PARAMETER,
+    TAG_NAME,
+    TOOL_CALLS,
+)
+from godwit.dialect.text_patterns import ANY, WITH_END, text_expression
 from godwit.errors import UsageError
 
 #: "hermes", "xml": JSON, or Qwen3-Coder's tags, in ``<tool_call>``. "llama": Llama 3's bare JSON.
 #: "mistral", "mistral_args": behind ``[TOOL_CALLS]`` a list of JSON, or a name, ``[ARGS]`` and JSON.
 CallForm = Literal["hermes", "xml", "llama", "mistral", "mistral_args"]
 
-CALL, END_CALL = "<tool_call>", "</tool_call>"
-FUNCTION, END_FUNCTION = "<function=", "</function>"
-PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"
-TOOL_CALLS, CALL_ID, ARGS, PYTHON_TAG = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<|python_tag|>"
-#: Special tokens that belong to calls, and so to the text of an answer.
-MARKS = (TOOL_CALLS, CALL_ID, ARGS, PYTHON_TAG)
-#: Names of the arguments in calls that are JSON, and what such a call without any mark begins with.
-ARGUMENTS = ("arguments", "parameters", "args")
-FIRST_KEYS = ("name", "type", "id", *ARGUMENTS)
-#: Names of functions and parameters that can stand in a tag.
-TAG_NAME = re.compile(r"[^\s<>](?:[^\n<>]{0,254}[^\s<>])?")
 #: More calls in one answer are a model that goes round in circles.
 MAX_CALLS = 16
 
@@ -52,7 +53,7 @@ def call_grammar(
     otherwise: Rule | None,
     mark: Callable[[str], str] = quoted,
 ) -> str:
-    """Calls of tools; see :meth:`~godwit.engine.constraint.Constraints.tool_calls`.
+    """Calls of tools; see :meth:`~godwit.engine.constraint.constraints.Constraints.tool_calls`.
 
     ``mark`` says how a mark of calls, which may be a special token, stands in a grammar.
 

@@ -7,19 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from godwit.engine.constraint_calls import (
-    ARGS,
-    CALL,
-    END_CALL,
-    FUNCTION,
-    PYTHON_TAG,
-    TOOL_CALLS,
-    CallForm,
-)
-from godwit.server.calls import CallReader
-from godwit.server.json_calls import JsonCall
-from godwit.server.mistral_calls import MistralCall
-from godwit.server.xml_calls import XmlCall
+from godwit.dialect.grammar import CallForm
+from godwit.dialect.json_calls import JsonCall
+from godwit.dialect.mistral_calls import MistralCall
+from godwit.dialect.reader import CallReader
+from godwit.dialect.tags import ARGS, CALL, END_CALL, FUNCTION, PYTHON_TAG, TOOL_CALLS
+from godwit.dialect.xml_calls import XmlCall
 
 Format = CallForm
 Schemas = Mapping[str, Mapping[str, Any]]
