@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import godwit
-from godwit.dialect.lark import Thinking
+from godwit.dialect.lark import ThinkingBefore
 from godwit.engine.constraint.constraints import Constraints, GrammarConstraint, Kind
 from godwit.tokenizer import Tokenizer
 
@@ -36,7 +36,9 @@ TOOLS = [
 ]
 
 
-def held(forms: Constraints, kind: Kind, value: Any = None, thinking: Thinking = "none") -> GrammarConstraint:
+def held(
+    forms: Constraints, kind: Kind, value: Any = None, thinking: ThinkingBefore = "none"
+) -> GrammarConstraint:
     return forms.held_to(forms.rule(kind, value), thinking)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from godwit.dialect.lark import Thinking
-from godwit.dialect.parser import Format
+from godwit.dialect.dialect import Dialect
+from godwit.dialect.lark import ThinkingBefore
 from godwit.engine import Constraint
 from godwit.engine.constraint.constraints import Constraints, GrammarConstraint, Kind, UnknownForm
 from godwit.engine.constraint.trials import Abandon
@@ -64,17 +64,17 @@ class FormMaker:
     Args:
         tokenizer: the model's.
         vocab_size: tokens that the model chooses from.
-        format: of its tool calls.
+        dialect: of its tool calls.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, format: Format | None) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, dialect: Dialect | None) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._format = format
+        self._dialect = dialect
         self._lock = threading.Lock()
         self._constraints: Constraints | None = None
 
-    def known(self, form: Form | Calls, thinking: Thinking, count: int) -> Sequence[Constraint] | None:
+    def known(self, form: Form | Calls, thinking: ThinkingBefore, count: int) -> Sequence[Constraint] | None:
         """As :meth:`make`, but None where a form was not tried yet: it takes milliseconds and needs no queue.
 
         Raises:
@@ -90,7 +90,7 @@ class FormMaker:
             raise from_engine(error) from error
 
     def make(
-        self, form: Form | Calls, thinking: Thinking, count: int, abandon: Abandon | None = None
+        self, form: Form | Calls, thinking: ThinkingBefore, count: int, abandon: Abandon | None = None
     ) -> Sequence[Constraint]:
         """One for each of ``count`` answers. Blocks while the form is tried, until ``abandon`` is set.
 
@@ -104,22 +104,24 @@ class FormMaker:
         return self._several(self._constraints.until(abandon or Abandon()), form, thinking, count)
 
     def _several(
-        self, constraints: Constraints, form: Form | Calls, thinking: Thinking, count: int
+        self, constraints: Constraints, form: Form | Calls, thinking: ThinkingBefore, count: int
     ) -> Sequence[Constraint]:
         first = self._one(constraints, form, thinking)
         return [first, *(first.again() for _ in range(count - 1))]
 
-    def _one(self, constraints: Constraints, form: Form | Calls, thinking: Thinking) -> GrammarConstraint:
+    def _one(
+        self, constraints: Constraints, form: Form | Calls, thinking: ThinkingBefore
+    ) -> GrammarConstraint:
         if isinstance(form, Form):
             return constraints.held_to(constraints.rule(form.kind, form.value), thinking)
-        if self._format is None:
+        if self._dialect is None:
             raise bad_request(NO_TOOLS, "tools")
         other = form.otherwise
         return constraints.tool_calls(
             form.tools,
             form.choice,
             parallel=form.parallel,
-            form=self._format,
+            dialect=self._dialect,
             thinking=thinking,
             otherwise=None if other is None else constraints.rule(other.kind, other.value),
         )

@@ -16,10 +16,11 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 import godwit
-from godwit.dialect.lark import Thinking
+from godwit.dialect.detect import detect
+from godwit.dialect.lark import ThinkingBefore
 from godwit.dialect.mistral_calls import with_short_ids
-from godwit.dialect.parser import MARKS, AnswerParser, format_of
-from godwit.dialect.tags import THINK
+from godwit.dialect.parser import AnswerParser
+from godwit.dialect.tags import MARKS, THINK
 from godwit.engine import Constraint, GenerationRequest, SamplingParams, Stream, ThinkingRules
 from godwit.engine.constraint.trials import Abandon
 from godwit.errors import GodwitError, UsageError
@@ -107,14 +108,14 @@ class Service:
         self.fim = Fim.of(engine.tokenizer)
         template = engine.tokenizer.chat_template
         source = "" if template is None else template.tool_source or template.source
-        self.format = format_of(source)
+        self.dialect = detect(source)
         self._one_call = SINGLE_CALL in source
         marks = map(engine.tokenizer.token_to_id, MARKS)
         self._marks = frozenset(id for id in marks if id is not None)
         self.draining = False
         self.thinking = ThinkingMaker(template, settings.thinking)
         self._knows_thinking = template is not None and THINK in template.source
-        self._forms = FormMaker(engine.tokenizer, engine.vocab_size, self.format)
+        self._forms = FormMaker(engine.tokenizer, engine.vocab_size, self.dialect)
         self._body_queue = FairQueue(BODY_WORKERS, BODIES_WAITING)
         self._prompt_queue = FairQueue(PROMPT_WORKERS, PROMPTS_WAITING)
         self._form_queue = FairQueue(FORM_WORKERS, FORMS_WAITING)
@@ -202,7 +203,7 @@ class Service:
         if self.tokenizer.chat_template is None:
             raise bad_request("this model has no chat template; send plain prompts to /v1/completions")
         check_variables(conversation.variables)
-        if self.format in ("mistral", "mistral_args"):
+        if self.dialect is not None and self.dialect.short_ids:
             conversation = replace(conversation, messages=with_short_ids(conversation.messages))
         return await self.prepare(request, lambda: self.prompts.chat(conversation))
 
@@ -218,20 +219,21 @@ class Service:
                 "an answer that continues a message cannot be held to a form or made to call a tool"
             )
         tools = [] if chat.mode == "none" else list(chat.conversation.tools)
-        if tools and self.format is None:
+        if tools and self.dialect is None:
             raise bad_request(NO_TOOLS, "tools")
         chat = replace(chat, parallel=chat.parallel and not self._one_call)
         form = form_of(chat, tools)
         prompt = await self.make_prompt(request, replace(chat.conversation, tools=tools))
         constraints = await self.hold(request, form, self._thinking(chat, prompt), chat.n)
         schemas = {t["function"]["name"]: t["function"].get("parameters") or {} for t in tools}
-        format = self.format if tools else None
+        dialect = self.dialect if tools else None
         rules = self.thinking.rules(
             chat.thinking,
             opened=prompt.thinking,
             max_tokens=chat.params.max_tokens,
             held=form is not None,
-            format=format,
+            dialect=dialect,
+            schemas=schemas,
         )
         return self.start(
             request,
@@ -240,7 +242,7 @@ class Service:
             chat.salt,
             constraints=constraints,
             parser=lambda: AnswerParser(
-                format, schemas, thinking=prompt.thinking, only_calls=chat.form is not None
+                dialect, schemas, thinking=prompt.thinking, only_calls=chat.form is not None
             ),
             parallel=chat.parallel,
             shown_ids=self._marks if tools else frozenset(),
@@ -248,7 +250,7 @@ class Service:
         )
 
     async def hold(
-        self, request: Request, form: Form | Calls | None, thinking: Thinking, count: int
+        self, request: Request, form: Form | Calls | None, thinking: ThinkingBefore, count: int
     ) -> Sequence[Constraint | None]:
         """What holds so many answers to a form.
 
@@ -272,7 +274,7 @@ class Service:
         finally:
             abandon.give_up()
 
-    def _thinking(self, chat: Chat, prompt: Prompt) -> Thinking:
+    def _thinking(self, chat: Chat, prompt: Prompt) -> ThinkingBefore:
         if prompt.thinking:
             return "opened"
         may_think = self._knows_thinking and chat.conversation.variables.get("enable_thinking", True)

@@ -18,12 +18,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from godwit.dialect.grammar import CallForm, call_grammar
+from godwit.dialect.dialect import Dialect
+from godwit.dialect.grammar import call_grammar
+from godwit.dialect.hermes_calls import HERMES
 from godwit.dialect.lark import (
     MAX_GRAMMAR_CHARS,
     MAX_REGEX_CHARS,
-    Rule,
-    Thinking,
+    GrammarRule,
+    ThinkingBefore,
     choice_rule,
     json_rule,
     quoted,
@@ -85,7 +87,7 @@ class GrammarConstraint:
         make: Callable[[], Any],
         vocab_size: int,
         tags: Tags,
-        thinking: Thinking = "none",
+        thinking: ThinkingBefore = "none",
         *,
         calls_in_text: bool = False,
         clock: Callable[[], float] = thread_time,
@@ -243,7 +245,7 @@ class Constraints:
         same._ask = ask
         return same
 
-    def rule(self, kind: Kind, value: Any = None) -> Rule:
+    def rule(self, kind: Kind, value: Any = None) -> GrammarRule:
         """The form of an answer.
 
         Args:
@@ -261,14 +263,14 @@ class Constraints:
             if len(value) > MAX_REGEX_CHARS:
                 raise UsageError(f"a regular expression may have {MAX_REGEX_CHARS} characters")
             pattern = self._library.regex_to_lark(value.replace("\n", "\\n"))
-            return Rule(f"/{pattern}/", "the regular expression")
+            return GrammarRule(f"/{pattern}/", "the regular expression")
         if kind == "grammar":
-            return Rule("@inner", "the grammar", self._converted(value))
+            return GrammarRule("@inner", "the grammar", self._converted(value))
         if kind == "choice":
-            return Rule(choice_rule(value), "the choice")
-        return Rule(json_rule(_ANY_OBJECT if kind == "object" else value), "the schema")
+            return GrammarRule(choice_rule(value), "the choice")
+        return GrammarRule(json_rule(_ANY_OBJECT if kind == "object" else value), "the schema")
 
-    def held_to(self, rule: Rule, thinking: Thinking = "none") -> GrammarConstraint:
+    def held_to(self, rule: GrammarRule, thinking: ThinkingBefore = "none") -> GrammarConstraint:
         """Holds an answer to a form.
 
         Args:
@@ -287,9 +289,9 @@ class Constraints:
         choice: str = "required",
         *,
         parallel: bool = True,
-        form: CallForm = "hermes",
-        thinking: Thinking = "none",
-        otherwise: Rule | None = None,
+        dialect: Dialect = HERMES,
+        thinking: ThinkingBefore = "none",
+        otherwise: GrammarRule | None = None,
     ) -> GrammarConstraint:
         """Calls of tools whose arguments fit their schemas, as far as a grammar can check.
 
@@ -298,7 +300,7 @@ class Constraints:
             choice: "auto" allows text, with or without calls; "required" nothing but calls; else the name of
                 the one tool to be called.
             parallel: an answer may have several calls.
-            form: how the model writes calls.
+            dialect: how the model writes calls.
             thinking: as for :meth:`held_to`.
             otherwise: with "auto", what an answer that calls no tool has to be; one that does is nothing but
                 calls then.
@@ -309,7 +311,7 @@ class Constraints:
             tools,
             choice,
             parallel=parallel,
-            form=form,
+            grammar=dialect.grammar,
             thinking=thinking,
             otherwise=otherwise,
             mark=self._mark,
@@ -334,7 +336,13 @@ class Constraints:
         return answer["lark"]
 
     def _make(
-        self, grammar: str, what: str, limits: Limits, thinking: Thinking, *, calls_in_text: bool = False
+        self,
+        grammar: str,
+        what: str,
+        limits: Limits,
+        thinking: ThinkingBefore,
+        *,
+        calls_in_text: bool = False,
     ) -> GrammarConstraint:
         verdict = self._verdicts.get(grammar)
         if verdict is None:
@@ -370,7 +378,7 @@ def explained(error: str) -> str:
     return point.rstrip(".:")[:300] or "it is not valid"
 
 
-def _limits(rule: Rule | None) -> Limits:
+def _limits(rule: GrammarRule | None) -> Limits:
     return GRAMMAR_LIMITS if rule is not None and rule.inner else LIMITS
 
 
