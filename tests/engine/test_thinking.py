@@ -19,7 +19,6 @@ from tests.engine.test_speculative import eager
 from tests.engine.tiny import PADDED, VOCAB
 
 THINK, CLOSE, END = 261, 262, 258
-XML_ENDS = ("</think>", "<tool_call>\n<function=")
 
 
 # when it is closed
@@ -110,6 +109,22 @@ def test_thinking_that_begins_again_spends_the_same_budget_until_a_call() -> Non
     call = "<tool_call>{}</tool_call>"
     made, guide = think(f"one</think>{call}<think>two\nthree</think>", budget=4)
     assert made == f"one</think>{call}<think>two\nEnough.\n</think>\n\nthree</think>"
+
+
+CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+
+
+def test_a_call_that_is_only_thought_of_spends_the_budget() -> None:
+    made, guide = think(f"a\n{CALL}\nb" + "c" * 99, budget=4, schemas={"f": {}})
+    assert made.startswith(f"a\n{CALL}\nb" + "c" * PATIENCE) and "\nEnough.\n</think>\n\nc" in made
+    assert guide.ended == "budget"
+    made, guide = think(f"one two\n{CALL}\nno\nthree", budget=9, schemas={"f": {}})
+    assert made == f"one two\n{CALL}\nno\nEnough.\n</think>\n\nthree"
+
+
+def test_a_call_ends_thinking_that_is_not_closed() -> None:
+    made, guide = think(f"hm\n{CALL}", budget=5, schemas={"f": {}})
+    assert made == f"hm\n{CALL}" and (guide.ended, guide.num_tokens) == ("model", 3)
 
 
 def test_forced_tokens_are_those_of_the_text(tokenizer: Tokenizer) -> None:

@@ -57,19 +57,39 @@ class Fences:
             self._fence = marks[:MAX_MARKS]
 
 
-def _fenced(mark: str, count: int) -> str:
-    """Fenced code with its two fences, of which the first has ``count`` marks."""
+def text_rules(refused: str = "") -> list[str]:
+    """Terminals of Lark: ``FREE`` is a text that ends outside of fences, ``REST`` one that may end anywhere.
+
+    Args:
+        refused: a regular expression of lines that the text must not have outside of fences; "" for none.
+    """
+    unless = f" & ~/{refused}/" if refused else ""
+    code, begun = "|".join(_code(*one) for one in _FENCES), "|".join(_begun(*one) for one in _FENCES)
+    return [
+        f"PLAIN: /[ \\t]*({_PLAIN})?/{unless}",
+        f'LINES: (PLAIN "\\n" | /{_TICKS}\\n|{code}/)*',
+        "FREE: LINES PLAIN",
+        f"REST: LINES (PLAIN | /({begun}|[ \\t]*(```|~~~))[^\\n]*/)",
+    ]
+
+
+#: Marks of fences, and how many; the last of each mark stands for all longer ones.
+_FENCES = [(mark, count) for mark in "`~" for count in range(3, MAX_MARKS + 1)]
+#: A line, after its blanks, that is not a fence, and one with backticks that only looks like one.
+_PLAIN = "[^`~ \\t\\n][^\\n]*|`{1,2}([^`\\n][^\\n]*)?|~{1,2}([^~\\n][^\\n]*)?"
+_TICKS = "[ \\t]*`{3,}[^`\\n]+`[^\\n]*"
+
+
+def _begun(mark: str, count: int) -> str:
+    """Fenced code before the line that ends it."""
     opening = f"{mark}{{{count}{',' if count == MAX_MARKS else ''}}}"
     info = "[^`\\n]*" if mark == "`" else "([^~\\n][^\\n]*)?"
     closing = f"{mark}{{{count},}}[ \\t\\r]*"
     other = f"[^{mark} \\t\\n][^\\n]*|{mark}{{1,{count - 1}}}([^{mark}\\n][^\\n]*)?"
     line = f"[ \\t]*({other}|{closing}([^{mark} \\t\\r\\n]|[ \\t\\r]{mark})[^\\n]*)?"
-    return f"[ \\t]*{opening}{info}\\n({line}\\n)*[ \\t]*{closing}\\n"
+    return f"[ \\t]*{opening}{info}\\n({line}\\n)*"
 
 
-_BEGUN = "[^`~ \\t\\n][^\\n]*|`{1,2}([^`\\n][^\\n]*)?|~{1,2}([^~\\n][^\\n]*)?"
-_LINE = f"[ \\t]*({_BEGUN}|`{{3,}}[^`\\n]+`[^\\n]*)?\\n"
-_CODE = "|".join(_fenced(mark, count) for mark in "`~" for count in range(3, MAX_MARKS + 1))
-#: Regular expressions of texts after which a line begins outside of fences, and of those that end outside.
-OUTSIDE_LINES = f"({_LINE}|{_CODE})*"
-OUTSIDE = f"{OUTSIDE_LINES}[ \\t]*({_BEGUN})?"
+def _code(mark: str, count: int) -> str:
+    """Fenced code with both of its fences."""
+    return f"{_begun(mark, count)}[ \\t]*{mark}{{{count},}}[ \\t\\r]*\\n"

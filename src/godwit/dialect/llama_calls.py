@@ -1,4 +1,4 @@
-"""Tool calls of Llama 3: bare JSON with ``parameters``, maybe after ``<|python_tag|>``; ``;`` separates calls."""
+"""Tool calls of Llama 3: bare JSON with ``parameters``, maybe after ``<|python_tag|>``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from godwit.dialect.dialect import Dialect
-from godwit.dialect.fences import OUTSIDE, OUTSIDE_LINES
 from godwit.dialect.grammar import CallGrammar, Mark, up_to
 from godwit.dialect.json_calls import JsonCall, json_call
 from godwit.dialect.lark import json_rule
@@ -15,9 +14,10 @@ from godwit.dialect.schema import DEFINITIONS
 from godwit.dialect.tags import CALL, FIRST_KEYS, PYTHON_TAG, TOOL_CALLS
 
 _PARAMETERS_KEY = re.compile(r"""\\?["']parameters\\?["']\s*:""")
-#: What the reader may take for the beginning of a call, in text outside of fences.
+#: What the reader may take for the beginning of a call. It is refused in fenced code, too, since the lines of
+#: this expression and those of code would be too much to follow together.
 _BEGIN = (
-    rf"({OUTSIDE_LINES}|{OUTSIDE}<\|python_tag\|>[ \t\r\n]*)"
+    r"((?s:.*\n)?|(?s:.*)<\|python_tag\|>[ \t\r\n]*)"
     rf"\{{[ \t\r\n]*\"({'|'.join(FIRST_KEYS)})\"(?s:.*)"
 )
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from godwit.dialect.dialect import Dialect
-from godwit.dialect.fences import OUTSIDE
+from godwit.dialect.fences import text_rules
 from godwit.dialect.grammar import CallGrammar, Mark, up_to
 from godwit.dialect.json_calls import JsonCall, json_call
 from godwit.dialect.lark import json_rule, quoted
@@ -107,15 +107,17 @@ class MistralCalls(CallGrammar):
         return self._several(more, mark, mark(TOOL_CALLS))
 
     def text_and_calls(self, more: int, names: Sequence[str], mark: Mark) -> tuple[str, list[str]]:
-        literal, rest = mark(TOOL_CALLS), [f"FREE: /{OUTSIDE}/", "rest: REST"]
-        if literal.startswith('"'):
-            start = "opener"
-            rest += [f"opener[suffix={literal}]: FREE"]
-            rest += [rf"REST: /(?s:.*)/ & ~/{OUTSIDE}\[TOOL_CALLS\](?s:.*)/"]
-        else:
-            start = f"free? {literal}"
-            rest += ["free: FREE", "REST: /(?s:.*)/"]
-        return "calls | rest", [f"calls: {self._several(more, mark, start)}", *rest]
+        literal = mark(TOOL_CALLS)
+        start, rest = f"free? {literal}", ["free: FREE", *text_rules()]
+        if literal.startswith('"'):  # not a special token, so text could hold it
+            start, rest = (
+                "opener",
+                [
+                    f"opener[suffix={literal}]: FREE",
+                    *text_rules(r"[^\n]*\[TOOL_CALLS\][^\n]*"),
+                ],
+            )
+        return "calls | rest", [f"calls: {self._several(more, mark, start)}", *rest, "rest: REST"]
 
     def _several(self, more: int, mark: Mark, start: str) -> str:
         if self._named:

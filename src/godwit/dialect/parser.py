@@ -154,8 +154,10 @@ class AnswerParser:
                 return self._end_thinking(start)
             if not fences.at_line_start:
                 continue
-            closed = END_THINK in self._held[start:]  # then it was only thought of
-            whole = not closed and self._dialect.whole_calls(self._held[start:], tag, self._schemas, final)
+            text, closed, _ = self._held[start:].partition(END_THINK)
+            whole = self._dialect.whole_calls(text, tag, self._schemas, final and not closed)
+            if closed and whole is None:  # then it was only thought of
+                continue
             if whole:
                 return self._end_thinking(start)
             if whole is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from godwit.dialect.fences import OUTSIDE, OUTSIDE_LINES
+from godwit.dialect.fences import text_rules
 from godwit.dialect.grammar import CallGrammar, Mark, alternatives, up_to
 from godwit.dialect.lark import quoted
 from godwit.dialect.tags import CALL, END_CALL
@@ -38,13 +38,12 @@ class TaggedCalls(CallGrammar):
         return call + up_to(more, f'"\\n" {call}')
 
     def text_and_calls(self, more: int, names: Sequence[str], mark: Mark) -> tuple[str, list[str]]:
-        no_bare = ""
+        refused = f"[^\\n]*{CALL}[^\\n]*"
         if self._bare is not None:
-            no_bare = f" & ~/{OUTSIDE_LINES}{self._bare}({alternatives(names)})>(?s:.*)/"
+            refused += f"|{self._bare}({alternatives(names)})>[^\\n]*"
         return f"call{{0,{more + 1}}} rest", [
-            f"FREE: /{OUTSIDE}/{no_bare}",
+            *text_rules(refused),
             f"opener[suffix={quoted(CALL)}]: FREE",
             f'call: opener "\\n" body {_CLOSER}',
             "rest: REST",
-            f"REST: /(?s:.*)/{no_bare} & ~/{OUTSIDE}{CALL}(?s:.*)/",
         ]

@@ -46,7 +46,8 @@ class ThinkingTracker:
         self._closer = "" if tagged is None else tagged.closer
         self._enders = () if tagged is None or not schemas else tagged.thinking_enders
         self._longest = max(map(len, (*_TAGS, self._closer, *self._openers)))
-        self._fresh = not opened  # nothing but white space since thinking could begin
+        self._fresh = True  # nothing but white space since thinking could begin
+        self._expected: tuple[str, ...] = (THINK,)  # where thinking may begin
         self._call: CallReader | None = None  # begun in thinking, and perhaps only thought about
         self._unread = ""  # what the reader has not used yet
         self._fences = Fences()  # at the start of what is held
@@ -79,13 +80,13 @@ class ThinkingTracker:
     def _begin(self) -> tuple[Place, int] | None:
         """Where thinking may begin: the place of a tag or of what may become one, or None behind that."""
         rest = self._held.lstrip()
-        if rest in _TAGS:
+        if rest in self._expected:
             return self._turn(rest), len(rest)
-        if any(tag.startswith(rest) for tag in _TAGS):
+        if any(tag.startswith(rest) for tag in self._expected):
             return self.place, 1
         self._fresh = False
-        self.place = "said"
-        return None if self._held.endswith(self._openers) else (self.place, len(rest))
+        self.place = "thinking" if self.place == "thinking" else "said"
+        return None if self._held.endswith((*self._openers, END_THINK)) else (self.place, len(rest))
 
     def _tags(self) -> tuple[str, ...]:
         if self.place == "thinking":
@@ -104,7 +105,7 @@ class ThinkingTracker:
         """Go on after a tag; the place of the tag itself."""
         thought = self.place == "thinking"
         self.num_closed += thought and tag != THINK
-        self._fresh = tag in (END_THINK, self._closer)
+        self._fresh, self._expected = tag in (END_THINK, self._closer), _TAGS
         if tag == THINK:
             self.place = "thinking"
         elif tag == END_THINK:
@@ -140,7 +141,9 @@ class ThinkingTracker:
             known = call.name in (None, *self._schemas)
             return self._think_on(1) if call.failed or not known else ("call", 1)
         rest = self._unread.lstrip(SPACE)
-        if not call.complete or not (self._closer.startswith(rest) or rest.startswith(self._closer)):
+        if call.complete and rest != self._closer and self._closer.startswith(rest):
+            return "call", 1
+        if not call.complete or not rest.startswith(self._closer):
             return self._think_on(len(rest))
         rest = rest.removeprefix(self._closer).lstrip(SPACE)
         if rest in self._openers:
@@ -148,7 +151,7 @@ class ThinkingTracker:
             self.num_calls += 1
             return "call", len(rest)
         if any(opener.startswith(rest) for opener in self._openers):
-            return "gap" if self._held.rstrip(SPACE).endswith(self._closer) and not rest else "call", 1
+            return "gap" if character in SPACE else "call", 1
         return self._think_on(len(rest))
 
     def _think_on(self, size: int) -> tuple[Place, int]:

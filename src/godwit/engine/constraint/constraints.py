@@ -101,11 +101,12 @@ class GrammarConstraint:
         self._vocab_size = vocab_size
         self._tags = tags
         self._thinking = thinking == "opened"
-        # the tags that are more than text where any text is allowed
+        # the tags that may come where any text is allowed
         self._meant = {THINK} if thinking == "optional" else set[str]()
         if calls_in_text:
             self._meant.add(CALL)
         self._calls_in_text = calls_in_text
+        self._after_opener = False
 
     def again(self) -> GrammarConstraint:
         """Another one of the same form, at its start."""
@@ -120,6 +121,9 @@ class GrammarConstraint:
         """
         bits = np.frombuffer(self._guarded(self._matcher.compute_bitmask), dtype=np.uint8)
         mask = np.unpackbits(bits, count=self._vocab_size, bitorder="little")
+        if self._after_opener:  # in fenced code any text goes on behind it, and the tag is text itself
+            letter, self._after_opener = self._tags.letter, False
+            self._meant = {CALL, END_CALL} if letter is not None and mask[letter] else set()
         mask[self._banned(mask)] = 0
         return torch.from_numpy(mask.view(np.bool_))
 
@@ -134,8 +138,10 @@ class GrammarConstraint:
             self._thinking = True
         elif self._thinking:
             self._thinking = tag != END_THINK
-        elif self._calls_in_text and tag in (CALL, END_CALL):
-            self._meant = {CALL} if tag == END_CALL else set()
+        elif self._calls_in_text and tag == CALL:
+            self._after_opener = True
+        elif self._calls_in_text and tag == END_CALL:
+            self._meant = {CALL}
         self._meant.discard(THINK)
 
     @property
