@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent / "src" / "godwit"
 # opened, child processes, pages of memory, the native module.
 FLOORS = (
     ("errors", "child", "file_kinds", "pages", "safe_files", "_native"),
+    ("dialect",),
     ("config", "qtensor", "tokenizer"),
     ("checkpoint", "kernels"),
     ("models",),

@@ -12,8 +12,8 @@ from typing import Protocol
 from torch import Tensor
 
 from godwit.engine.cache import CacheSize, num_blocks
+from godwit.engine.constraint.masks import MaskPool, wait_for_any
 from godwit.engine.generation import Generation
-from godwit.engine.masks import MaskPool, wait_for_any
 from godwit.engine.runner import ModelRunner
 from godwit.engine.sampling import Row, as_rows
 from godwit.engine.scheduler import Scheduler, Sequence, Work

@@ -8,8 +8,8 @@ from time import perf_counter
 from torch import Tensor
 
 from godwit.engine.answer import StopMatcher
+from godwit.engine.constraint.masks import MaskPool, Masks
 from godwit.engine.ending import Ending
-from godwit.engine.masks import MaskPool, Masks
 from godwit.engine.prefix import Hit
 from godwit.engine.sampling import Row, Sampler, TokenLogprobs
 from godwit.engine.scheduler import Sequence

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from godwit.dialect.dialect import Dialect, Schemas
+from godwit.dialect.hermes_calls import HERMES
+from godwit.dialect.tags import END_THINK
+from godwit.dialect.thinking import Place, ThinkingTracker
 from godwit.engine.answer import StopMatcher
-from godwit.engine.constraint_calls import CALL, END_CALL
-from godwit.engine.constraint_grammar import END_THINK, THINK
 from godwit.errors import UsageError
 from godwit.tokenizer import Tokenizer
 
 #: Why thinking was over: the model closed it, or it was closed for one of the other reasons.
 ThinkingEnd = Literal["model", "budget", "end_of_text", "reserve"]
-Place = Literal["gap", "tag", "thinking", "said", "call"]
 
 #: What Qwen's models were trained on for this purpose. Without any such words they go on thinking aloud.
 DEFAULT_MESSAGE = (
@@ -48,8 +49,8 @@ class ThinkingRules:
             the answer. A budget implies it.
         reserve: tokens of the answer's limit that thinking may not use; None: a quarter, and 512 at most.
         message: the last words of thinking that is closed; not repeated where thinking begins again.
-        closers: what ends thinking; all but ``</think>`` begin a call.
-        calls: ``<tool_call>`` begins a call.
+        dialect: of the answer's tool calls.
+        schemas: the parameters of the tools whose calls may end thinking that is not closed, by name.
 
     Raises:
         UsageError: the budget or the message makes no sense.
@@ -60,8 +61,8 @@ class ThinkingRules:
     bounded: bool = False
     reserve: int | None = None
     message: str = DEFAULT_MESSAGE
-    closers: tuple[str, ...] = (END_THINK,)
-    calls: bool = True
+    dialect: Dialect | None = HERMES
+    schemas: Schemas = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.budget is not None and not 0 <= self.budget <= MAX_BUDGET:
@@ -70,90 +71,6 @@ class ThinkingRules:
             raise UsageError(
                 f"a thinking budget's message has {MAX_MESSAGE_CHARS} characters at most, and no {END_THINK}"
             )
-
-
-class ThinkingTracker:
-    """Follows the text of an answer and says which part of it is what.
-
-    ``<think>`` opens thinking only at the beginning of an answer, after thinking, and after a call; elsewhere
-    it is text like any other. A call within thinking ends it if nothing or another call follows; where text
-    follows, the call was only thought of, and thinking goes on.
-
-    Attributes:
-        place: what comes next, as far as that is known: "gap" is white space after thinking.
-        num_closed, num_calls: thoughts and calls that are over.
-    """
-
-    def __init__(
-        self, *, opened: bool = False, closers: tuple[str, ...] = (END_THINK,), calls: bool = True
-    ) -> None:
-        self.place: Place = "thinking" if opened else "said"
-        self.num_closed = self.num_calls = 0
-        self._fresh = not opened  # only white space since thinking could begin
-        self._unclosed = False  # a call has begun within thinking, without </think>
-        self._openers = (CALL,) if calls else ()
-        self._closers = closers
-        self._seen = ""  # the end of the text before, which may be the beginning of a tag
-
-    def push(self, text: str) -> list[tuple[Place, str]]:
-        """The text in parts. Of a tag that comes in pieces only the last one is known as such."""
-        parts: list[tuple[Place, str]] = []
-        while text:
-            blanks = len(text) - len(text.lstrip())
-            if blanks and self.place == "gap" and not self._seen:
-                parts.append(("gap", text[:blanks]))
-                text = text[blanks:]
-                continue
-            place, tag = self._find(self._seen + text)
-            start = max(0, place - len(self._seen)) if tag else len(text)
-            if start:
-                parts.append((self.place, text[:start]))
-            if not tag:
-                self._keep(text)
-                break
-            end = place + len(tag) - len(self._seen)
-            parts.append((self._turn(tag), text[start:end]))
-            text, self._seen = text[end:], ""
-        return parts
-
-    def _find(self, text: str) -> tuple[int, str]:
-        """Where the first tag stands and which it is; "" for none."""
-        if self._fresh:
-            rest = text.lstrip()
-            for tag in (THINK, END_THINK):
-                if rest.startswith(tag):
-                    return len(text) - len(rest), tag
-            calls = self._openers if self._unclosed else ()
-            self._fresh = any(tag.startswith(rest) for tag in (THINK, END_THINK, *calls))
-            if not self._fresh:
-                self.place = "thinking" if self._unclosed and not rest.startswith(calls) else "said"
-                self._unclosed = False
-        tags = {"thinking": self._closers, "call": (END_CALL,)}.get(self.place, self._openers)
-        found = [(at, tag) for tag in tags if (at := text.find(tag)) >= 0]
-        return min(found, default=(-1, ""))
-
-    def _keep(self, text: str) -> None:
-        self._seen = (self._seen + text)[-max(map(len, (END_CALL, *self._closers))) :]
-
-    def _turn(self, tag: str) -> Place:
-        """Go on behind a tag; the place of the tag itself."""
-        before = self.place
-        self._fresh = tag in (END_THINK, END_CALL)
-        if tag in (THINK, END_THINK):
-            self._unclosed = False
-        if tag == THINK:
-            self.place = "thinking"
-        elif tag == END_THINK:
-            self.num_closed += before == "thinking"
-            self.place = "gap"
-        elif tag == END_CALL:
-            self.num_calls += 1
-            self.place = "gap" if self._unclosed else "said"
-        else:
-            self.num_closed += before == "thinking"
-            self._unclosed = before == "thinking"
-            self.place = "call"
-        return "tag" if tag in (THINK, END_THINK) else "call"
 
 
 class ThinkingGuide:
@@ -174,7 +91,7 @@ class ThinkingGuide:
         self.ended: ThinkingEnd | None = None
         self._rules = rules
         self._tokenizer = tokenizer
-        self._tracker = ThinkingTracker(opened=rules.opened, closers=rules.closers, calls=rules.calls)
+        self._tracker = ThinkingTracker(opened=rules.opened, dialect=rules.dialect, schemas=rules.schemas)
         self._bounded = rules.bounded or rules.budget is not None
         self._reserve = min(MAX_RESERVE, room // 4) if rules.reserve is None else rules.reserve
         self._left = room

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
+from godwit.dialect.parser import AnswerParser, CallArguments, CallEnd, CallStart, Delta, Text, Thinking
 from godwit.engine import Stream, TokenLogprobs
 from godwit.engine.stream import Event, Finish, PromptScored, Started
 from godwit.server.connections.clients import while_connected
 from godwit.server.errors import INTERNAL, ApiError, failed_answer, overloaded
 from godwit.server.log import Record
 from godwit.server.mailbox import Mailbox
-from godwit.server.tools import AnswerParser, CallArguments, CallEnd, CallStart, Delta, Text, Thinking
 
 _log = logging.getLogger("godwit.server")
 

@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from godwit.engine.constraint_schema import NO_PARAMETERS
+from godwit.dialect.schema import NO_PARAMETERS
 from godwit.server.errors import bad_request
 from godwit.server.json_body import check_counts
 from godwit.server.limits import Limits

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from godwit.server.calls import finite, refuse_constant
+from godwit.dialect.strict_json import finite, refuse_constant
 from godwit.server.errors import bad_request
 from godwit.server.limits import Limits
 

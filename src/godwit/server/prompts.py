@@ -11,15 +11,15 @@ from typing import Any, TypeVar
 from anyio.to_thread import run_sync
 from starlette.requests import Request
 
+from godwit.dialect.dialect import Dialect
+from godwit.dialect.mistral_calls import with_short_ids
+from godwit.dialect.tags import END_THINK, THINK
 from godwit.engine import opens_thinking
-from godwit.engine.constraint_grammar import END_THINK, THINK
 from godwit.errors import GodwitError, TemplateError
 from godwit.server.connections.clients import in_turn
 from godwit.server.connections.fair_queue import FairQueue
-from godwit.server.dialects import Format
 from godwit.server.errors import ApiError, bad_request, too_long
 from godwit.server.limits import Limits
-from godwit.server.mistral_calls import with_short_ids
 from godwit.tokenizer import Tokenizer
 
 Message = dict[str, Any]
@@ -222,13 +222,13 @@ class PromptQueue:
     Args:
         maker: makes them.
         limits: of messages and tools.
-        format: of the model's tool calls.
+        dialect: of the model's tool calls.
     """
 
-    def __init__(self, maker: PromptMaker, limits: Limits, format: Format | None) -> None:
+    def __init__(self, maker: PromptMaker, limits: Limits, dialect: Dialect | None) -> None:
         self.maker = maker
         self._limits = limits
-        self._short_ids = format in ("mistral", "mistral_args")
+        self._short_ids = dialect is not None and dialect.short_ids
         self._queue = FairQueue(PROMPT_WORKERS, PROMPTS_WAITING)
 
     async def run(self, request: Request, work: Callable[[], _Result]) -> _Result:

@@ -11,8 +11,11 @@ from typing import Any
 from starlette.requests import Request
 
 import godwit
+from godwit.dialect.detect import detect
+from godwit.dialect.lark import ThinkingBefore
+from godwit.dialect.parser import AnswerParser
+from godwit.dialect.tags import MARKS, THINK
 from godwit.engine import GenerationRequest, SamplingParams, Stream
-from godwit.engine.constraint_grammar import THINK, Thinking
 from godwit.errors import GodwitError, UsageError
 from godwit.server.answers import Answers
 from godwit.server.body import BodyReader
@@ -27,7 +30,6 @@ from godwit.server.prompts import Conversation, Prompt, PromptMaker, PromptQueue
 from godwit.server.settings import Settings
 from godwit.server.structured import NO_TOOLS, Calls, Form, FormMaker
 from godwit.server.thinking import ThinkingMaker, ThinkingWish
-from godwit.server.tools import MARKS, AnswerParser, format_of
 
 #: The error of templates that allow one call in a message, such as those of Llama 3.
 SINGLE_CALL = "only supports single tool-calls"
@@ -95,12 +97,12 @@ class Service:
         self.settings = settings
         self.tokenizer = engine.tokenizer
         self.context = engine.capacity
-        self.format = format_of(source)
+        self.dialect = detect(source)
         self.bodies = BodyReader(settings)
         self.prompts = PromptQueue(
-            PromptMaker(engine.tokenizer, engine.max_context), settings.limits, self.format
+            PromptMaker(engine.tokenizer, engine.max_context), settings.limits, self.dialect
         )
-        self.forms = FormMaker(engine.tokenizer, engine.vocab_size, self.format)
+        self.forms = FormMaker(engine.tokenizer, engine.vocab_size, self.dialect)
         self.thinking = ThinkingMaker(template, settings.thinking)
         self.metrics = Metrics(host.stats)
         self.items = ItemStore()
@@ -141,19 +143,21 @@ class Service:
         if job.conversation.begun and (job.form is not None or job.choice.mode == "required"):
             raise bad_request("an answer that continues a message can have no form and no required tool call")
         tools = [] if job.choice.mode == "none" else list(job.conversation.tools)
-        if tools and self.format is None:
+        if tools and self.dialect is None:
             raise bad_request(NO_TOOLS, "tools")
         job = replace(job, parallel=job.parallel and not self._one_call)
         form = job.constrained(tools)
         prompt = await self.prompts.make_prompt(request, replace(job.conversation, tools=tools))
         constraints = await self.forms.constrain(request, form, self._thinking(job, prompt), job.n)
-        format = self.format if tools else None
+        dialect = self.dialect if tools else None
+        schemas = {t["function"]["name"]: t["function"].get("parameters") or {} for t in tools}
         rules = self.thinking.rules(
             job.thinking,
             opened=prompt.thinking,
             max_tokens=job.params.max_tokens,
             held=form is not None,
-            format=format,
+            dialect=dialect,
+            schemas=schemas,
         )
         generation = GenerationRequest(
             prompt.ids,
@@ -163,17 +167,16 @@ class Service:
             shown_ids=self._marks if tools else frozenset(),
             thinking=rules,
         )
-        schemas = {t["function"]["name"]: t["function"].get("parameters") or {} for t in tools}
         return self.submit(
             request,
             [replace(generation, constraint=constraint) for constraint in constraints],
             parser=lambda: AnswerParser(
-                format, schemas, thinking=prompt.thinking, only_calls=job.form is not None
+                dialect, schemas, thinking=prompt.thinking, only_calls=job.form is not None
             ),
             parallel=job.parallel,
         )
 
-    def _thinking(self, job: ChatJob, prompt: Prompt) -> Thinking:
+    def _thinking(self, job: ChatJob, prompt: Prompt) -> ThinkingBefore:
         if prompt.thinking:
             return "opened"
         may_think = self._knows_thinking and job.conversation.variables.get("enable_thinking", True)

@@ -9,15 +9,15 @@ from typing import Any
 
 from starlette.requests import Request
 
+from godwit.dialect.dialect import Dialect
+from godwit.dialect.lark import ThinkingBefore
 from godwit.engine import Constraint
-from godwit.engine.constraint import Constraints, GrammarConstraint, Kind, UnknownForm
-from godwit.engine.constraint_grammar import Thinking
-from godwit.engine.constraint_trial import Abandon
+from godwit.engine.constraint.constraints import Constraints, GrammarConstraint, Kind, UnknownForm
+from godwit.engine.constraint.trials import Abandon
 from godwit.errors import GodwitError
 from godwit.server.connections.clients import in_turn
 from godwit.server.connections.fair_queue import FairQueue
 from godwit.server.errors import ApiError, bad_request, from_engine
-from godwit.server.tools import Format
 from godwit.tokenizer import Tokenizer
 
 FORM_WORKERS, FORMS_WAITING = 2, 64
@@ -32,7 +32,7 @@ class Form:
 
     Attributes:
         field: the field of the request that asks for it.
-        kind, value: as for :meth:`~godwit.engine.constraint.Constraints.rule`.
+        kind, value: as for :meth:`~godwit.engine.constraint.constraints.Constraints.rule`.
     """
 
     field: str
@@ -68,13 +68,13 @@ class FormMaker:
     Args:
         tokenizer: the model's.
         vocab_size: number of the model's logits.
-        format: of its tool calls.
+        dialect: of its tool calls.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, format: Format | None) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, dialect: Dialect | None) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._format = format
+        self._dialect = dialect
         self._lock = threading.Lock()
         self._constraints: Constraints | None = None
         self._queue = FairQueue(FORM_WORKERS, FORMS_WAITING)
@@ -82,7 +82,7 @@ class FormMaker:
         self._known_queue = FairQueue(1, FORMS_WAITING)
 
     async def constrain(
-        self, request: Request, form: Form | Calls | None, thinking: Thinking, count: int
+        self, request: Request, form: Form | Calls | None, thinking: ThinkingBefore, count: int
     ) -> Sequence[Constraint | None]:
         """One constraint for each of ``count`` answers, None where there is no ``form``.
 
@@ -103,7 +103,7 @@ class FormMaker:
         finally:
             abandon.give_up()
 
-    def known(self, form: Form | Calls, thinking: Thinking, count: int) -> Sequence[Constraint] | None:
+    def known(self, form: Form | Calls, thinking: ThinkingBefore, count: int) -> Sequence[Constraint] | None:
         """As :meth:`make`, in milliseconds; None where the form was not tried yet.
 
         Raises:
@@ -119,7 +119,7 @@ class FormMaker:
             raise from_engine(error) from error
 
     def make(
-        self, form: Form | Calls, thinking: Thinking, count: int, abandon: Abandon | None = None
+        self, form: Form | Calls, thinking: ThinkingBefore, count: int, abandon: Abandon | None = None
     ) -> Sequence[Constraint]:
         """One constraint for each of ``count`` answers. Blocks while the form is tried, or until ``abandon``.
 
@@ -133,22 +133,24 @@ class FormMaker:
         return self._several(self._constraints.until(abandon or Abandon()), form, thinking, count)
 
     def _several(
-        self, constraints: Constraints, form: Form | Calls, thinking: Thinking, count: int
+        self, constraints: Constraints, form: Form | Calls, thinking: ThinkingBefore, count: int
     ) -> Sequence[Constraint]:
         first = self._one(constraints, form, thinking)
         return [first, *(first.again() for _ in range(count - 1))]
 
-    def _one(self, constraints: Constraints, form: Form | Calls, thinking: Thinking) -> GrammarConstraint:
+    def _one(
+        self, constraints: Constraints, form: Form | Calls, thinking: ThinkingBefore
+    ) -> GrammarConstraint:
         if isinstance(form, Form):
             return constraints.held_to(constraints.rule(form.kind, form.value), thinking)
-        if self._format is None:
+        if self._dialect is None:
             raise bad_request(NO_TOOLS, "tools")
         other = form.otherwise
         return constraints.tool_calls(
             form.tools,
             form.choice,
             parallel=form.parallel,
-            form=self._format,
+            dialect=self._dialect,
             thinking=thinking,
             otherwise=None if other is None else constraints.rule(other.kind, other.value),
         )

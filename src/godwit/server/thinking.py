@@ -9,19 +9,13 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from godwit.chat_template import ChatTemplate, Effort
-from godwit.engine.constraint_calls import CALL, FUNCTION
-from godwit.engine.constraint_grammar import END_THINK
+from godwit.dialect.dialect import Dialect, Schemas
 from godwit.engine.thinking import DEFAULT_MESSAGE, MAX_BUDGET, ThinkingRules
-from godwit.server.dialects import Format
 from godwit.server.errors import bad_request
 from godwit.server.fields import RequestBody
 
 #: Of an answer's tokens, how many may be thinking; higher efforts have no limit of their own.
 SHARES: Mapping[Effort, float] = {"minimal": 1 / 16, "low": 1 / 4, "medium": 1 / 2, "high": 4 / 5}
-#: Formats whose calls stand between <tool_call> tags.
-_TAGGED: tuple[Format, ...] = ("hermes", "xml")
-#: Models that write XML calls sometimes forget to close their thinking before one.
-_FORGOTTEN_ENDS: Mapping[Format, tuple[str, ...]] = {"xml": (f"{CALL}\n{FUNCTION}", CALL + FUNCTION)}
 #: The length of an answer whose request does not limit it, for these shares.
 USUAL_TOKENS = 32_768
 #: Tokens of thinking; -1 is no limit.
@@ -120,7 +114,8 @@ class ThinkingMaker:
         opened: bool,
         max_tokens: int | None,
         held: bool,
-        format: Format | None,
+        dialect: Dialect | None,
+        schemas: Schemas,
     ) -> ThinkingRules:
         """What holds for the thinking of an answer.
 
@@ -128,15 +123,16 @@ class ThinkingMaker:
             opened: the prompt has opened ``<think>``.
             max_tokens: of the whole answer.
             held: the answer has to have a form, so that thinking without an answer is worth nothing.
-            format: of the tool calls that it may have.
+            dialect: of the tool calls that it may have.
+            schemas: the parameters of the tools, by name.
         """
         return ThinkingRules(
             opened=opened,
             budget=self._budget(wish, max_tokens),
             bounded=held or self._settings.never_empty,
             message=self._settings.message,
-            closers=(END_THINK, *(_FORGOTTEN_ENDS.get(format, ()) if format and not held else ())),
-            calls=format in _TAGGED,
+            dialect=dialect,
+            schemas={} if held else schemas,
         )
 
     def _effort(self, wish: ThinkingWish) -> Effort | None:

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from godwit.dialect.strict_json import parse_json
 from godwit.server.answers import AnswerState
 from godwit.server.anthropic.schemas import CountRequest, MessagesRequest
 from godwit.server.anthropic.streams import MessageEvents, call_id, reason_of, usage_of
-from godwit.server.calls import parse_json
 from godwit.server.fields import Mode, ToolChoice
 from godwit.server.prompts import Conversation
 from godwit.server.service import ChatJob, Service

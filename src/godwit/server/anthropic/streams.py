@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from godwit.dialect.parser import CallArguments, CallEnd, CallStart, Delta, Text, Thinking
 from godwit.server.answers import AnswerState, Update, Usage
 from godwit.server.errors import ApiError, anthropic_body
 from godwit.server.openai.choices import thinking_ended
 from godwit.server.sse import Payload, StreamFormat
-from godwit.server.tools import CallArguments, CallEnd, CallStart, Delta, Text, Thinking
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from godwit.dialect.parser import CallArguments, CallStart, Delta, Text, Thinking
 from godwit.server.answers import AnswerState, Update
 from godwit.server.errors import ApiError, openai_body
 from godwit.server.openai.choices import (
@@ -17,7 +18,6 @@ from godwit.server.openai.choices import (
     usage_of,
 )
 from godwit.server.sse import Payload, StreamFormat
-from godwit.server.tools import CallArguments, CallStart, Delta, Text, Thinking
 from godwit.tokenizer import Tokenizer
 
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from time import time
 from typing import Any
 
+from godwit.dialect.parser import CallArguments, CallStart, Delta, Text, Thinking
 from godwit.engine import TokenLogprobs
 from godwit.server.answers import AnswerState, Update, Usage
 from godwit.server.errors import ApiError
 from godwit.server.openai.choices import call_id, logprob_body, thinking_ended
 from godwit.server.openai.response_tools import CallText, OfferedTool
 from godwit.server.sse import Payload, StreamFormat
-from godwit.server.tools import CallArguments, CallStart, Delta, Text, Thinking
 from godwit.tokenizer import Tokenizer
 
 _ITEM_FIELDS: Mapping[str, Payload] = {"message": {"role": "assistant"}, "reasoning": {"summary": []}}

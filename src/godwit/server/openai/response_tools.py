@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from godwit.server.calls import parse_json
+from godwit.dialect.strict_json import parse_json
 from godwit.server.errors import bad_request
 from godwit.server.fields import BodyPart, FunctionSpec, Items, Name
 

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from godwit.dialect.parser import CallArguments, CallEnd, CallStart, Delta, Text, Thinking
 from godwit.server.answers import AnswerState, Update
 from godwit.server.errors import bad_request
 from godwit.server.openai.items import ItemStore
@@ -18,7 +19,6 @@ from godwit.server.openai.response_schemas import Item, ItemReference, Responses
 from godwit.server.openai.response_tools import echoed, left_out, offered
 from godwit.server.service import ChatJob, Service
 from godwit.server.sse import EventStream, Payload
-from godwit.server.tools import CallArguments, CallEnd, CallStart, Delta, Text, Thinking
 
 _ITEM: TypeAdapter[Item] = TypeAdapter(Item)
 _log = logging.getLogger("godwit.server")

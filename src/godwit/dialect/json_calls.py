@@ -6,16 +6,18 @@ behind ``<|python_tag|>``, and ``;`` between several.
 
 from __future__ import annotations
 
-from collections.abc import Container
-from typing import Literal
+import json
+from collections.abc import Container, Mapping
+from typing import Any, Literal
 
-from godwit.engine.constraint_calls import ARGUMENTS, FIRST_KEYS
-from godwit.server.calls import object_text, parse_json
+from godwit.dialect.dialect import SPACE
+from godwit.dialect.lark import json_rule, quoted
+from godwit.dialect.strict_json import object_text, parse_json
+from godwit.dialect.tags import ARGUMENTS, FIRST_KEYS
 
-_SPACE = " \t\r\n"
 _CLOSERS = {"{": "}", "[": "]"}
 #: All that JSON has outside of strings.
-_PLAIN = frozenset(_SPACE + "{}[],:+-.0123456789eEtrufalsn")
+_PLAIN = frozenset(SPACE + "{}[],:+-.0123456789eEtrufalsn")
 #: How a value begins.
 _STARTS = frozenset('{["-0123456789tfn')
 #: What may stand behind a backslash, and how control characters are written there.
@@ -26,7 +28,7 @@ Place = Literal["start", "key or end", "key", "colon", "value", "comma or end"]
 
 
 class JsonCall:
-    """Reads one call; see :class:`~godwit.server.calls.CallReader`.
+    """Reads one call; see :class:`~godwit.dialect.dialect.CallReader`.
 
     The arguments are given out as they come once the name is known. Arguments before the name are kept until
     then, and so are arguments as a JSON text within a JSON string, which some models write. Control
@@ -69,7 +71,7 @@ class JsonCall:
     def _read(self, character: str) -> str:
         if self._part:
             return self._read_part(character)
-        if character in _SPACE:
+        if character in SPACE:
             return ""
         place = self._place
         if place == "start" and character == "{":
@@ -101,7 +103,7 @@ class JsonCall:
         return character
 
     def _read_part(self, character: str) -> str:
-        if not (self._quoted or self._stack) and character in _SPACE + ",}":
+        if not (self._quoted or self._stack) and character in SPACE + ",}":
             return self._end_part() + ("" if self.failed else self._read(character))
         if not self._quoted and character not in _PLAIN and character != '"':
             self.failed = True  # what was given out stays, and is not an object
@@ -199,3 +201,10 @@ class JsonCall:
             return ""
         self.ended = True
         return "" if self.name is not None else self._give_whole("{}")
+
+
+def json_call(rule: str, name: str, parameters: Mapping[str, Any], key: str = "arguments") -> list[str]:
+    """The grammar of such a call: rules, the first of which is called ``rule``."""
+    head = quoted(f'{{"name": {json.dumps(name)}, "{key}": ')
+    arguments = f"{rule}_arguments: {json_rule(parameters, lenient=True)}"
+    return [f'{rule}: {head} {rule}_arguments "}}"', arguments]

@@ -10,8 +10,7 @@
     </function>
     </tool_call>
 
-The grammar of forced calls writes exactly this, with values in which :meth:`XmlCall._ends_value` finds no
-end.
+The grammar writes exactly this, with values in which :meth:`XmlCall._ends_value` finds no end.
 """
 
 from __future__ import annotations
@@ -21,8 +20,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from godwit.engine.answer import open_end
-from godwit.engine.constraint_calls import (
+from godwit.dialect.dialect import SPACE, Dialect
+from godwit.dialect.lark import json_rule, quoted
+from godwit.dialect.schema import DEFINITIONS, kinds, members
+from godwit.dialect.tagged_calls import TaggedCalls
+from godwit.dialect.tags import (
     CALL,
     END_CALL,
     END_FUNCTION,
@@ -30,23 +32,28 @@ from godwit.engine.constraint_calls import (
     FUNCTION,
     PARAMETER,
     TAG_NAME,
+    open_end,
 )
-from godwit.engine.constraint_schema import members
-from godwit.server.values import is_text, read_value
+from godwit.dialect.text_patterns import ANY, WITH_END, text_expression
+from godwit.dialect.values import is_text, read_value
+from godwit.errors import UsageError
 
 MAX_NAME = 258
-_SPACE = " \t\r\n"
 _OPEN_PARAMETER = PARAMETER.removesuffix("=")
 _TAGS = (END_PARAMETER, PARAMETER, END_FUNCTION, END_CALL)
 _TAG = re.compile("|".join(map(re.escape, _TAGS)))
 _ESCAPED = re.compile(r"\\.", re.DOTALL)
 _SAME_OBJECT = ("allOf", "anyOf", "oneOf")
+#: What a list of tags cannot show to hold of the parameters as a whole.
+_OF_THE_WHOLE = (
+    "anyOf", "oneOf", "not", "if", "dependentRequired", "dependentSchemas", "minProperties", "maxProperties",
+)  # fmt: skip
 #: Whether a tag ends a value: it does, it is a part of it, or more text has to tell.
 Verdict = Literal["end", "text", "wait"]
 
 
 class XmlCall:
-    """Reads one call; see :class:`~godwit.server.calls.CallReader`.
+    """Reads one call; see :class:`~godwit.dialect.dialect.CallReader`.
 
     Values that are texts are given out as they come, others when they are whole. Only parameters that the
     tool knows count. A closing tag may be missing where the next line goes on with another parameter.
@@ -90,7 +97,7 @@ class XmlCall:
     # The states, as in AnswerParser.
 
     def _read_opening(self, final: bool) -> bool:
-        rest = self._held.lstrip(_SPACE)
+        rest = self._held.lstrip(SPACE)
         if rest.startswith(FUNCTION):
             self._held = rest[len(FUNCTION) :]
             return self._go(self._read_name)
@@ -197,7 +204,7 @@ class XmlCall:
         if tag == END_FUNCTION:
             follower = _tag_at(rest, (END_CALL, CALL, FUNCTION), final)
             if follower is None:
-                return "end" if line and final and not rest.strip(_SPACE) else "text"
+                return "end" if line and final and not rest.strip(SPACE) else "text"
             return "wait" if not follower else "end" if line or follower == END_CALL else "text"
         key, _ = _named(rest, final) if line else ("", "")
         return "wait" if key is None else "end" if key and self._goes_on_with(key) else "text"
@@ -208,11 +215,11 @@ class XmlCall:
     def _ends_at_closer(self, rest: str, line: bool, final: bool) -> Verdict:
         follower = _tag_at(rest, (_OPEN_PARAMETER, END_FUNCTION, END_CALL), final)
         if not follower:
-            at_end = final and not rest.strip(_SPACE)
+            at_end = final and not rest.strip(SPACE)
             return "wait" if follower == "" else "end" if at_end else "text"
         if follower != _OPEN_PARAMETER:
             return "end"
-        bare = rest.lstrip(_SPACE)
+        bare = rest.lstrip(SPACE)
         key, _ = _key_at(bare, final)
         if key is None:
             return "wait"
@@ -245,7 +252,7 @@ class XmlCall:
 
 def _tag_at(text: str, tags: Sequence[str], final: bool) -> str | None:
     """Which of the tags comes next, blanks aside; "" where it is not certain yet, None for none of them."""
-    rest = text.lstrip(_SPACE)
+    rest = text.lstrip(SPACE)
     for tag in tags:
         if rest.startswith(tag):
             return tag
@@ -272,10 +279,65 @@ def _key_at(text: str, final: bool) -> tuple[str | None, str]:
 
 def _in_string(text: str) -> bool:
     """Whether JSON that begins like this is within a string."""
-    if not text.lstrip(_SPACE).startswith(("{", "[", '"')):
+    if not text.lstrip(SPACE).startswith(("{", "[", '"')):
         return False
     return _ESCAPED.sub("", text).count('"') % 2 == 1
 
 
 def _dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
+
+
+def xml_call(rule: str, name: str, parameters: Mapping[str, Any]) -> list[str]:
+    """Parameters come in their order, the required ones always; others than the schema names, never."""
+    parts_of_it = members(parameters, parameters, ("allOf",))
+    properties = {k: v for member in parts_of_it for k, v in dict(member.get("properties") or {}).items()}
+    required = {key for member in parts_of_it for key in member.get("required") or ()}
+    for keyword in _OF_THE_WHOLE:
+        if any(keyword in member for member in parts_of_it):
+            raise UsageError(
+                f"`{keyword}` of all parameters cannot be held to in calls that are tags; leave it out"
+            )
+    parts, rules = "", [f"CLOSER: {quoted(chr(10) + END_PARAMETER + chr(10))}"] if rule == "call0" else []
+    for index, (key, schema) in enumerate(properties.items()):
+        part = f"{rule}_p{index}"
+        parts += f" {part}" if key in required else f" {part}?"
+        rules += _xml_parameter(part, key, schema, parameters)
+    head = quoted(f"{FUNCTION}{name}>\n")
+    return [f"{rule}: {head}{parts} {quoted(END_FUNCTION)}", *rules]
+
+
+def _xml_parameter(rule: str, key: str, schema: Any, root: Mapping[str, Any]) -> list[str]:
+    """A text stands as it is, any other value as JSON."""
+    if not TAG_NAME.fullmatch(key):
+        raise UsageError(f"a parameter with the name {key[:80]!r} cannot be written in calls that are tags")
+    found = kinds(schema, root)
+    others = [kind for kind in found if kind != "string"]
+    options, rules = [], []
+    text = text_expression(schema, root) if not found or "string" in found else None
+    if text is not None:
+        terminal = rule.upper()
+        options.append(terminal)
+        rules += [
+            f"{terminal}: {terminal}_TEXT CLOSER",
+            f"{terminal}_TEXT: {ANY} & ({text}) & ~/{WITH_END}/",
+        ]
+    if others or text is None:
+        narrowed = {"allOf": [schema, {"type": others}]} if text is not None else schema
+        shared = {name: root[name] for name in DEFINITIONS if name in root}
+        options.append(f"{rule}_json CLOSER")
+        rules.append(f"{rule}_json: {json_rule({**shared, **narrowed}, lenient=True)}")
+    return [f"{rule}: {quoted(f'{PARAMETER}{key}>{chr(10)}')} ({' | '.join(options)})", *rules]
+
+
+XML = Dialect(
+    name="xml",
+    written_in=lambda template: CALL in template and FUNCTION in template,
+    reader=lambda opener, schemas: XmlCall(schemas, opened=opener == FUNCTION),
+    grammar=TaggedCalls(xml_call, bare=FUNCTION),
+    openers=(CALL,),
+    line_openers=(FUNCTION,),
+    closer=END_CALL,
+    between=SPACE + "}",
+    ends_thinking=True,
+)

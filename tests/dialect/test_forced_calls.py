@@ -12,25 +12,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from godwit.engine.constraint import Constraints
-from godwit.engine.constraint_schema import fits, prepared
+from godwit.dialect.schema import fits, prepared
+from godwit.engine.constraint.constraints import Constraints
 from godwit.errors import UsageError
-from godwit.server.tools import Format
 from godwit.tokenizer import Tokenizer
+from tests.dialect.parsing import BY_NAME, calls_of, parse, text_of
 from tests.engine.forms import FOLDER, walk
-from tests.server.parsing import calls_of, parse, text_of
 
 pytest.importorskip("llguidance")
 TOKENIZER = Tokenizer.from_dir(FOLDER)
 FORMS = Constraints(TOKENIZER, seconds=60)
-FORMATS: list[Format] = ["hermes", "xml", "llama", "mistral", "mistral_args"]
+FORMATS = ["hermes", "xml", "llama", "mistral", "mistral_args"]
 
 
-def held(parameters: Mapping[str, Any], form: Format, choice: str = "required") -> Any:
-    return FORMS.tool_calls([{"name": "f", "parameters": parameters}], choice, form=form, parallel=False)
+def held(parameters: Mapping[str, Any], form: str, choice: str = "required") -> Any:
+    return FORMS.tool_calls(
+        [{"name": "f", "parameters": parameters}], choice, dialect=BY_NAME[form], parallel=False
+    )
 
 
-def call(arguments: Mapping[str, Any], form: Format) -> str:
+def call(arguments: Mapping[str, Any], form: str) -> str:
     """A call as the template of such a model writes it."""
     whole = json.dumps(arguments, ensure_ascii=False)
     if form == "xml":
@@ -86,7 +87,7 @@ SCHEMAS: list[tuple[Any, Any]] = [
 
 @settings(max_examples=60, deadline=None)
 @given(st.data(), st.sampled_from(FORMATS), st.sampled_from(range(len(SCHEMAS))))
-def test_what_a_grammar_lets_through_is_read_back(data: st.DataObject, form: Format, which: int) -> None:
+def test_what_a_grammar_lets_through_is_read_back(data: st.DataObject, form: str, which: int) -> None:
     schema, values = SCHEMAS[which]
     value = data.draw(values)
     text = call({"c": value}, form)
@@ -119,7 +120,7 @@ def test_what_a_grammar_lets_through_is_read_back(data: st.DataObject, form: For
         ({"properties": {"format": {"type": "string", "format": "uuid4"}}}, {"format": "x"}),
     ],
 )  # fmt: skip
-def test_values_that_fit_can_be_written(form: Format, schema: Any, value: Any) -> None:
+def test_values_that_fit_can_be_written(form: str, schema: Any, value: Any) -> None:
     parameters = one(schema, **{"$defs": {"T": {"type": "string", "minLength": 2}}})
     text = call({"c": value}, form)
     assert walk(TOKENIZER, held(parameters, form), text) == "complete"
@@ -143,19 +144,22 @@ def test_values_that_fit_can_be_written(form: Format, schema: Any, value: Any) -
         ({"anyOf": [{"type": "null"}, {"$ref": "#/$defs/O"}]}, {"b": 2}),
     ],
 )
-def test_values_that_do_not_fit_cannot_be_written(form: Format, schema: Any, value: Any) -> None:
+def test_values_that_do_not_fit_cannot_be_written(form: str, schema: Any, value: Any) -> None:
     parameters = one(schema, **{"$defs": {"O": {"properties": {"a": {"type": "integer"}}}}})
     assert walk(TOKENIZER, held(parameters, form), call({"c": value}, form)) not in ("complete", "open")
 
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("parameters", [None, {}, {"type": "object", "properties": {}}])
-def test_a_tool_without_parameters_takes_none(form: Format, parameters: Any) -> None:
+def test_a_tool_without_parameters_takes_none(form: str, parameters: Any) -> None:
     tool = {"name": "f"} if parameters is None else {"name": "f", "parameters": parameters}
     text = call({}, form)
-    assert walk(TOKENIZER, FORMS.tool_calls([tool], form=form), text) == "complete"
+    assert walk(TOKENIZER, FORMS.tool_calls([tool], dialect=BY_NAME[form]), text) == "complete"
     filled = call({"a": " "}, form)
-    assert walk(TOKENIZER, FORMS.tool_calls([tool], form=form), filled) not in ("complete", "open")
+    assert walk(TOKENIZER, FORMS.tool_calls([tool], dialect=BY_NAME[form]), filled) not in (
+        "complete",
+        "open",
+    )
 
 
 def test_objects_are_closed_only_where_one_schema_knows_all_properties() -> None:
@@ -212,7 +216,7 @@ ANYTHING = {
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_whatever_is_written_within_a_grammar_fits(form: Format) -> None:
+def test_whatever_is_written_within_a_grammar_fits(form: str) -> None:
     stops = sorted(TOKENIZER.stop_ids)
     for seed in range(3):
         chance = random.Random(seed)
@@ -269,7 +273,7 @@ LLAMA = call({"c": "x"}, "llama")
         ("mistral_args", "Well.", True),
     ],
 )
-def test_free_text_holds_no_call_that_is_not_held_to_its_tool(form: Format, text: str, passes: bool) -> None:
+def test_free_text_holds_no_call_that_is_not_held_to_its_tool(form: str, text: str, passes: bool) -> None:
     schema = one({"type": "string", "maxLength": 3})
     reached = walk(TOKENIZER, held(schema, form, "auto"), text)
     assert (reached == "complete") == passes

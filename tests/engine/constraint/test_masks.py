@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from godwit.engine import core as module
-from godwit.engine.masks import MaskPool, Masks
+from godwit.engine.constraint.masks import MaskPool, Masks
 from godwit.engine.sampling import SamplingParams
 from godwit.errors import UsageError
 from godwit.models.causal_lm import CausalLM

@@ -19,6 +19,8 @@ NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additional
 FORMATS = frozenset(
     ("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 )
+#: Where a schema keeps what it refers to.
+DEFINITIONS = ("$defs", "definitions")
 MAX_DEPTH = 48
 #: Values in a schema, whatever they are; 256 KiB of a usual one have some 20,000.
 MAX_VALUES = 32_768
@@ -26,7 +28,7 @@ MAX_STEPS = 20_000
 #: Of finding out which definitions describe only a part of an object, each for those that the last one found.
 MAX_ROUNDS = 8
 
-_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_MAPS = ("properties", "patternProperties", *DEFINITIONS, "dependentSchemas")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _SINGLE = (
     "items", "additionalItems", "contains", "additionalProperties", "propertyNames", "unevaluatedItems",
@@ -88,7 +90,7 @@ def prepared(schema: Mapping[str, Any]) -> dict[str, Any]:
         result = _prepare(schema, False, shared)
         if len(shared) == known:
             return dict(result)
-    shared |= {f"#/{key}/{name}" for key in ("$defs", "definitions") for name in schema.get(key) or ()}
+    shared |= {f"#/{key}/{name}" for key in DEFINITIONS for name in schema.get(key) or ()}
     return dict(_prepare(schema, False, shared))
 
 

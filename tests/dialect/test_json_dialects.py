@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from godwit.server.tools import AnswerParser, CallArguments, CallStart, Format, Text, format_of
-from tests.server.parsing import calls_of, parse, text_of
+from godwit.dialect.detect import detect
+from godwit.dialect.parser import AnswerParser, CallArguments, CallStart, Text
+from tests.dialect.parsing import BY_NAME, calls_of, parse, text_of
 
 LLAMA = '{"name": "write", "parameters": {"path": "a;b", "n": [1, {"é": "}"}]}}'
 MEANT = ("write", {"path": "a;b", "n": [1, {"é": "}"}]})
@@ -16,7 +17,7 @@ LIST = (
 )
 
 
-def read(text: str, format: Format) -> tuple[str, list[tuple[str, Any]]]:
+def read(text: str, format: str) -> tuple[str, list[tuple[str, Any]]]:
     """Text and calls of an answer, which are the same however it is cut."""
     whole = parse([text], format)
     assert parse(list(text), format) == whole
@@ -80,7 +81,7 @@ def test_other_json_is_no_call_of_llama(text: str) -> None:
     ],
 )
 @pytest.mark.parametrize("format", ["mistral", "mistral_args"])
-def test_calls_of_mistral(text: str, calls: Any, format: Format) -> None:
+def test_calls_of_mistral(text: str, calls: Any, format: str) -> None:
     assert read(text, format) == ("", calls)
     assert read(f"So:\n{text}", format) == ("So:", calls)
 
@@ -101,10 +102,10 @@ def test_arguments_that_break_off_are_not_complete() -> None:
 
 
 def test_they_stream() -> None:
-    parser = AnswerParser("llama", {"f": {}})
+    parser = AnswerParser(BY_NAME["llama"], {"f": {}})
     assert parser.push('{"name": "f"') == []
     assert parser.push(', "parameters": {"a') == [CallStart(0, "f"), CallArguments(0, '{"a')]
-    parser = AnswerParser("mistral", {"f": {}})
+    parser = AnswerParser(BY_NAME["mistral"], {"f": {}})
     assert parser.push("[TOOL_CALLS]f[ARGS]") == []
     assert parser.push('{"a": 1') == [CallStart(0, "f"), CallArguments(0, '{"a": 1')]
 
@@ -130,5 +131,5 @@ LLAMA_TEMPLATE = (
         ("{% if tools %}<|start|>assistant to=functions.f{{ tools | tojson }}{% endif %}", None),
     ],
 )
-def test_the_format_follows_from_the_template(template: str, format: Format | None) -> None:
-    assert format_of(template) == format
+def test_the_format_follows_from_the_template(template: str, format: str | None) -> None:
+    assert (found := detect(template)) == (None if format is None else BY_NAME[format]), found

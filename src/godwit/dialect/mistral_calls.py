@@ -12,9 +12,15 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from godwit.server.json_calls import JsonCall
+from godwit.dialect.dialect import Dialect
+from godwit.dialect.fences import text_rules
+from godwit.dialect.grammar import CallGrammar, Mark, up_to
+from godwit.dialect.json_calls import JsonCall, json_call
+from godwit.dialect.lark import json_rule, quoted
+from godwit.dialect.tags import ARGS, TOOL_CALLS
 
 #: The ids of calls that the templates of these models take.
 _ID = re.compile(r"[A-Za-z0-9]{9}")
@@ -25,9 +31,9 @@ _HEAD = re.compile(r"\s*\[?\s*|\s*[\w.:/-]{1,256}\s*(\[[A-Z_]{0,8}(\]\s*\w{0,64}
 
 
 class MistralCall:
-    """Reads the call behind ``[TOOL_CALLS]``, of a list the first.
+    """Reads the call after ``[TOOL_CALLS]``, the first one of a list.
 
-    See :class:`~godwit.server.calls.CallReader`.
+    See :class:`~godwit.dialect.dialect.CallReader`.
     """
 
     def __init__(self) -> None:
@@ -77,8 +83,68 @@ class MistralCall:
         self.ended = call.ended or (self._named and call.complete)
 
 
+class MistralCalls(CallGrammar):
+    """The grammar of these calls.
+
+    Args:
+        named: calls are written ``NAME[ARGS]{...}``.
+    """
+
+    def __init__(self, *, named: bool) -> None:
+        self._named = named
+
+    def call(
+        self, rule: str, name: str, parameters: Mapping[str, Any], mark: Mark, *, beside_json: bool
+    ) -> list[str]:
+        if not self._named:
+            return json_call(rule, name, parameters)
+        return [
+            f"{rule}: {quoted(name)} {mark(ARGS)} {rule}_arguments",
+            f"{rule}_arguments: {json_rule(parameters, lenient=True)}",
+        ]
+
+    def calls(self, more: int, mark: Mark) -> str:
+        return self._several(more, mark, mark(TOOL_CALLS))
+
+    def text_and_calls(self, more: int, names: Sequence[str], mark: Mark) -> tuple[str, list[str]]:
+        literal = mark(TOOL_CALLS)
+        start, rest = f"free? {literal}", ["free: FREE", *text_rules()]
+        if literal.startswith('"'):  # not a special token, so text could hold it
+            start, rest = (
+                "opener",
+                [
+                    f"opener[suffix={literal}]: FREE",
+                    *text_rules(r"[^\n]*\[TOOL_CALLS\][^\n]*"),
+                ],
+            )
+        return "calls | rest", [f"calls: {self._several(more, mark, start)}", *rest, "rest: REST"]
+
+    def _several(self, more: int, mark: Mark, start: str) -> str:
+        if self._named:
+            return f"{start} body" + up_to(more, f"{mark(TOOL_CALLS)} body")
+        others = up_to(more, '", " body')
+        return f'{start} " "? "[" body{others} "]"'
+
+
+MISTRAL = Dialect(
+    name="mistral",
+    written_in=lambda template: TOOL_CALLS in template,
+    reader=lambda opener, schemas: JsonCall() if opener == "{" else MistralCall(),
+    grammar=MistralCalls(named=False),
+    openers=(TOOL_CALLS,),
+    chains=True,
+    short_ids=True,
+)
+MISTRAL_ARGS = replace(
+    MISTRAL,
+    name="mistral_args",
+    written_in=lambda template: TOOL_CALLS in template and ARGS in template,
+    grammar=MistralCalls(named=True),
+)
+
+
 def with_short_ids(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages in which the ids of calls are as short as the templates of these models want them."""
+    """Messages with ids of calls that the templates of these models take."""
     result = []
     for message in messages:
         message = dict(message)

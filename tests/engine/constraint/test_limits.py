@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from godwit.engine import constraint as module
-from godwit.engine import constraint_trial as trial
-from godwit.engine import constraint_worker as worker
-from godwit.engine.constraint import (
+from godwit.dialect.lark import MAX_REGEX_CHARS, MAX_SCHEMA_CHARS, json_rule
+from godwit.dialect.schema import MAX_DEPTH, MAX_VALUES
+from godwit.engine.constraint import constraints as module
+from godwit.engine.constraint import trials as trial
+from godwit.engine.constraint import worker
+from godwit.engine.constraint.constraints import (
     ANSWER_SECONDS,
     FREE_SECONDS,
     LIMITS,
@@ -22,11 +24,9 @@ from godwit.engine.constraint import (
     UnknownForm,
     explained,
 )
-from godwit.engine.constraint_grammar import MAX_REGEX_CHARS, MAX_SCHEMA_CHARS, json_rule
-from godwit.engine.constraint_known import KnownTexts
-from godwit.engine.constraint_schema import MAX_DEPTH, MAX_VALUES
-from godwit.engine.constraint_trial import Abandon
-from godwit.engine.constraint_vocabulary import Tags
+from godwit.engine.constraint.trials import Abandon
+from godwit.engine.constraint.verdicts import KnownTexts
+from godwit.engine.constraint.vocabulary import Tags
 from godwit.errors import BusyError, GodwitError, UsageError
 from godwit.tokenizer import Tokenizer
 from tests.engine.forms import FLAG, TOOLS, held, walk

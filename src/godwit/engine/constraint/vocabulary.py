@@ -6,8 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from godwit.engine.constraint_calls import CALL, END_CALL
-from godwit.engine.constraint_grammar import END_THINK, THINK
+from godwit.dialect.tags import CALL, END_CALL, END_THINK, THINK
 from godwit.tokenizer import Tokenizer
 
 _TAGS = (CALL, END_CALL, THINK, END_THINK)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from godwit.engine.constraint_schema import resolved
+from godwit.dialect.schema import resolved
 from godwit.errors import UsageError
 
 ANY = "/(?s:.*)/"

@@ -18,22 +18,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from godwit.engine.constraint_calls import CALL, END_CALL, CallForm, call_grammar
-from godwit.engine.constraint_grammar import (
-    END_THINK,
+from godwit.dialect.dialect import Dialect
+from godwit.dialect.grammar import call_grammar
+from godwit.dialect.hermes_calls import HERMES
+from godwit.dialect.lark import (
     MAX_GRAMMAR_CHARS,
     MAX_REGEX_CHARS,
-    THINK,
-    Rule,
-    Thinking,
+    GrammarRule,
+    ThinkingBefore,
     choice_rule,
     json_rule,
     quoted,
     whole,
 )
-from godwit.engine.constraint_known import KnownTexts
-from godwit.engine.constraint_trial import Abandon, Trials
-from godwit.engine.constraint_vocabulary import Tags, Vocabulary
+from godwit.dialect.tags import CALL, END_CALL, END_THINK, THINK
+from godwit.engine.constraint.trials import Abandon, Trials
+from godwit.engine.constraint.verdicts import KnownTexts
+from godwit.engine.constraint.vocabulary import Tags, Vocabulary
 from godwit.errors import GodwitError, UsageError
 from godwit.tokenizer import Tokenizer
 
@@ -86,7 +87,7 @@ class GrammarConstraint:
         make: Callable[[], Any],
         vocab_size: int,
         tags: Tags,
-        thinking: Thinking = "none",
+        thinking: ThinkingBefore = "none",
         *,
         calls_in_text: bool = False,
         clock: Callable[[], float] = thread_time,
@@ -100,11 +101,12 @@ class GrammarConstraint:
         self._vocab_size = vocab_size
         self._tags = tags
         self._thinking = thinking == "opened"
-        # the tags that are more than text where any text is allowed
+        # the tags that may come where any text is allowed
         self._meant = {THINK} if thinking == "optional" else set[str]()
         if calls_in_text:
             self._meant.add(CALL)
         self._calls_in_text = calls_in_text
+        self._after_opener = False
 
     def again(self) -> GrammarConstraint:
         """Another one of the same form, at its start."""
@@ -119,6 +121,9 @@ class GrammarConstraint:
         """
         bits = np.frombuffer(self._guarded(self._matcher.compute_bitmask), dtype=np.uint8)
         mask = np.unpackbits(bits, count=self._vocab_size, bitorder="little")
+        if self._after_opener:  # in fenced code any text goes on behind it, and the tag is text itself
+            letter, self._after_opener = self._tags.letter, False
+            self._meant = {CALL, END_CALL} if letter is not None and mask[letter] else set()
         mask[self._banned(mask)] = 0
         return torch.from_numpy(mask.view(np.bool_))
 
@@ -133,8 +138,10 @@ class GrammarConstraint:
             self._thinking = True
         elif self._thinking:
             self._thinking = tag != END_THINK
-        elif self._calls_in_text and tag in (CALL, END_CALL):
-            self._meant = {CALL} if tag == END_CALL else set()
+        elif self._calls_in_text and tag == CALL:
+            self._after_opener = True
+        elif self._calls_in_text and tag == END_CALL:
+            self._meant = {CALL}
         self._meant.discard(THINK)
 
     @property
@@ -244,7 +251,7 @@ class Constraints:
         same._ask = ask
         return same
 
-    def rule(self, kind: Kind, value: Any = None) -> Rule:
+    def rule(self, kind: Kind, value: Any = None) -> GrammarRule:
         """The form of an answer.
 
         Args:
@@ -262,14 +269,14 @@ class Constraints:
             if len(value) > MAX_REGEX_CHARS:
                 raise UsageError(f"a regular expression may have {MAX_REGEX_CHARS} characters")
             pattern = self._library.regex_to_lark(value.replace("\n", "\\n"))
-            return Rule(f"/{pattern}/", "the regular expression")
+            return GrammarRule(f"/{pattern}/", "the regular expression")
         if kind == "grammar":
-            return Rule("@inner", "the grammar", self._converted(value))
+            return GrammarRule("@inner", "the grammar", self._converted(value))
         if kind == "choice":
-            return Rule(choice_rule(value), "the choice")
-        return Rule(json_rule(_ANY_OBJECT if kind == "object" else value), "the schema")
+            return GrammarRule(choice_rule(value), "the choice")
+        return GrammarRule(json_rule(_ANY_OBJECT if kind == "object" else value), "the schema")
 
-    def held_to(self, rule: Rule, thinking: Thinking = "none") -> GrammarConstraint:
+    def held_to(self, rule: GrammarRule, thinking: ThinkingBefore = "none") -> GrammarConstraint:
         """Holds an answer to a form.
 
         Args:
@@ -288,9 +295,9 @@ class Constraints:
         choice: str = "required",
         *,
         parallel: bool = True,
-        form: CallForm = "hermes",
-        thinking: Thinking = "none",
-        otherwise: Rule | None = None,
+        dialect: Dialect = HERMES,
+        thinking: ThinkingBefore = "none",
+        otherwise: GrammarRule | None = None,
     ) -> GrammarConstraint:
         """Calls of tools whose arguments fit their schemas, as far as a grammar can check.
 
@@ -299,7 +306,7 @@ class Constraints:
             choice: "auto" allows text, with or without calls; "required" nothing but calls; else the name of
                 the one tool to be called.
             parallel: an answer may have several calls.
-            form: how the model writes calls.
+            dialect: how the model writes calls.
             thinking: as for :meth:`held_to`.
             otherwise: with "auto", what an answer that calls no tool has to be; one that does is nothing but
                 calls then.
@@ -310,7 +317,7 @@ class Constraints:
             tools,
             choice,
             parallel=parallel,
-            form=form,
+            grammar=dialect.grammar,
             thinking=thinking,
             otherwise=otherwise,
             mark=self._mark,
@@ -335,7 +342,13 @@ class Constraints:
         return answer["lark"]
 
     def _make(
-        self, grammar: str, what: str, limits: Limits, thinking: Thinking, *, calls_in_text: bool = False
+        self,
+        grammar: str,
+        what: str,
+        limits: Limits,
+        thinking: ThinkingBefore,
+        *,
+        calls_in_text: bool = False,
     ) -> GrammarConstraint:
         verdict = self._verdicts.get(grammar)
         if verdict is None:
@@ -371,7 +384,7 @@ def explained(error: str) -> str:
     return point.rstrip(".:")[:300] or "it is not valid"
 
 
-def _limits(rule: Rule | None) -> Limits:
+def _limits(rule: GrammarRule | None) -> Limits:
     return GRAMMAR_LIMITS if rule is not None and rule.inner else LIMITS
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from godwit.server.tools import Text
-from godwit.server.values import read_value
-from tests.server.parsing import call_of, calls_of, parse, text_of
-from tests.server.test_tools import XML
+from godwit.dialect.parser import Text
+from godwit.dialect.values import read_value
+from tests.dialect.parsing import call_of, calls_of, parse, text_of
+from tests.dialect.test_parser import XML
 
 TWO = {
     "f": {

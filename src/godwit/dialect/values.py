@@ -9,8 +9,8 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from godwit.engine.constraint_schema import fits, kind_of, kinds, resolved
-from godwit.server.calls import parse_json
+from godwit.dialect.schema import fits, kind_of, kinds, resolved
+from godwit.dialect.strict_json import parse_json
 
 #: Python's literals are read up to this size and depth, so that their parser has no chance to fail badly.
 MAX_LITERAL_CHARS = 1 << 16

@@ -55,7 +55,7 @@ class Trials:
     """Processes that try grammars out. For several threads, each of which waits for its answer.
 
     Args:
-        setup: see :mod:`godwit.engine.constraint_worker`.
+        setup: see :mod:`godwit.engine.constraint.worker`.
         seconds: for one trial; then the process is ended and another one started.
         num_workers: processes, so many trials at a time.
     """
@@ -97,7 +97,7 @@ class _Worker:
 
     def __init__(self, setup: Mapping[str, Any]) -> None:
         self._setup = setup
-        self.child = Child(Path(__file__).with_name("constraint_worker.py"))
+        self.child = Child(Path(__file__).with_name("worker.py"))
 
     def ask(self, request: Mapping[str, Any], seconds: float, abandon: Abandon) -> dict[str, str] | None:
         if not self.child.running:

@@ -1,6 +1,6 @@
-"""The forms that an answer may be held to, written as grammars for llguidance: a dialect of Lark.
+"""Grammars for llguidance, in its variant of Lark.
 
-A grammar's rule ``answer`` is the form itself, and ``start`` may put thinking before it.
+A grammar's rule ``answer`` is what was asked for; ``start`` may put thinking before it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from godwit.engine.constraint_schema import check_depth, prepared
+from godwit.dialect.schema import check_depth, prepared
+from godwit.dialect.tags import END_THINK, THINK
 from godwit.errors import UsageError
 
-Thinking = Literal["none", "optional", "opened"]
+#: What may come before the answer: nothing, a thought, or the rest of one that the prompt has begun.
+ThinkingBefore = Literal["none", "optional", "opened"]
 
 MAX_SCHEMA_CHARS = 1 << 18
 MAX_REGEX_CHARS = 1 << 13
@@ -24,20 +26,19 @@ MAX_CHOICES = 10_000
 #: Characters that are themselves in a regular expression.
 _PLAIN = re.compile(r"[0-9A-Za-z ]|[^\W\d_]")
 
-THINK, END_THINK = "<think>", "</think>"
 #: Between the parts of a JSON text, besides nothing: one blank, or a new line, indented by up to eight steps.
 #: All models write these, and small ones would go on with blanks for ever.
 _BLANKS = r" |\n(  ){0,8}|\n\t{0,8}"
 
 
 @dataclass(frozen=True)
-class Rule:
-    """The form of an answer, or of a part of it.
+class GrammarRule:
+    """What an answer, or a part of it, has to look like.
 
     Attributes:
-        text: what stands behind the name of a rule.
-        what: asked for it, in words for errors.
-        inner: another grammar that the text refers to as ``@inner``; "" for none.
+        text: the right side of a rule in Lark.
+        what: names what asked for it, for errors.
+        inner: another grammar, to which the text refers as ``@inner``; "" for none.
     """
 
     text: str
@@ -54,7 +55,7 @@ def quoted(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UsageError("a text of the form holds half of a surrogate pair, which is no character") from None
+        raise UsageError("a text holds half of a surrogate pair, which is not a character") from None
     return json.dumps(text)
 
 
@@ -92,8 +93,8 @@ def _literal(text: str) -> str:
     return "".join(sign if _PLAIN.fullmatch(sign) else f"\\x{{{ord(sign):x}}}" for sign in text)
 
 
-def whole(rule: Rule, more: Iterable[str] = (), *, thinking: Thinking = "none") -> str:
-    """A grammar whose ``answer`` is ``rule``, behind what may be thought; ``more`` are further rules."""
+def whole(rule: GrammarRule, more: Iterable[str] = (), *, thinking: ThinkingBefore = "none") -> str:
+    """A grammar whose ``answer`` is ``rule``, after the thinking that is allowed; ``more``: further rules."""
     start, lines = "answer", [f"answer: {rule.text}", *more]
     if thinking != "none":
         start = "thoughts blanks answer"

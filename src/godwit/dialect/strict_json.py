@@ -1,34 +1,10 @@
-"""What the readers of tool calls have in common."""
+"""JSON as the standard has it, without the additions that Python takes."""
 
 from __future__ import annotations
 
 import json
 import math
-from typing import Any, Protocol
-
-
-class CallReader(Protocol):
-    """Reads one call, from behind its opening tag.
-
-    Attributes:
-        name: the function's, from when on the text is taken for a call of it.
-        failed: the text is no call, or from here on none that can be read.
-        ended: nothing more belongs to the call.
-        complete: its arguments are a JSON object.
-    """
-
-    name: str | None
-    failed: bool
-    ended: bool
-    complete: bool
-
-    def push(self, text: str) -> tuple[int, str]:
-        """Read on in ``text``: how many characters are used up, and what of the arguments is certain."""
-        ...
-
-    def flush(self, rest: str) -> str:
-        """The text ends with ``rest``, which no push used up."""
-        ...
+from typing import Any
 
 
 def parse_json(text: str, *, strict: bool = True) -> Any:

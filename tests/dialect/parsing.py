@@ -6,17 +6,18 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from godwit.server.tools import (
+from godwit.dialect.detect import DIALECTS
+from godwit.dialect.parser import (
     AnswerParser,
     CallArguments,
     CallEnd,
     CallStart,
     Delta,
-    Format,
     Text,
     Thinking,
 )
 
+BY_NAME = {dialect.name: dialect for dialect in DIALECTS}
 SCHEMAS: dict[str, dict[str, Any]] = {
     "write": {
         "type": "object",
@@ -51,13 +52,15 @@ def merged(deltas: Iterable[Delta]) -> list[Delta]:
 
 def parse(
     pieces: Sequence[str],
-    format: Format | None = "hermes",
+    format: str | None = "hermes",
     *,
     thinking: bool = False,
     only_calls: bool = False,
     schemas: Mapping[str, Mapping[str, Any]] = SCHEMAS,
 ) -> list[Delta]:
-    parser = AnswerParser(format, schemas, thinking=thinking, only_calls=only_calls)
+    parser = AnswerParser(
+        None if format is None else BY_NAME[format], schemas, thinking=thinking, only_calls=only_calls
+    )
     deltas = [delta for piece in pieces for delta in parser.push(piece)]
     return merged([*deltas, *parser.flush()])
 

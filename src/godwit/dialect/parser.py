@@ -7,28 +7,16 @@ data: it is parsed as JSON or taken as text, and never evaluated.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from godwit.engine.answer import open_end
-from godwit.engine.constraint_calls import END_CALL, MARKS
-from godwit.engine.constraint_grammar import END_THINK, THINK
-from godwit.server.calls import CallReader
-from godwit.server.dialects import PLAIN, Dialect, Format, Schemas, dialect_of, format_of
-from godwit.server.fences import Fences
-from godwit.server.json_calls import JsonCall
+from godwit.dialect.dialect import CallReader, Dialect, Schemas
+from godwit.dialect.fences import Fences
+from godwit.dialect.hermes_calls import HERMES
+from godwit.dialect.json_calls import JsonCall
+from godwit.dialect.tags import END_THINK, THINK, open_end
 
-__all__ = [
-    "MARKS",
-    "AnswerParser",
-    "CallArguments",
-    "CallEnd",
-    "CallStart",
-    "Delta",
-    "Format",
-    "Text",
-    "Thinking",
-    "format_of",
-]
+#: Where nothing is taken for a call.
+_NO_CALLS = replace(HERMES, name="none", openers=(), ends_thinking=False)
 
 
 @dataclass(frozen=True)
@@ -85,7 +73,7 @@ class AnswerParser:
     stays apart by the more of the line breaks that stood on either side of it, one at least.
 
     Args:
-        format: of tool calls; None: nothing is taken for a call.
+        dialect: of tool calls; None: nothing is taken for a call.
         schemas: the parameters of each tool, by its name.
         thinking: the prompt has opened ``<think>`` already.
         only_calls: an answer that calls tools does nothing else, so what looks like a call behind some text,
@@ -94,13 +82,13 @@ class AnswerParser:
 
     def __init__(
         self,
-        format: Format | None = None,
+        dialect: Dialect | None = None,
         schemas: Schemas | None = None,
         *,
         thinking: bool = False,
         only_calls: bool = False,
     ) -> None:
-        self._dialect: Dialect = PLAIN if format is None else dialect_of(format)
+        self._dialect = dialect or _NO_CALLS
         self._only_calls = only_calls
         self._schemas = schemas or {}
         self._opened = thinking
@@ -158,21 +146,24 @@ class AnswerParser:
     def _think(self, final: bool) -> bool:
         """Up to the closing tag, or to a whole call with which the answer ends."""
         fences, place = self._fences.copy(), 0
-        for start, tag in _places(self._held, (END_THINK, *self._dialect.ends_thinking)):
+        tags = (END_THINK, *self._dialect.thinking_enders)
+        for start, tag in _places(self._held, tags):
             fences.push(self._held[place:start])
             place = start
             if tag == END_THINK:
                 return self._end_thinking(start)
             if not fences.at_line_start:
                 continue
-            closed = END_THINK in self._held[start:]  # then it was only thought of
-            whole = not closed and self._dialect.whole_calls(self._held[start:], self._schemas, final)
+            text, closed, _ = self._held[start:].partition(END_THINK)
+            whole = self._dialect.whole_calls(text, tag, self._schemas, final and not closed)
+            if closed and whole is None:  # then it was only thought of
+                continue
             if whole:
                 return self._end_thinking(start)
             if whole is None:
                 self._give_up_to(Thinking, start)
                 return False
-        self._give_certain(Thinking, (END_THINK, *self._dialect.ends_thinking), final)
+        self._give_certain(Thinking, tags, final)
         return False
 
     def _end_thinking(self, place: int) -> bool:
@@ -200,11 +191,10 @@ class AnswerParser:
         return True
 
     def _say(self, final: bool) -> bool:
-        if self._only_calls and (begun := self._held.lstrip()):
-            tags = (*self._dialect.openers, *self._dialect.line_openers)
-            if not any(tag.startswith(begun[: len(tag)]) for tag in tags):
-                self._dialect = PLAIN
-        tags = (*self._dialect.openers, *self._dialect.line_openers)
+        begun = self._held.lstrip() if self._only_calls else ""
+        if begun and not any(tag.startswith(begun[: len(tag)]) for tag in self._dialect.tags):
+            self._dialect = _NO_CALLS
+        tags = self._dialect.tags
         fences, done = self._fences.copy(), 0
         for place, tag in _places(self._held, tags):
             fences.push(self._held[done:place])
@@ -255,7 +245,7 @@ class AnswerParser:
         self._give(Text, self._gap + self._raw)
         self._state = self._say
         if self._only_calls and not self.num_calls:
-            self._dialect = PLAIN
+            self._dialect = _NO_CALLS
 
     def _leave_call(self, final: bool) -> bool:
         """Behind a whole call: the closing tag, braces that are too many, and what separates calls."""
@@ -275,10 +265,11 @@ class AnswerParser:
 
     def _drop_call(self, final: bool) -> bool:
         """In a call that is broken: on to its end, or to the next one."""
-        tags = [tag for tag in (END_CALL, *self._dialect.openers) if tag]
+        closer = self._dialect.closer
+        tags = [tag for tag in (closer, *self._dialect.openers) if tag]
         place, tag = next(iter(_places(self._held, tags)), (-1, ""))
         if tag:
-            end = place + len(tag) if tag == END_CALL else place
+            end = place + len(tag) if tag == closer else place
         else:
             end = len(self._held) - (0 if final else open_end(self._held, tags))
         self._raw += self._held[:end]
@@ -311,7 +302,7 @@ class AnswerParser:
         self._held = self._held[len(ready) :]
 
     def _follow(self, text: str) -> None:
-        if self._dialect is not PLAIN:
+        if self._dialect is not _NO_CALLS:
             self._fences.push(text)
 
     def _give(self, kind: type[Text] | type[Thinking], text: str) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from godwit.dialect import xml_calls
+from godwit.dialect.grammar import MAX_CALLS
 from godwit.engine import Engine, GenerationRequest, SamplingParams, parse_answer
-from godwit.engine.constraint import Constraints, GrammarConstraint
-from godwit.engine.constraint_calls import MAX_CALLS
+from godwit.engine.constraint.constraints import Constraints, GrammarConstraint
 from godwit.engine.stream import Finish, Stream
 from godwit.errors import UsageError
 from godwit.models.loader import load_model
@@ -250,7 +251,7 @@ def test_tags_are_no_way_to_write_a_text(tag: str, forms: Constraints, tokenizer
         (held(forms, "schema", text, thinking="opened"), f'h{tag}m</think>\n{{"s": "a{tag}'),
         (held(forms, "regex", "(?s:.*)"), f"a{tag}"),
         (forms.tool_calls([note], "required"), json_call),
-        (forms.tool_calls([note], "required", form="xml"), xml_call),
+        (forms.tool_calls([note], "required", dialect=xml_calls.XML), xml_call),
         (forms.tool_calls([note], "auto"), "Now " + json_call),
         (forms.tool_calls([note], "auto", otherwise=forms.rule("schema", text)), f'{{"s": "{tag}'),
     ]

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from godwit.server.tools import AnswerParser, CallArguments, CallEnd, CallStart, Format, Text, Thinking
-from tests.server.parsing import call_of, calls_of, parse, text_of
+from godwit.dialect.parser import AnswerParser, CallArguments, CallEnd, CallStart, Text, Thinking
+from tests.dialect.parsing import BY_NAME, call_of, calls_of, parse, text_of
 
 HERMES = (
     '<tool_call>\n{"name": "write", "arguments": {"path": "</tool_call>", "n": [1, {"a": "}\\""}]}}\n'
@@ -31,14 +31,14 @@ def test_text_without_tags_is_passed_on_at_once() -> None:
 
 
 def test_text_before_a_call_is_not_held_back_longer_than_needed() -> None:
-    parser = AnswerParser("hermes")
+    parser = AnswerParser(BY_NAME["hermes"])
     assert parser.push("Hello <b") == [Text("Hello <b")]
     assert parser.push("> <tool_") == [Text("> ")]
     assert parser.push("box>") == [Text("<tool_box>")]
 
 
 def test_arguments_stream() -> None:
-    parser = AnswerParser("hermes")
+    parser = AnswerParser(BY_NAME["hermes"])
     assert parser.push('<tool_call>{"name": "write", "arg') == []
     assert parser.push('uments": {"pa') == [CallStart(0, "write"), CallArguments(0, '{"pa')]
     assert parser.push('th": 1') == [CallArguments(0, 'th": 1')]
@@ -48,7 +48,7 @@ def test_arguments_stream() -> None:
 
 @pytest.mark.parametrize("format", ["hermes", "xml"])
 @pytest.mark.parametrize("size", [1, 7, 1000])
-def test_what_looks_like_a_call_within_a_form_is_text(format: Format, size: int) -> None:
+def test_what_looks_like_a_call_within_a_form_is_text(format: str, size: int) -> None:
     call = XML if format == "xml" else HERMES
     said = json.dumps({"a": call})
     for text, thoughts in ((said, ""), (f"<think>hm</think>\n\n{said}", "hm")):
@@ -239,7 +239,7 @@ def test_tokens_of_thinking_are_told_from_the_first_on() -> None:
 
 
 @pytest.mark.parametrize("format", ["hermes", "xml"])
-def test_a_call_in_unclosed_thinking(format: Format) -> None:
+def test_a_call_in_unclosed_thinking(format: str) -> None:
     call = XML if format == "xml" else HERMES
     for text in (f"hm\n{call}", f"hm\n{call}\n{call}\n"):
         for pieces in ([text], list(text)):
@@ -263,7 +263,7 @@ def test_a_call_in_unclosed_thinking(format: Format) -> None:
     ],
 )
 @pytest.mark.parametrize("format", ["hermes", "xml"])
-def test_a_call_that_is_only_thought_of(thought: str, format: Format) -> None:
+def test_a_call_that_is_only_thought_of(thought: str, format: str) -> None:
     thought = thought.replace("{}", XML if format == "xml" else HERMES)
     for end, said in (("\n</think>\nHello", [Text("Hello")]), ("\nNo.", [])):
         for pieces in ([thought + end], list(thought + end)):
@@ -272,7 +272,7 @@ def test_a_call_that_is_only_thought_of(thought: str, format: Format) -> None:
 
 
 def test_thoughts_on_calls_are_not_held_back_longer_than_needed() -> None:
-    parser = AnswerParser("xml", {"f": {}}, thinking=True)
+    parser = AnswerParser(BY_NAME["xml"], {"f": {}}, thinking=True)
     assert parser.push("The tag is\n<tool_call>") == [Thinking("The tag is")]
     assert parser.push(" and") == [Thinking("\n<tool_call> and")]
     parser.push("\n</think>\n<tool_call>")
@@ -338,7 +338,7 @@ FRAGMENTS = st.sampled_from(
     st.booleans(),
 )
 def test_every_cut_gives_the_same(
-    text: str, data: st.DataObject, format: Format | None, thinking: bool, only_calls: bool
+    text: str, data: st.DataObject, format: str | None, thinking: bool, only_calls: bool
 ) -> None:
     whole = parse([text], format, thinking=thinking, only_calls=only_calls)
     assert parse(list(text), format, thinking=thinking, only_calls=only_calls) == whole
@@ -352,7 +352,7 @@ def test_every_cut_gives_the_same(
     st.lists(st.one_of(FRAGMENTS, st.text(max_size=3)), max_size=14).map("".join),
     st.sampled_from(["hermes", "xml", "llama", "mistral"]),
 )
-def test_complete_calls_are_objects_and_calls_are_in_order(text: str, format: Format) -> None:
+def test_complete_calls_are_objects_and_calls_are_in_order(text: str, format: str) -> None:
     deltas = parse([text], format)
     ends = [delta for delta in deltas if isinstance(delta, CallEnd)]
     assert [end.index for end in ends] == list(range(len(ends)))
