@@ -88,7 +88,7 @@ def test_what_is_wrong_is_said_at_once(models: Models, tmp_path: Path) -> None:
     for arguments, reason in (
         (("--api-key-file", tmp_path / "absent"), "cannot be read"),
         (("--host", "no.such.host.invalid"), "give another --host"),
-        (("--host", "192.0.2.1"), "take another --host"),
+        (("--host", "192.0.2.1"), "use another --host"),
         (("--cors-origin", "example.org"), "is no origin"),
         (("--cors-origin", "https://example.org/path"), "is no origin"),
         (("--host", "0.0.0.0"), "--allow-host"),
