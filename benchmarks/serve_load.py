@@ -5,10 +5,11 @@
 
     pip install llama-cpp-python[server]==0.3.36 gguf                           # into a Python of its own
 
-`run` starts `godwit serve` with the built-in model and 64 clients that send one request after another: short
-and long ones, to all APIs, with tools and forms. In a tenth of them the client leaves early, and every twentieth
-is an attack. It reports wrong answers, whether memory grew after the caches were full (the first fifth of
-the time) or beyond `--memory`, and whether the engine accounts for all its blocks at the end.
+`run` starts `godwit serve` with the built-in model and 64 clients that send one request after another:
+short and long ones, to all APIs, with tools and forms. In a tenth of them the client leaves early, and
+every twentieth is an attack. It reports wrong answers, whether memory grew after the caches were full (the
+first fifth of the time) or beyond `--memory`, and whether the engine accounts for all its blocks at the
+end.
 
 `peer` lets `godwit serve` and llama-cpp-python's server take turns with the same clients and a model of the
 same shape and size: all plain chats whose answers have a given number of tokens. That server answers one

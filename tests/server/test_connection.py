@@ -273,6 +273,6 @@ def test_a_server_says_that_it_ends(engines: Engines, caplog: Any) -> None:
         server.thread.join(20)
         assert is_ended(client)
     told = (
-        "ending, told by its program: no new requests; 0 answers under way have 3 s; 1 connections are open"
+        "shutting down (its program): no new requests; 0 answers in progress have 3 s; 1 connections are open"
     )
-    assert told in caplog.messages and "ended" in caplog.messages
+    assert told in caplog.messages and "stopped" in caplog.messages

@@ -304,9 +304,15 @@ def test_arguments_of_too_many_values_are_refused_before_they_are_parsed(server:
             "/tokenize", json={"messages": [*HELLO["messages"], *messages, *HELLO["messages"]]}
         )
 
+    many = "[" + "[]," * 70_000 + "[]]"
+    use = {"type": "tool_use", "id": "1", "name": "f", "input": many}
+    messages = [*HELLO["messages"], {"role": "assistant", "content": [use]}, *HELLO["messages"]]
     with server.client() as client:
-        refused = send(client, "[" + "[]," * 70_000 + "[]]")
-        assert refused.status_code == 400
-        assert "the arguments of a call have more than 65536" in refused.json()["error"]["message"]
-        assert send(client, json.dumps({"text": "[]," * 70_000})).status_code != 500
-        assert "the arguments" not in send(client, json.dumps({"text": "[]," * 70_000})).text
+        for refused in (
+            send(client, many),
+            send(client, json.dumps(many)),  # JSON within a string is decoded, too
+            client.post("/v1/messages/count_tokens", json={"model": "m", "messages": messages}),
+        ):
+            assert refused.status_code == 400
+            assert "the arguments of a call have more than 131072 values" in refused.text
+        assert "the arguments" not in send(client, "[" + "[]," * 60_000 + "[]]").text

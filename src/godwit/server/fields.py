@@ -21,7 +21,7 @@ from pydantic import (
 
 from godwit.dialect.schema import NO_PARAMETERS
 from godwit.server.errors import bad_request
-from godwit.server.json_body import check_counts
+from godwit.server.json_body import count_values
 from godwit.server.limits import Limits
 
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
@@ -150,12 +150,13 @@ def as_json(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _arguments(value: Any, info: ValidationInfo) -> str:
-    """The arguments of a call. They will be parsed as well, so the limits of bodies hold for them too."""
-    text = as_json(value)
-    limits = (info.context if isinstance(info.context, BodyContext) else BodyContext()).limits
-    check_counts(text.encode("utf-8", "replace"), limits, "the arguments of a call have")
-    return text
+def _few_values(arguments: Any, info: ValidationInfo) -> Any:
+    """JSON text in a body is parsed later, even JSON within its strings, so it has the limit of bodies."""
+    context = info.context if isinstance(info.context, BodyContext) else BodyContext()
+    limit = context.limits.values
+    if isinstance(arguments, str) and count_values(arguments.encode("utf-8", "replace"))[1] > limit:
+        raise ValueError(f"the arguments of a call have more than {limit} values")
+    return arguments
 
 
 _PART_SCHEMA = {
@@ -178,9 +179,12 @@ Content = Annotated[
 #: Arguments of a call in an earlier answer, as JSON text. Invalid JSON is accepted: a model wrote it.
 Arguments = Annotated[
     str,
-    BeforeValidator(_arguments),
+    BeforeValidator(as_json),
+    AfterValidator(_few_values),
     WithJsonSchema({"description": "JSON text, or an object.", "default": "{}"}),
 ]
+#: Arguments as an object; other values are accepted too, since a model wrote them.
+Input = Annotated[Any, AfterValidator(_few_values)]
 Name = Annotated[str, Field(pattern=_NAME)]
 #: Accepted without effect.
 Ignored = Annotated[Any, Field(description="Accepted and ignored: it changes no answer.")]

@@ -38,7 +38,8 @@ class EngineHost:
         self._clock = clock
         self._closed = False
         self.mailbox = Mailbox()
-        self.engine: Engine | None = self._started()
+        self.engine: Engine | None = None
+        self.engine = self._started()
 
     def _started(self) -> Engine:
         self._num_failures = self._failures_in_a_row = 0

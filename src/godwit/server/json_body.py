@@ -23,7 +23,7 @@ def parse_object(data: bytes, limits: Limits) -> dict[str, Any]:
     Raises:
         ApiError: it is not a JSON object, has NaN or infinity, is nested too deeply or has too many values.
     """
-    check_counts(data, limits, "the body has")
+    _check_counts(data, limits)
     depth = limits.depth
     try:
         value = json.loads(data.decode(), parse_constant=refuse_constant, parse_float=finite)
@@ -43,22 +43,18 @@ def parse_object(data: bytes, limits: Limits) -> dict[str, Any]:
     return whole
 
 
-def check_counts(data: bytes, limits: Limits, what: str) -> None:
-    """Refuse JSON that would take long to parse, before it is parsed.
-
-    Raises:
-        ApiError: it has too many values.
-    """
-    containers, values = _count(data)
+def _check_counts(data: bytes, limits: Limits) -> None:
+    """Refuse a body that would take long to parse, before it is parsed."""
+    containers, values = count_values(data)
     if containers > limits.containers or values > limits.values:
-        containers, values = _count(_STRING.sub(b"", data))
+        containers, values = count_values(_STRING.sub(b"", data))
     if containers > limits.containers:
-        raise bad_request(f"{what} more than {limits.containers} objects and lists")
+        raise bad_request(f"the body has more than {limits.containers} objects and lists")
     if values > limits.values:
-        raise bad_request(f"{what} more than {limits.values} values")
+        raise bad_request(f"the body has more than {limits.values} values")
 
 
-def _count(data: bytes) -> tuple[int, int]:
+def count_values(data: bytes) -> tuple[int, int]:
     """(objects and lists, upper bound of values), including what looks like them in strings."""
     containers = data.count(b"{") + data.count(b"[")
     return containers, 1 + containers + data.count(b",")

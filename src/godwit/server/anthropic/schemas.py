@@ -13,6 +13,7 @@ from godwit.server.fields import (
     BodyPart,
     Content,
     Ignored,
+    Input,
     Items,
     MaxTokens,
     Name,
@@ -69,7 +70,7 @@ class ToolUseBlock(BodyPart):
     type: Literal["tool_use"]
     id: str
     name: str
-    input: Any = Field(default_factory=dict, description="An object; other values are accepted too.")
+    input: Input = Field(default_factory=dict, description="An object; other values are accepted too.")
 
 
 class ToolResultBlock(BodyPart):
