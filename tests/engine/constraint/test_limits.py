@@ -80,7 +80,7 @@ def bomb(levels: int) -> dict[str, Any]:
         ("grammar", "start: start", "nothing can fit it"),
         ("choice", [], "between 1 and"),
         ("choice", ["a"] * 20_000, "between 1 and"),
-        ("choice", ["\ud800"], "no character"),
+        ("choice", ["\ud800"], "not a character"),
         ("choice", ["a" * (MAX_SCHEMA_CHARS + 1)], "characters in all"),
         ("calls", [], "no such tool"),
         ("calls", [{"name": 'a"b'}], "needs a name"),
