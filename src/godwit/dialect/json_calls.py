@@ -24,7 +24,7 @@ _STARTS = frozenset('{["-0123456789tfn')
 _ESCAPES = frozenset('"\\/bfnrtu')
 _CONTROLS = {"\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
-Place = Literal["start", "key or end", "key", "colon", "value", "comma or end"]
+JsonPlace = Literal["start", "key or end", "key", "colon", "value", "comma or end"]
 
 
 class JsonCall:
@@ -43,7 +43,7 @@ class JsonCall:
         self._num_keys = 0
         self.name: str | None = None
         self.failed = self.ended = self.complete = False
-        self._place: Place = "start"
+        self._place: JsonPlace = "start"
         self._key = ""
         self._name: str | None = None
         self._part = ""  # the current key or value

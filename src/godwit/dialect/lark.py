@@ -26,8 +26,8 @@ MAX_CHOICES = 10_000
 #: Characters that need no escape in a regular expression.
 _PLAIN = re.compile(r"[0-9A-Za-z ]|[^\W\d_]")
 
-#: White space allowed between the parts of a JSON text: none, one blank, or a new line, indented by up to eight
-#: steps. All models write one of these; without a limit small models would write blanks for ever.
+#: White space allowed between the parts of a JSON text: none, one blank, or a new line, indented by up to
+#: eight steps. All models write one of these; without a limit small models would write blanks for ever.
 _BLANKS = r" |\n(  ){0,8}|\n\t{0,8}"
 
 
@@ -75,7 +75,8 @@ def json_rule(schema: Mapping[str, Any], *, lenient: bool = False) -> str:
 
 
 def choice_rule(options: Sequence[str]) -> str:
-    """The right side of a rule for one of some texts: one expression, since thousands of rules slow down each mask.
+    """The right side of a rule for one of some texts: one expression, since thousands of rules slow down each
+    mask.
 
     Raises:
         UsageError: there are none, or too many.

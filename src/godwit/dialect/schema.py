@@ -75,9 +75,9 @@ def _children(value: object) -> Any:
 def prepared(schema: Mapping[str, Any]) -> dict[str, Any]:
     """A schema as it is enforced.
 
-    Objects that list ``properties`` allow no others unless the schema says so. If several schemas apply to one
-    object, as the members of ``allOf`` do, each knows only some of its properties, so none is closed. Formats
-    that are not enforced are dropped.
+    Objects that list ``properties`` allow no others unless the schema says so. If several schemas apply to
+    one object, as the members of ``allOf`` do, each knows only some of its properties, so none is closed.
+    Formats that are not enforced are dropped.
 
     Raises:
         UsageError: it is nested too deeply.

@@ -1,6 +1,7 @@
 """Strings that a schema allows, as they are written between tags: without quotes and escapes.
 
-Each function returns a terminal of llguidance's Lark, which combines regular expressions by ``&``, ``|``, ``~``.
+Each function returns a terminal of llguidance's Lark, which combines regular expressions by ``&``, ``|``,
+``~``.
 """
 
 from __future__ import annotations
@@ -79,9 +80,7 @@ def _expression(schema: Any, root: Mapping[str, Any], steps: Iterator[int]) -> s
     if not isinstance(schema, Mapping):
         return ANY
     if unknown := next((key for key in _UNKNOWN if key in schema), None):
-        raise UsageError(
-            f"`{unknown}` cannot be checked in a string that is written between tags; remove it"
-        )
+        raise UsageError(f"`{unknown}` cannot be checked in a string that is written between tags; remove it")
     parts = [_own(schema), *(_expression(one, root, steps) for one in schema.get("allOf") or ())]
     for key in ("anyOf", "oneOf"):
         if options := schema.get(key):

@@ -60,7 +60,8 @@ class XmlCall:
 
     Args:
         schemas: the parameters of each tool, by its name.
-        opened: ``<function=`` was read, without ``<tool_call>`` before it; then only a known name makes a call.
+        opened: ``<function=`` was read, without ``<tool_call>`` before it; then only a known name makes a
+        call.
     """
 
     def __init__(self, schemas: Mapping[str, Mapping[str, Any]], *, opened: bool = False) -> None:
@@ -251,7 +252,7 @@ class XmlCall:
 
 
 def _tag_at(text: str, tags: Sequence[str], final: bool) -> str | None:
-    """Which of the tags comes next after blanks; "" if that is not certain yet, None if it is none of them."""
+    """Which tag comes next after blanks; "" if that is not certain yet, None if it is none of them."""
     rest = text.lstrip(SPACE)
     for tag in tags:
         if rest.startswith(tag):

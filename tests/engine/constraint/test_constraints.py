@@ -377,7 +377,7 @@ def test_a_form_that_gets_too_costly_ends_only_its_own_answer(
     _, finish = costly.result()
     assert isinstance(finish, Finish) and finish.reason == "error" and finish.error is not None
     assert finish.error.startswith(
-        "the form of the answer is too costly to follow (lexer error: too many states"
+        "the grammar of this answer is too costly to follow (lexer error: too many states"
     )
     assert finish.refused and "\n" not in finish.error
     assert other.result()[0] == alone
