@@ -398,6 +398,4 @@ def _without_panic(work: Callable[[], Any]) -> Any:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        raise GodwitError(
-            f"the grammar library failed ({explained(str(error))}); simplify the grammar"
-        ) from None
+        raise GodwitError(f"the grammar library failed ({explained(str(error))})") from None
