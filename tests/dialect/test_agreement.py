@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -32,7 +33,7 @@ SCHEMA = {
     "required": ["c"],
     "additionalProperties": False,
 }
-TOOLS = [{"name": name, "parameters": SCHEMA} for name in ("f", "get_it")]
+TOOLS: list[dict[str, Any]] = [{"name": name, "parameters": SCHEMA} for name in ("f", "get_it")]
 SCHEMAS = {tool["name"]: SCHEMA for tool in TOOLS}
 LONG = '{"name": "f", "arguments": {"c": "long"}}'
 #: Calls that do not fit the schema, so they have to be refused or be text, and what may make them text.

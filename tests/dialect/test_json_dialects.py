@@ -98,7 +98,7 @@ def test_what_is_no_call_of_mistral_is_text(rest: str) -> None:
 def test_arguments_that_break_off_are_not_complete() -> None:
     for text, format in ((LLAMA, "llama"), ('[TOOL_CALLS]g[ARGS]{"a": {}}', "mistral")):
         for end in range(text.index('{"', 5) + 2, len(text) - 2):
-            assert read(text[:end], format) == ("", [])  # type: ignore[arg-type]
+            assert read(text[:end], format) == ("", [])
 
 
 def test_they_stream() -> None:

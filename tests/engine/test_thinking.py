@@ -9,7 +9,7 @@ import pytest
 from godwit.engine import Finish, SamplingParams, Segmenter, Session, ThinkingRules
 from godwit.engine.answer import Kind, StopMatcher
 from godwit.engine.stream import Piece
-from godwit.engine.thinking import DEFAULT_MESSAGE, PATIENCE, ThinkingGuide, shown
+from godwit.engine.thinking import DEFAULT_MESSAGE, MAX_OVERRUN, ThinkingGuide, shown
 from godwit.errors import UsageError
 from godwit.models.causal_lm import CausalLM
 from godwit.tokenizer import Tokenizer
@@ -61,9 +61,9 @@ def test_a_spent_budget_waits_for_the_end_of_the_line() -> None:
     made, _ = think("one two\nthree", budget=8)
     assert made.startswith("one two\nEnough.")
     made, _ = think("x" * 100, budget=5)
-    assert made.startswith("x" * (5 + PATIENCE) + "\nEnough.\n</think>\n\nx")
+    assert made.startswith("x" * (5 + MAX_OVERRUN) + "\nEnough.\n</think>\n\nx")
     made, _ = think("x" * 100, budget=5, message="")
-    assert made.startswith("x" * (5 + PATIENCE) + "\n</think>\n\nx")
+    assert made.startswith("x" * (5 + MAX_OVERRUN) + "\n</think>\n\nx")
     made, guide = think("one two</think>Yes.", budget=3)
     assert made == "one two</think>Yes." and guide.ended == "model" and guide.num_tokens == 7
 
@@ -116,7 +116,7 @@ CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
 
 def test_a_call_that_is_only_thought_of_spends_the_budget() -> None:
     made, guide = think(f"a\n{CALL}\nb" + "c" * 99, budget=4, schemas={"f": {}})
-    assert made.startswith(f"a\n{CALL}\nb" + "c" * PATIENCE) and "\nEnough.\n</think>\n\nc" in made
+    assert made.startswith(f"a\n{CALL}\nb" + "c" * MAX_OVERRUN) and "\nEnough.\n</think>\n\nc" in made
     assert guide.ended == "budget"
     made, guide = think(f"one two\n{CALL}\nno\nthree", budget=9, schemas={"f": {}})
     assert made == f"one two\n{CALL}\nno\nEnough.\n</think>\n\nthree"

@@ -1,7 +1,7 @@
-"""Tool calls as JSON, ``{"name": ..., "arguments": {...}}``, read character by character.
+"""Tool calls as JSON, ``{"name": ..., "arguments": {...}}``: their reader, and a grammar of them.
 
-Hermes and Qwen put them between tags. Llama 3 writes them bare, with ``parameters`` for ``arguments``, maybe
-behind ``<|python_tag|>``, and ``;`` between several.
+Hermes and Qwen put them between tags. Llama 3 writes them bare, with ``parameters`` instead of ``arguments``,
+sometimes after ``<|python_tag|>``, and separates them by ``;``.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from godwit.dialect.strict_json import object_text, parse_json
 from godwit.dialect.tags import ARGUMENTS, FIRST_KEYS
 
 _CLOSERS = {"{": "}", "[": "]"}
-#: All that JSON has outside of strings.
+#: Characters of JSON outside of strings.
 _PLAIN = frozenset(SPACE + "{}[],:+-.0123456789eEtrufalsn")
-#: How a value begins.
+#: First characters of a value.
 _STARTS = frozenset('{["-0123456789tfn')
-#: What may stand behind a backslash, and how control characters are written there.
+#: Characters that may follow a backslash, and how control characters are escaped.
 _ESCAPES = frozenset('"\\/bfnrtu')
 _CONTROLS = {"\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
-Place = Literal["start", "key or end", "key", "colon", "value", "comma or end"]
+JsonPlace = Literal["start", "key or end", "key", "colon", "value", "comma or end"]
 
 
 class JsonCall:
-    """Reads one call; see :class:`~godwit.dialect.dialect.CallReader`.
+    """Reads one call, character by character; see :class:`~godwit.dialect.dialect.CallReader`.
 
-    The arguments are given out as they come once the name is known. Arguments before the name are kept until
-    then, and so are arguments as a JSON text within a JSON string, which some models write. Control
-    characters and backslashes that JSON does not allow within strings are given out escaped.
+    Once the name is known, arguments are returned as they come. Arguments before the name are held back until
+    then, and so are arguments written as JSON within a JSON string, as some models do. Control characters and
+    backslashes that JSON does not allow in strings are returned escaped.
 
     Args:
-        names: of the tools, where nothing but a known name and arguments tells a call from other JSON.
+        names: of the tools; given where only a known name and arguments distinguish a call from other JSON.
     """
 
     def __init__(self, names: Container[str] | None = None) -> None:
@@ -43,27 +43,27 @@ class JsonCall:
         self._num_keys = 0
         self.name: str | None = None
         self.failed = self.ended = self.complete = False
-        self._place: Place = "start"
+        self._place: JsonPlace = "start"
         self._key = ""
         self._name: str | None = None
-        self._part = ""  # the key or value that is being read
-        self._stack: list[str] = []  # closing brackets it still needs
+        self._part = ""  # the current key or value
+        self._stack: list[str] = []  # closing brackets still to come
         self._quoted = self._escaped = False
-        self._arguments: str | None = None  # a whole object, waiting for the name
+        self._arguments: str | None = None  # a whole object, held until the name is known
         self._streams = False
 
     def push(self, text: str) -> tuple[int, str]:
         out = ""
         for used, character in enumerate(text):
             out += self._read(character)
-            if self.failed:  # this character belongs to something else
+            if self.failed:  # this character is not part of the call
                 return used, out
             if self.ended:
                 return used + 1, out
         return len(text), out
 
     def flush(self, rest: str) -> str:
-        """Behind the arguments nothing more is needed."""
+        """A call that ends after its arguments is whole."""
         self.ended = self.complete
         self.failed = not self.complete
         return ""
@@ -106,7 +106,7 @@ class JsonCall:
         if not (self._quoted or self._stack) and character in SPACE + ",}":
             return self._end_part() + ("" if self.failed else self._read(character))
         if not self._quoted and character not in _PLAIN and character != '"':
-            self.failed = True  # what was given out stays, and is not an object
+            self.failed = True  # what was returned so far is not an object
             return ""
         written = self._repaired(character) if self._quoted else character
         self._part += written
@@ -119,7 +119,7 @@ class JsonCall:
         return out + (self._end_part() if whole else "")
 
     def _repaired(self, character: str) -> str:
-        """How a character of a string is to be written; a backslash waits for what it escapes."""
+        """A character of a string as valid JSON; a backslash is held until the next character."""
         if self._escaped and character in _ESCAPES:
             return "\\" + character
         if character < " ":

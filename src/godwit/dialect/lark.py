@@ -23,11 +23,11 @@ MAX_REGEX_CHARS = 1 << 13
 MAX_GRAMMAR_CHARS = 1 << 16
 MAX_CHOICES = 10_000
 
-#: Characters that are themselves in a regular expression.
+#: Characters that need no escape in a regular expression.
 _PLAIN = re.compile(r"[0-9A-Za-z ]|[^\W\d_]")
 
-#: Between the parts of a JSON text, besides nothing: one blank, or a new line, indented by up to eight steps.
-#: All models write these, and small ones would go on with blanks for ever.
+#: White space allowed between the parts of a JSON text: none, one blank, or a new line, indented by up to
+#: eight steps. All models write one of these; without a limit small models would write blanks for ever.
 _BLANKS = r" |\n(  ){0,8}|\n\t{0,8}"
 
 
@@ -50,7 +50,7 @@ def quoted(text: str) -> str:
     """A text as a literal of a grammar.
 
     Raises:
-        UsageError: it is no text that could be written.
+        UsageError: it cannot be encoded.
     """
     try:
         text.encode()
@@ -60,14 +60,14 @@ def quoted(text: str) -> str:
 
 
 def json_rule(schema: Mapping[str, Any], *, lenient: bool = False) -> str:
-    """What matches the JSON texts that fit a schema, as :func:`prepared`.
+    """The right side of a rule for JSON that fits a schema, as :func:`prepared` changes it.
 
     Args:
-        schema: whose ``x-guidance``, a matter of the library, is passed over.
-        lenient: pass over what a grammar cannot check, instead of refusing it.
+        schema: its ``x-guidance``, which has a meaning to the library, is ignored.
+        lenient: ignore what a grammar cannot check, instead of refusing it.
 
     Raises:
-        UsageError: the schema is no JSON, too large, or too deep.
+        UsageError: the schema is not JSON, too large, or too deep.
     """
     how = {"whitespace_pattern": _BLANKS, "lenient": lenient}
     text = checked_json({**prepared(schema), "x-guidance": how}, MAX_SCHEMA_CHARS)
@@ -75,7 +75,8 @@ def json_rule(schema: Mapping[str, Any], *, lenient: bool = False) -> str:
 
 
 def choice_rule(options: Sequence[str]) -> str:
-    """What matches one of some texts: one expression, since thousands of rules make each mask costly.
+    """The right side of a rule for one of some texts: one expression, since thousands of rules slow down each
+    mask.
 
     Raises:
         UsageError: there are none, or too many.
@@ -88,8 +89,8 @@ def choice_rule(options: Sequence[str]) -> str:
 
 
 def _literal(text: str) -> str:
-    """A text as a part of a regular expression."""
-    quoted(text)  # refuses what is no text
+    """A text, escaped for a regular expression."""
+    quoted(text)  # refuses what cannot be encoded
     return "".join(sign if _PLAIN.fullmatch(sign) else f"\\x{{{ord(sign):x}}}" for sign in text)
 
 
@@ -116,13 +117,13 @@ def checked_json(value: object, max_chars: int) -> str:
     """The JSON text of a value.
 
     Raises:
-        UsageError: it has none, or one that is too large or too deep.
+        UsageError: it is not JSON, or too large, or too deep.
     """
     check_depth(value)
     try:
         text = json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):
-        raise UsageError("the schema has to be plain JSON") from None
+        raise UsageError("the schema must be plain JSON") from None
     if len(text) > max_chars:
         raise UsageError(f"the schema has {len(text)} characters, but may have {max_chars}")
     return text

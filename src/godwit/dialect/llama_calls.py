@@ -1,4 +1,4 @@
-"""Tool calls of Llama 3: bare JSON with ``parameters``, maybe after ``<|python_tag|>``."""
+"""Tool calls of Llama 3: bare JSON with ``parameters``, sometimes after ``<|python_tag|>``."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from godwit.dialect.schema import DEFINITIONS
 from godwit.dialect.tags import CALL, FIRST_KEYS, PYTHON_TAG, TOOL_CALLS
 
 _PARAMETERS_KEY = re.compile(r"""\\?["']parameters\\?["']\s*:""")
-#: What the reader may take for the beginning of a call. It is refused in fenced code, too, since the lines of
-#: this expression and those of code would be too much to follow together.
+#: What the reader may take for the beginning of a call. Free text must not have it, not even in fenced code:
+#: following this expression and fences together would exceed the grammar library's limits.
 _BEGIN = (
     r"((?s:.*\n)?|(?s:.*)<\|python_tag\|>[ \t\r\n]*)"
     rf"\{{[ \t\r\n]*\"({'|'.join(FIRST_KEYS)})\"(?s:.*)"
@@ -23,12 +23,12 @@ _BEGIN = (
 
 
 class LlamaCalls(CallGrammar):
-    """The grammar of these calls."""
+    """The grammar of Llama's calls."""
 
     def call(
         self, rule: str, name: str, parameters: Mapping[str, Any], mark: Mark, *, beside_json: bool
     ) -> list[str]:
-        if beside_json:  # of two rules that begin alike, both have to be JSON
+        if beside_json:  # llguidance needs both of two rules that begin alike to be JSON
             return [f"{rule}: {json_rule(_as_json(name, parameters), lenient=True)}"]
         return json_call(rule, name, parameters, "parameters")
 

@@ -3,7 +3,7 @@
 ::
 
     [TOOL_CALLS] [{"name": NAME, "arguments": {...}}]
-    [TOOL_CALLS]NAME[ARGS]{...}                        in newer models, maybe with [CALL_ID]ID before [ARGS]
+    [TOOL_CALLS]NAME[ARGS]{...}                        newer models, sometimes with [CALL_ID]ID before [ARGS]
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from godwit.dialect.json_calls import JsonCall, json_call
 from godwit.dialect.lark import json_rule, quoted
 from godwit.dialect.tags import ARGS, TOOL_CALLS
 
-#: The ids of calls that the templates of these models take.
+#: Call ids that these models' templates accept.
 _ID = re.compile(r"[A-Za-z0-9]{9}")
 _LIST = re.compile(r"\s*\[?\s*")
 _NAME = re.compile(r"\s*([\w.:/-]+)\s*(?:\[CALL_ID\]\s*\w+)?\s*(?:\[ARGS\])?\s*")
-#: What may become one of these.
+#: What may become ``_LIST`` or ``_NAME``.
 _HEAD = re.compile(r"\s*\[?\s*|\s*[\w.:/-]{1,256}\s*(\[[A-Z_]{0,8}(\]\s*\w{0,64}\s*)?){0,2}")
 
 
@@ -64,7 +64,7 @@ class MistralCall:
         return ""
 
     def _begin(self, character: str) -> bool:
-        """Take a character in front of the JSON, or begin to read that; False where it cannot be."""
+        """Read a character before the JSON, or start reading it; False if it does not fit."""
         named = _NAME.fullmatch(self._head)
         if character != "{":
             self._head += character
@@ -84,7 +84,7 @@ class MistralCall:
 
 
 class MistralCalls(CallGrammar):
-    """The grammar of these calls.
+    """The grammar of Mistral's calls.
 
     Args:
         named: calls are written ``NAME[ARGS]{...}``.
@@ -144,7 +144,7 @@ MISTRAL_ARGS = replace(
 
 
 def with_short_ids(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages with ids of calls that the templates of these models take."""
+    """Messages with call ids that these models' templates accept."""
     result = []
     for message in messages:
         message = dict(message)

@@ -1,7 +1,7 @@
-"""Takes an answer apart while it arrives: thinking, text and tool calls, in the form that its template has.
+"""Splits an answer into thinking, text and tool calls while it arrives.
 
-What is given out depends on the text alone, never on how it was cut into pieces. What the model wrote is
-data: it is parsed as JSON or taken as text, and never evaluated.
+The result depends on the text alone, never on how it was cut into pieces. What the model wrote is data: it is
+parsed as JSON or kept as text, and never evaluated.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ _NO_CALLS = replace(HERMES, name="none", openers=(), ends_thinking=False)
 
 @dataclass(frozen=True)
 class Text:
-    """A part of what is said."""
+    """A part of the answer's text."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Thinking:
-    """A part of what is thought before."""
+    """A part of the thinking."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class CallStart:
-    """The call numbered ``index`` begins, of the function ``name``."""
+    """Call number ``index`` begins; it calls the function ``name``."""
 
     index: int
     name: str
@@ -43,7 +43,7 @@ class CallStart:
 
 @dataclass(frozen=True)
 class CallArguments:
-    """A part of the call's arguments, which are JSON as the model wrote it."""
+    """A part of the call's arguments: JSON as the model wrote it."""
 
     index: int
     text: str
@@ -54,8 +54,8 @@ class CallEnd:
     """The call is over.
 
     Attributes:
-        complete: its arguments are a JSON object; otherwise the model erred or was cut off.
-        raw: what was written, from the opening tag on.
+        complete: its arguments are a JSON object; if not, the model made a mistake or was cut off.
+        raw: the text of the call, from the opening tag on.
     """
 
     index: int
@@ -67,17 +67,18 @@ Delta = Text | Thinking | CallStart | CallArguments | CallEnd
 
 
 class AnswerParser:
-    """Takes one answer apart.
+    """Splits one answer.
 
-    Line breaks beside the tags are left out, since templates write them again. Text before and after a call
-    stays apart by the more of the line breaks that stood on either side of it, one at least.
+    Line breaks next to tags are dropped, since templates write them again. Text before a call and text after
+    it are separated by as many line breaks as stood on either side of the call, whichever is more, but at
+    least one.
 
     Args:
-        dialect: of tool calls; None: nothing is taken for a call.
+        dialect: of tool calls; None: the answer has no calls.
         schemas: the parameters of each tool, by its name.
-        thinking: the prompt has opened ``<think>`` already.
-        only_calls: an answer that calls tools does nothing else, so what looks like a call behind some text,
-            such as in a string of JSON, is a part of that.
+        thinking: the prompt has opened ``<think>``.
+        only_calls: an answer with calls has no text, so what looks like a call after some text, such as in a
+            JSON string, is text.
     """
 
     def __init__(
@@ -96,10 +97,10 @@ class AnswerParser:
         self._held = ""
         self._out: list[Delta] = []
         self._fences = Fences()
-        self._trim = False  # leave line breaks out until something else comes
-        self._breaks = 0  # of those that were left out since some text
+        self._trim = False  # drop line breaks until something else comes
+        self._breaks = 0  # dropped since the last text
         self._tagged = self._said = self._thought = False
-        self._gap = ""  # line breaks before the call that is read
+        self._gap = ""  # line breaks before the current call
         self._raw = ""
         self._call: CallReader = JsonCall()
         self._started = False
@@ -107,21 +108,21 @@ class AnswerParser:
 
     @property
     def thinks(self) -> bool:
-        """Whether the text is in its thinking now."""
+        """Whether what comes next is thinking."""
         return self._state == self._think or (self._opened and self._state == self._begin)
 
     @property
     def speaks(self) -> bool:
-        """Whether the text is neither in its thinking nor in a call now."""
+        """Whether what comes next is neither thinking nor part of a call."""
         return self._state in (self._begin, self._leave_thinking, self._say) and not self.thinks
 
     def push(self, text: str) -> list[Delta]:
-        """What is certain with ``text``."""
+        """Add ``text``; returns what is certain now."""
         self._held += text
         return self._run(final=False)
 
     def flush(self) -> list[Delta]:
-        """What is left at the end of the answer."""
+        """End the answer; returns what is left."""
         return self._run(final=True)
 
     def _run(self, *, final: bool) -> list[Delta]:
@@ -130,7 +131,7 @@ class AnswerParser:
         out, self._out = self._out, []
         return out
 
-    # The states. Each takes from what is held all that is certain; it returns whether another one goes on.
+    # States. Each consumes what is certain of the held text and returns whether to go on with another state.
 
     def _begin(self, final: bool) -> bool:
         rest = self._held.lstrip()
@@ -144,7 +145,7 @@ class AnswerParser:
         return True
 
     def _think(self, final: bool) -> bool:
-        """Up to the closing tag, or to a whole call with which the answer ends."""
+        """Read to the closing tag, or to a whole call that ends the answer."""
         fences, place = self._fences.copy(), 0
         tags = (END_THINK, *self._dialect.thinking_enders)
         for start, tag in _places(self._held, tags):
@@ -175,7 +176,7 @@ class AnswerParser:
         return True
 
     def _leave_thinking(self, final: bool) -> bool:
-        """Behind thinking or a call: thinking may begin again, and a second closing tag is left out."""
+        """After thinking or a call: thinking may begin again, and a second closing tag is dropped."""
         rest = self._held.lstrip()
         if not final and any(len(rest) < len(tag) and tag.startswith(rest) for tag in (THINK, END_THINK)):
             return False
@@ -210,7 +211,7 @@ class AnswerParser:
         self._follow(self._held[:place])
         self._give(Text, said)
         self._gap = self._held[len(said) : place]
-        self._raw = tag if tag != "{" else ""  # JSON is read from its brace on
+        self._raw = tag if tag != "{" else ""  # the reader needs the brace
         self._held = self._held[place + len(self._raw) :]
         self._started = False
         self._call = self._dialect.reader(tag, self._schemas)
@@ -240,7 +241,7 @@ class AnswerParser:
         return call.ended or call.failed
 
     def _give_back(self) -> None:
-        """What was read is no call, and so a text."""
+        """What was read is not a call, so it is text."""
         self._follow(self._raw)
         self._give(Text, self._gap + self._raw)
         self._state = self._say
@@ -248,7 +249,7 @@ class AnswerParser:
             self._dialect = _NO_CALLS
 
     def _leave_call(self, final: bool) -> bool:
-        """Behind a whole call: the closing tag, braces that are too many, and what separates calls."""
+        """After a whole call: skip the closing tag, surplus braces, and what separates calls."""
         rest = self._held.lstrip(self._dialect.between)
         closer = self._dialect.closer
         if not final and ((closer and len(rest) < len(closer) and closer.startswith(rest)) or not rest):
@@ -264,7 +265,7 @@ class AnswerParser:
         return True
 
     def _drop_call(self, final: bool) -> bool:
-        """In a call that is broken: on to its end, or to the next one."""
+        """In a broken call: skip to its end or to the next call."""
         closer = self._dialect.closer
         tags = [tag for tag in (closer, *self._dialect.openers) if tag]
         place, tag = next(iter(_places(self._held, tags)), (-1, ""))
@@ -286,7 +287,7 @@ class AnswerParser:
         self._trim = True
 
     def _give_certain(self, kind: type[Text] | type[Thinking], tags: Sequence[str], final: bool) -> None:
-        """Give out all but what may yet belong to one of the tags or to the line breaks before it."""
+        """Emit all but what may turn out to be part of a tag or of the line breaks before it."""
         ready = self._held if final else self._held[: len(self._held) - open_end(self._held, tags)]
         if self._tagged or (tags and not final):
             ready = ready.rstrip("\n")
@@ -320,7 +321,7 @@ class AnswerParser:
 
 
 def _places(text: str, tags: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """Where tags stand in a text, from its start on, and which ones; of several at one place the longest."""
+    """Positions of tags in a text, in order, with the tag; where several match, the longest."""
     place = 0
     while found := [(at, -len(tag), tag) for tag in tags if (at := text.find(tag, place)) >= 0]:
         place, _, tag = min(found)

@@ -1,8 +1,7 @@
-"""JSON schemas as forms and tool calls use them: closed, without unchecked formats, and looked into.
+"""JSON schemas of answers and tools: prepared for grammars, and checked against values.
 
-The checks are our own and not a library's because they run on the schemas and values of strangers while other
-answers are served: they take bounded time, follow no reference out of the schema and run no regular
-expression.
+The checks are our own because they run on untrusted schemas and values in the server: they take bounded time,
+follow no reference out of the schema, and run no regular expression.
 """
 
 from __future__ import annotations
@@ -13,19 +12,19 @@ from typing import Any
 
 from godwit.errors import UsageError
 
-#: What a function without parameters takes: nothing.
+#: The schema of a function without parameters.
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
-#: The formats of texts that are held to.
+#: The formats of strings that are enforced.
 FORMATS = frozenset(
     ("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 )
 #: Where a schema keeps what it refers to.
 DEFINITIONS = ("$defs", "definitions")
 MAX_DEPTH = 48
-#: Values in a schema, whatever they are; 256 KiB of a usual one have some 20,000.
+#: Values in a schema, of any type; a usual schema of 256 KiB has some 20,000.
 MAX_VALUES = 32_768
 MAX_STEPS = 20_000
-#: Of finding out which definitions describe only a part of an object, each for those that the last one found.
+#: Passes over a schema that look for definitions of partial objects, until no new ones are found.
 MAX_ROUNDS = 8
 
 _MAPS = ("properties", "patternProperties", *DEFINITIONS, "dependentSchemas")
@@ -34,7 +33,7 @@ _SINGLE = (
     "items", "additionalItems", "contains", "additionalProperties", "propertyNames", "unevaluatedItems",
     "unevaluatedProperties", "if", "then", "else", "not",
 )  # fmt: skip
-#: Subschemas that look at the same value as the schema that holds them.
+#: Keywords whose subschemas apply to the same value.
 _SAME_VALUE = frozenset(("allOf", "anyOf", "oneOf", "if", "then", "else", "not", "dependentSchemas"))
 _SAYS_OTHERWISE = _SAME_VALUE | {
     "$ref", "$dynamicRef", "additionalProperties", "unevaluatedProperties", "patternProperties",
@@ -52,10 +51,10 @@ _ANNOTATIONS = frozenset((
 
 
 def check_depth(value: object) -> None:
-    """Refuse what is nested too deeply, which cannot be found out by recursion, or has too many parts.
+    """Refuse a value that is nested too deeply or has too many parts; without recursion.
 
     Raises:
-        UsageError: it is, or has.
+        UsageError: it is or has.
     """
     level, depth, seen = [value], 0, 1
     while level := list(islice((child for parent in level for child in _children(parent)), MAX_VALUES)):
@@ -74,17 +73,17 @@ def _children(value: object) -> Any:
 
 
 def prepared(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A schema as answers are held to it.
+    """A schema as it is enforced.
 
-    Objects that list ``properties`` take no others unless the schema says so. Where several schemas look at
-    one object, as the members of ``allOf`` do, each knows only a part of its properties, so none is closed.
-    Formats of texts that are not checked are dropped.
+    Objects that list ``properties`` allow no others unless the schema says so. If several schemas apply to
+    one object, as the members of ``allOf`` do, each knows only some of its properties, so none is closed.
+    Formats that are not enforced are dropped.
 
     Raises:
         UsageError: it is nested too deeply.
     """
     check_depth(schema)
-    shared: set[str] = set()  # definitions that describe only a part of an object
+    shared: set[str] = set()  # definitions of partial objects
     for _ in range(MAX_ROUNDS):
         known = len(shared)
         result = _prepare(schema, False, shared)
@@ -123,7 +122,7 @@ def _prepare(schema: Any, part: bool, shared: set[str]) -> Any:
 
 
 def resolved(schema: Any, root: Mapping[str, Any]) -> Any:
-    """A schema without a reference at its top, which is followed within ``root`` only."""
+    """A schema with a reference at its top resolved, within ``root`` only."""
     for _ in range(MAX_DEPTH):
         if not isinstance(schema, Mapping) or not isinstance(reference := schema.get("$ref"), str):
             return schema
@@ -141,7 +140,7 @@ def _target(reference: str, root: Mapping[str, Any]) -> Any:
 
 
 def members(schema: Any, root: Mapping[str, Any], keys: Collection[str]) -> list[Mapping[str, Any]]:
-    """A schema and those within it, below ``keys``, that look at the same value; each once."""
+    """A schema and those below its ``keys``, which apply to the same value; each once."""
     found: list[Mapping[str, Any]] = []
     seen: set[int] = set()
     waiting = [schema]
@@ -158,7 +157,7 @@ def members(schema: Any, root: Mapping[str, Any], keys: Collection[str]) -> list
 
 
 def kinds(schema: Any, root: Mapping[str, Any]) -> list[str]:
-    """The JSON types of the values that may fit a schema, in its order; none where it does not say."""
+    """The JSON types that a schema allows, in its order; empty if it does not say."""
     try:
         return _kinds(schema, root, _Budget()) or []
     except _Spent:
@@ -215,7 +214,7 @@ def kind_of(value: object) -> str:
 
 
 def fits(value: Any, schema: Any, root: Mapping[str, Any]) -> bool:
-    """Whether it is certain that a value fits a schema; patterns and rarer keywords are never certain."""
+    """Whether a value certainly fits a schema; with patterns and rare keywords it is never certain."""
     try:
         return _fits(value, schema, root, _Budget())
     except _Spent:
@@ -311,11 +310,11 @@ def same(one: object, other: object) -> bool:
 
 
 class _Spent(Exception):
-    """A schema asks for too much."""
+    """A check takes too many steps."""
 
 
 class _Budget:
-    """Of steps and of their depth; each step is a ``with`` block."""
+    """Limits the steps of a check and their depth; each step is a ``with`` block."""
 
     def __init__(self) -> None:
         self._steps = self._depth = 0

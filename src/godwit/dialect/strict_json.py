@@ -1,4 +1,4 @@
-"""JSON as the standard has it, without the additions that Python takes."""
+"""JSON by the standard, without Python's extensions."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 
 def parse_json(text: str, *, strict: bool = True) -> Any:
-    """The value of a JSON text; ``strict``: without control characters in its strings.
+    """The value of a JSON text; ``strict`` refuses control characters in strings.
 
     Raises:
-        ValueError: it is none, also where only Python would take it.
+        ValueError: it is not JSON by the standard.
     """
     try:
         return json.loads(text, strict=strict, parse_constant=refuse_constant, parse_float=finite)
@@ -20,7 +20,7 @@ def parse_json(text: str, *, strict: bool = True) -> Any:
 
 
 def object_text(text: str) -> str | None:
-    """A text as a JSON object, None where it is none; line breaks and the like within strings are escaped."""
+    """A text as a JSON object, with control characters in strings escaped; None if it is not an object."""
     for strict in (True, False):
         try:
             value = parse_json(text, strict=strict)
@@ -31,19 +31,19 @@ def object_text(text: str) -> str | None:
 
 
 def refuse_constant(constant: str) -> None:
-    """For ``json.loads``: NaN and the infinities, which Python would take, are no JSON.
+    """For ``json.loads``: refuse NaN and the infinities, which are not JSON.
 
     Raises:
         ValueError: always.
     """
-    raise ValueError(f"{constant} is not a number that JSON has")
+    raise ValueError(f"{constant} is not valid in JSON")
 
 
 def finite(text: str) -> float:
     """For ``json.loads``: a number as a float.
 
     Raises:
-        ValueError: it is beyond what a float holds.
+        ValueError: it is too large for a float.
     """
     if not math.isfinite(value := float(text)):
         raise ValueError("a number is too large")

@@ -1,7 +1,7 @@
-"""Texts that a schema allows, as they stand between tags: without quotes and escapes.
+"""Strings that a schema allows, as they are written between tags: without quotes and escapes.
 
-Each function gives an expression of llguidance's Lark for a terminal, in which ``&``, ``|`` and ``~`` join
-regular expressions.
+Each function returns a terminal of llguidance's Lark, which combines regular expressions by ``&``, ``|``,
+``~``.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from godwit.dialect.schema import resolved
 from godwit.errors import UsageError
 
 ANY = "/(?s:.*)/"
-#: Texts in which a reader of values between tags would find an end, for Python and for a grammar.
+#: Texts in which the reader would find the end of a value; valid for Python and for a grammar.
 WITH_END = "|".join((
     r"(?s:.*)(<\/parameter>|<\/tool_call>|\n<\/function>|\n<parameter=)(?s:.*)",
     r"(<\/function>|<parameter=)(?s:.*)",
 ))  # fmt: skip
 MAX_STEPS = 200
-#: Keywords that could narrow a text down and are not known here.
+#: Keywords that could restrict a string and are not supported here.
 _UNKNOWN = ("if", "then", "else", "$dynamicRef")
 
 _MONTHS = (
@@ -63,10 +63,10 @@ _FORMATS = {
 
 
 def text_expression(schema: Any, root: Mapping[str, Any]) -> str | None:
-    """The texts that fit a schema; None where none does.
+    """The strings that fit a schema; None if none does.
 
     Raises:
-        UsageError: it asks for something that cannot be checked while the text is written.
+        UsageError: it asks for something that cannot be checked while the string is written.
     """
     return _expression(schema, root, itertools.count())
 
@@ -75,14 +75,12 @@ def _expression(schema: Any, root: Mapping[str, Any], steps: Iterator[int]) -> s
     if isinstance(schema, bool):
         return ANY if schema else None
     if next(steps) > MAX_STEPS:
-        raise UsageError("a text of the schema is described in too many steps, or by circles of references")
+        raise UsageError("a string of the schema has too many subschemas, or references in circles")
     schema = resolved(schema, root)
     if not isinstance(schema, Mapping):
         return ANY
     if unknown := next((key for key in _UNKNOWN if key in schema), None):
-        raise UsageError(
-            f"`{unknown}` cannot be checked in a text that is written between tags; leave it out"
-        )
+        raise UsageError(f"`{unknown}` cannot be checked in a string that is written between tags; remove it")
     parts = [_own(schema), *(_expression(one, root, steps) for one in schema.get("allOf") or ())]
     for key in ("anyOf", "oneOf"):
         if options := schema.get(key):
@@ -112,7 +110,7 @@ def _one_of(options: Sequence[str], *, exactly: bool) -> str | None:
 
 
 def _own(schema: Mapping[str, Any]) -> str | None:
-    """What the schema itself says about texts, without the schemas within."""
+    """What the schema itself says about strings, without its subschemas."""
     named = schema.get("type")
     if named is not None and "string" not in (named if isinstance(named, list) else [named]):
         return None
@@ -136,10 +134,10 @@ def _own(schema: Mapping[str, Any]) -> str | None:
 
 
 def searched(pattern: str) -> str:
-    """The texts in which a pattern is found, as JSON Schema has it; ``^`` and ``$`` may stand at its ends.
+    """The strings in which a pattern is found; ``^`` and ``$`` are supported at the ends of its alternatives.
 
     Raises:
-        UsageError: they stand elsewhere.
+        UsageError: they are elsewhere.
     """
     options = []
     for option in _alternatives(pattern):
@@ -150,7 +148,7 @@ def searched(pattern: str) -> str:
 
 
 def _alternatives(pattern: str) -> list[str]:
-    """The pattern cut at the ``|`` that are in no group and no class."""
+    """The pattern, split at each ``|`` outside of groups and classes."""
     options, depth, in_class, start = [], 0, False, 0
     for token in re.finditer(r"\\.|[\[\]()|^$]", pattern, re.DOTALL):
         sign, place = token[0], token.start()
@@ -165,7 +163,7 @@ def _alternatives(pattern: str) -> list[str]:
             start = place + 1
         elif sign in "^$" and (depth or place != (start if sign == "^" else _end_of_option(pattern, place))):
             raise UsageError(
-                f"the pattern {pattern[:80]!r} has {sign} in its middle, which cannot be held to"
+                f"the pattern {pattern[:80]!r} has {sign} in its middle, which cannot be enforced"
             )
     return [*options, pattern[start:]]
 

@@ -11,7 +11,7 @@ from godwit.dialect.fences import Fences
 from godwit.dialect.hermes_calls import HERMES
 from godwit.dialect.tags import END_THINK, THINK
 
-Place = Literal["gap", "tag", "thinking", "said", "call"]
+AnswerPlace = Literal["gap", "tag", "thinking", "said", "call"]
 NO_TOOLS: Mapping[str, Mapping[str, Any]] = {}
 _TAGS = (THINK, END_THINK)
 
@@ -37,7 +37,7 @@ class ThinkingTracker:
     def __init__(
         self, *, opened: bool = False, dialect: Dialect | None = HERMES, schemas: Schemas = NO_TOOLS
     ) -> None:
-        self.place: Place = "thinking" if opened else "said"
+        self.place: AnswerPlace = "thinking" if opened else "said"
         self.num_closed = self.num_calls = 0
         self._schemas = schemas
         self._dialect = dialect
@@ -53,9 +53,9 @@ class ThinkingTracker:
         self._fences = Fences()  # at the start of what is held
         self._held = ""  # perhaps the beginning of a tag
 
-    def push(self, text: str) -> list[tuple[Place, str]]:
+    def push(self, text: str) -> list[tuple[AnswerPlace, str]]:
         """The text in parts. If a tag comes in pieces, only the last piece is known to belong to it."""
-        places: list[Place] = []
+        places: list[AnswerPlace] = []
         for character in text:
             self._held += character
             place, size = self._step(character)
@@ -65,7 +65,7 @@ class ThinkingTracker:
         groups = groupby(zip(places, text, strict=True), lambda pair: pair[0])
         return [(place, "".join(character for _, character in group)) for place, group in groups]
 
-    def _step(self, character: str) -> tuple[Place, int]:
+    def _step(self, character: str) -> tuple[AnswerPlace, int]:
         """The place of a character, and how many, with those before it, belong there."""
         if self._call is not None:
             return self._read_call(self._call, character)
@@ -77,7 +77,7 @@ class ThinkingTracker:
         self._release()
         return self.place, 1
 
-    def _begin(self) -> tuple[Place, int] | None:
+    def _begin(self) -> tuple[AnswerPlace, int] | None:
         """Where thinking may begin: the place of a tag or of what may become one, or None behind that."""
         rest = self._held.lstrip()
         if rest in self._expected:
@@ -101,7 +101,7 @@ class ThinkingTracker:
         fences.push(self._held.removesuffix(tag))
         return fences.at_line_start if self.place == "thinking" else not fences.inside
 
-    def _turn(self, tag: str) -> Place:
+    def _turn(self, tag: str) -> AnswerPlace:
         """Go on after a tag; the place of the tag itself."""
         thought = self.place == "thinking"
         self.num_closed += thought and tag != THINK
@@ -129,7 +129,7 @@ class ThinkingTracker:
         if self.place != "call":
             self._fences.push(done)
 
-    def _read_call(self, call: CallReader, character: str) -> tuple[Place, int]:
+    def _read_call(self, call: CallReader, character: str) -> tuple[AnswerPlace, int]:
         """In a call that has begun in thinking, or after it."""
         if self._held.endswith(END_THINK):
             self._call = None
@@ -154,7 +154,7 @@ class ThinkingTracker:
             return "gap" if character in SPACE else "call", 1
         return self._think_on(len(rest))
 
-    def _think_on(self, size: int) -> tuple[Place, int]:
+    def _think_on(self, size: int) -> tuple[AnswerPlace, int]:
         """The call was only thought about."""
         self._call, self.place = None, "thinking"
         self._release()

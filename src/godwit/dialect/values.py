@@ -1,4 +1,4 @@
-"""Values of parameters that a model writes as text: of what a text can mean, that which fits the schema."""
+"""Values of parameters that a model writes as plain text, typed by the schema."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from godwit.dialect.schema import fits, kind_of, kinds, resolved
 from godwit.dialect.strict_json import parse_json
 
-#: Python's literals are read up to this size and depth, so that their parser has no chance to fail badly.
+#: Limits of Python literals; beyond them Python's parser could run out of memory or stack.
 MAX_LITERAL_CHARS = 1 << 16
 MAX_LITERAL_BRACKETS = 100
 _INTEGER = re.compile(r"[+-]?\d{1,300}")
@@ -20,18 +20,18 @@ _BRACKETS = "([{"
 
 
 def is_text(schema: Any, root: Mapping[str, Any]) -> bool:
-    """Whether every text is a value as it stands, so that it can be passed on before its end is known."""
+    """Whether any text is a valid value as it is, so it can be passed on before it is complete."""
     said = resolved(schema, root)
     listed = isinstance(said, Mapping) and not {"enum", "const"}.isdisjoint(said)
     return not listed and kinds(schema, root) in ([], ["string"])
 
 
 def read_value(text: str, schema: Any, root: Mapping[str, Any]) -> Any:
-    """What a text means where a schema asks for a value.
+    """The value that a text stands for, given the schema.
 
-    Of the values that the text can stand for, the first that fits: null, then objects and lists, then others
-    in the order in which the schema names their types. Where none does, a value of a right type is as good
-    as it gets, and otherwise the text itself.
+    A text can often be read in several ways. The first reading that fits wins: null, then objects and lists,
+    then the types in the order in which the schema names them. If none fits, a value of a right type is
+    returned, or else the text itself.
     """
     asked = kinds(schema, root)
     found = sorted(_meanings(text), key=lambda value: _rank(kind_of(value), asked))
@@ -54,7 +54,7 @@ def _rank(kind: str, asked: list[str]) -> int:
 
 
 def _meanings(text: str) -> Iterator[Any]:
-    """All that a text can stand for."""
+    """All values that a text can stand for."""
     yield text
     plain = text.strip()
     lower = plain.lower()
@@ -87,10 +87,10 @@ def _number(plain: str) -> int | float | None:
 
 
 def _literal(plain: str) -> Any:
-    """The value of a literal of Python, as templates write lists and objects; never evaluated.
+    """The value of a Python literal, which is how some templates write lists and objects; never evaluated.
 
     Raises:
-        ValueError: it is none, or has no JSON.
+        ValueError: it is not a literal, or JSON has no such value.
     """
     if not plain or plain[0] not in "([{'\"" or len(plain) > MAX_LITERAL_CHARS:
         raise ValueError("no literal")

@@ -1,4 +1,4 @@
-"""Tool calls as tags, in the form of Qwen3-Coder. The values are text; the tool's schema says their types.
+"""Tool calls as tags, as Qwen3-Coder writes them. Values are text; the tool's schema says their types.
 
 ::
 
@@ -44,23 +44,24 @@ _TAGS = (END_PARAMETER, PARAMETER, END_FUNCTION, END_CALL)
 _TAG = re.compile("|".join(map(re.escape, _TAGS)))
 _ESCAPED = re.compile(r"\\.", re.DOTALL)
 _SAME_OBJECT = ("allOf", "anyOf", "oneOf")
-#: What a list of tags cannot show to hold of the parameters as a whole.
+#: Keywords about the parameters as a whole, which a list of tags cannot be checked against.
 _OF_THE_WHOLE = (
     "anyOf", "oneOf", "not", "if", "dependentRequired", "dependentSchemas", "minProperties", "maxProperties",
 )  # fmt: skip
-#: Whether a tag ends a value: it does, it is a part of it, or more text has to tell.
+#: Whether a tag ends a value, is part of it, or needs more text to decide.
 Verdict = Literal["end", "text", "wait"]
 
 
 class XmlCall:
     """Reads one call; see :class:`~godwit.dialect.dialect.CallReader`.
 
-    Values that are texts are given out as they come, others when they are whole. Only parameters that the
-    tool knows count. A closing tag may be missing where the next line goes on with another parameter.
+    Strings are returned as they come, other values when they are whole. Parameters unknown to the tool are
+    dropped. A closing tag may be missing if the next line begins another parameter.
 
     Args:
         schemas: the parameters of each tool, by its name.
-        opened: ``<function=`` is read already, without ``<tool_call>``: only a known name makes that a call.
+        opened: ``<function=`` was read, without ``<tool_call>`` before it; then only a known name makes a
+        call.
     """
 
     def __init__(self, schemas: Mapping[str, Mapping[str, Any]], *, opened: bool = False) -> None:
@@ -70,15 +71,15 @@ class XmlCall:
         self._bare = opened
         self._schema: Mapping[str, Any] = {}
         self._known: dict[str, Any] = {}
-        self._open = True  # parameters that the schema does not name are taken as texts
+        self._open = True  # parameters that the schema does not name are strings
         self._state: Callable[[bool], bool] = self._read_name if opened else self._read_opening
         self._held = ""
         self._out = ""
         self._keys: set[str] = set()
         self._key = ""
-        self._value: str | None = None  # of the parameter that is read; None: it is given out as it comes
+        self._value: str | None = None  # of the current parameter; None: it is returned as it comes
         self._skips = self._fresh = False
-        self._depth = 0  # parameters that the value itself seems to open
+        self._depth = 0  # parameters that the value itself seems to contain
 
     def push(self, text: str) -> tuple[int, str]:
         return self._run(text, final=False)
@@ -94,7 +95,7 @@ class XmlCall:
         out, self._out = self._out, ""
         return len(text) - len(self._held), out
 
-    # The states, as in AnswerParser.
+    # States, as in AnswerParser.
 
     def _read_opening(self, final: bool) -> bool:
         rest = self._held.lstrip(SPACE)
@@ -105,7 +106,7 @@ class XmlCall:
         return False
 
     def _read_name(self, final: bool) -> bool:
-        """A name, and behind it what a call goes on with."""
+        """The name, and what has to follow it in a call."""
         name, rest = _named(self._held, final)
         if name is None:
             return False
@@ -131,7 +132,7 @@ class XmlCall:
         return self._open or key in self._known
 
     def _read_body(self, final: bool) -> bool:
-        """Between parameters; what is no tag there is left out."""
+        """Between parameters; anything but a tag is dropped."""
         place = self._held.find("<")
         self._held = self._held[place:] if place >= 0 else ""
         tag = _tag_at(self._held, (_OPEN_PARAMETER, END_FUNCTION, END_CALL), final) if self._held else ""
@@ -152,7 +153,7 @@ class XmlCall:
         return True
 
     def _read_key(self, final: bool) -> bool:
-        """A parameter that is malformed, unknown or there already is read like others, and left out."""
+        """A malformed, unknown or repeated parameter is read and dropped."""
         key, rest = _key_at(self._held, final)
         if key is None:
             return False
@@ -167,7 +168,7 @@ class XmlCall:
         return self._go(self._begin_value)
 
     def _begin_value(self, final: bool) -> bool:
-        """One line break at either end of a value belongs to the form."""
+        """One line break at either end of a value is not part of it."""
         if not self._held:
             return False
         self._held = self._held.removeprefix("\n")
@@ -225,7 +226,7 @@ class XmlCall:
             return "wait"
         if key and self._knows(key):
             return "end"
-        # An unknown parameter counts as one only where the layout is that of a call; else it is prose.
+        # An unknown parameter counts only if it is laid out like one; otherwise it is prose.
         own_line = line and "\n" in rest[: len(rest) - len(bare)]
         return "end" if own_line and self._depth <= 0 else "text"
 
@@ -251,7 +252,7 @@ class XmlCall:
 
 
 def _tag_at(text: str, tags: Sequence[str], final: bool) -> str | None:
-    """Which of the tags comes next, blanks aside; "" where it is not certain yet, None for none of them."""
+    """Which tag comes next after blanks; "" if that is not certain yet, None if it is none of them."""
     rest = text.lstrip(SPACE)
     for tag in tags:
         if rest.startswith(tag):
@@ -260,7 +261,7 @@ def _tag_at(text: str, tags: Sequence[str], final: bool) -> str | None:
 
 
 def _named(text: str, final: bool) -> tuple[str | None, str]:
-    """The name up to ``>`` and what follows; None where it is not complete yet, "" where there is none."""
+    """The name up to ``>`` and the rest; None if it is not complete yet, "" if there is none."""
     end = text.find(">", 0, MAX_NAME)
     raw = text[:end] if end >= 0 else text
     name = raw.strip()
@@ -271,14 +272,14 @@ def _named(text: str, final: bool) -> tuple[str | None, str]:
 
 
 def _key_at(text: str, final: bool) -> tuple[str | None, str]:
-    """The same of a parameter, from its ``<parameter`` on."""
+    """The same for a parameter, starting at ``<parameter``."""
     if text.startswith(PARAMETER):
         return _named(text[len(PARAMETER) :], final)
     return "" if final or len(text) > len(_OPEN_PARAMETER) else None, text
 
 
 def _in_string(text: str) -> bool:
-    """Whether JSON that begins like this is within a string."""
+    """Whether this beginning of a JSON text ends within a string."""
     if not text.lstrip(SPACE).startswith(("{", "[", '"')):
         return False
     return _ESCAPED.sub("", text).count('"') % 2 == 1
@@ -289,14 +290,14 @@ def _dumps(value: Any) -> str:
 
 
 def xml_call(rule: str, name: str, parameters: Mapping[str, Any]) -> list[str]:
-    """Parameters come in their order, the required ones always; others than the schema names, never."""
+    """The grammar of a call: parameters in the schema's order, the required ones always, no unknown ones."""
     parts_of_it = members(parameters, parameters, ("allOf",))
     properties = {k: v for member in parts_of_it for k, v in dict(member.get("properties") or {}).items()}
     required = {key for member in parts_of_it for key in member.get("required") or ()}
     for keyword in _OF_THE_WHOLE:
         if any(keyword in member for member in parts_of_it):
             raise UsageError(
-                f"`{keyword}` of all parameters cannot be held to in calls that are tags; leave it out"
+                f"`{keyword}` of all parameters cannot be enforced in calls written as tags; remove it"
             )
     parts, rules = "", [f"CLOSER: {quoted(chr(10) + END_PARAMETER + chr(10))}"] if rule == "call0" else []
     for index, (key, schema) in enumerate(properties.items()):
@@ -308,9 +309,9 @@ def xml_call(rule: str, name: str, parameters: Mapping[str, Any]) -> list[str]:
 
 
 def _xml_parameter(rule: str, key: str, schema: Any, root: Mapping[str, Any]) -> list[str]:
-    """A text stands as it is, any other value as JSON."""
+    """The grammar of a parameter: strings are written as they are, other values as JSON."""
     if not TAG_NAME.fullmatch(key):
-        raise UsageError(f"a parameter with the name {key[:80]!r} cannot be written in calls that are tags")
+        raise UsageError(f"a parameter with the name {key[:80]!r} cannot be written as a tag")
     found = kinds(schema, root)
     others = [kind for kind in found if kind != "string"]
     options, rules = [], []

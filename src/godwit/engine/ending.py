@@ -1,4 +1,4 @@
-"""Which tokens end an answer, and from where on they may."""
+"""Which tokens end an answer, and from when on they may."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from godwit.engine.sampling import SamplingParams
 
 
 class Ending:
-    """Knows what ends one answer.
+    """The tokens that end one answer.
 
     Args:
-        params: ``ignore_eos``, ``min_tokens`` and ``stop_token_ids`` count here.
-        stop_ids: tokens with which the model ends an answer by itself.
+        params: of these, ``ignore_eos``, ``min_tokens`` and ``stop_token_ids`` matter here.
+        stop_ids: the model's own stop tokens.
         vocab_size: ids below this can be chosen.
     """
 
@@ -27,21 +27,21 @@ class Ending:
         self._vocab_size = vocab_size
 
     def ends(self, token: int) -> bool:
-        """Whether the answer is over with this token."""
+        """Whether this token ends the answer."""
         return token in self._ids
 
     def too_early(self, num_made: int) -> bool:
-        """Whether an answer of so many tokens may not end yet."""
+        """Whether an answer of ``num_made`` tokens may not end yet."""
         return num_made < self._min_tokens
 
     def allowed(self, num_made: int, allowed: Tensor | None) -> Tensor | None:
         """The tokens that may follow ``num_made`` tokens, bool ``[vocab_size]``; None: all.
 
-        A constraint that leaves nothing but the end of the answer keeps it.
+        If the constraint allows only the end of the answer, the answer may end.
 
         Args:
-            num_made: tokens that the answer has.
-            allowed: what a constraint leaves; None: all.
+            num_made: number of tokens of the answer.
+            allowed: tokens that a constraint allows; None: all.
         """
         if not self._banned or not self.too_early(num_made):
             return allowed

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from godwit.dialect.dialect import Dialect
 from godwit.dialect.lark import ThinkingBefore
 from godwit.engine import Constraint
-from godwit.engine.constraint.constraints import Constraints, GrammarConstraint, Kind, UnknownForm
+from godwit.engine.constraint.constraints import Constraints, GrammarConstraint, Kind, UntriedGrammar
 from godwit.engine.constraint.trials import Abandon
 from godwit.errors import GodwitError
 from godwit.server.connections.clients import in_turn
@@ -113,7 +113,7 @@ class FormMaker:
             return None
         try:
             return self._several(constraints.only_known(), form, thinking, count)
-        except UnknownForm:
+        except UntriedGrammar:
             return None
         except GodwitError as error:
             raise from_engine(error) from error

@@ -154,10 +154,10 @@ def test_the_validator_of_these_tests_can_say_no() -> None:
         ("calls", {"choice": "auto"}, "Well, no.", "complete"),
         ("calls", {"choice": "auto"}, "a <tool_call>", "open"),
         ("calls", {"choice": "auto", "parallel": False}, f"{CALL}\n<tool_call>", "<tool_call>"),
-        ("calls", {"form": "xml"}, f"{XML}\n{XML}", "complete"),
-        ("calls", {"form": "xml"}, XML.replace("\n2\n", "\ntwo\n"), None),
-        ("calls", {"form": "xml", "choice": "auto"}, f"Well. {XML}", "complete"),
-        ("calls", {"form": "xml", "thinking": "opened"}, f"hm</think>\n\n{XML}", "complete"),
+        ("calls", {"dialect": xml_calls.XML}, f"{XML}\n{XML}", "complete"),
+        ("calls", {"dialect": xml_calls.XML}, XML.replace("\n2\n", "\ntwo\n"), None),
+        ("calls", {"dialect": xml_calls.XML, "choice": "auto"}, f"Well. {XML}", "complete"),
+        ("calls", {"dialect": xml_calls.XML, "thinking": "opened"}, f"hm</think>\n\n{XML}", "complete"),
     ],
 )  # fmt: skip
 def test_what_a_form_lets_through(
@@ -205,8 +205,8 @@ def test_blanks_cannot_go_on_for_ever(blanks: str, forms: Constraints, tokenizer
         ({"parallel": False}, f"{CALL}\n", "\n"),
         ({"choice": "now"}, '{"ok": true, "count": 12}', '{"ok": true, "count": 12}'),
         ({"choice": "required"}, NOW, "complete"),
-        ({"form": "xml"}, f"{XML}\n{XML}", "complete"),
-        ({"form": "xml"}, '{"ok": true, "count": 12}', "complete"),
+        ({"dialect": xml_calls.XML}, f"{XML}\n{XML}", "complete"),
+        ({"dialect": xml_calls.XML}, '{"ok": true, "count": 12}', "complete"),
         ({"thinking": "opened"}, 'so {"ok" <tool_call>\n</think>\n\n{"ok": true, "count": 1}', "complete"),
         ({"thinking": "opened"}, f"hm</think>\n\n{NOW}", "complete"),
         ({"thinking": "opened"}, NOW, "open"),
@@ -377,7 +377,7 @@ def test_a_form_that_gets_too_costly_ends_only_its_own_answer(
     _, finish = costly.result()
     assert isinstance(finish, Finish) and finish.reason == "error" and finish.error is not None
     assert finish.error.startswith(
-        "the form of the answer is too costly to follow (lexer error: too many states"
+        "the grammar of this answer is too costly to follow (lexer error: too many states"
     )
     assert finish.refused and "\n" not in finish.error
     assert other.result()[0] == alone

@@ -21,11 +21,11 @@ from godwit.engine.constraint.constraints import (
     LIMITS,
     Constraints,
     GrammarConstraint,
-    UnknownForm,
+    UntriedGrammar,
     explained,
 )
+from godwit.engine.constraint.text_cache import TextCache
 from godwit.engine.constraint.trials import Abandon
-from godwit.engine.constraint.verdicts import KnownTexts
 from godwit.engine.constraint.vocabulary import Tags
 from godwit.errors import BusyError, GodwitError, UsageError
 from godwit.tokenizer import Tokenizer
@@ -80,7 +80,7 @@ def bomb(levels: int) -> dict[str, Any]:
         ("grammar", "start: start", "nothing can fit it"),
         ("choice", [], "between 1 and"),
         ("choice", ["a"] * 20_000, "between 1 and"),
-        ("choice", ["\ud800"], "no character"),
+        ("choice", ["\ud800"], "not a character"),
         ("choice", ["a" * (MAX_SCHEMA_CHARS + 1)], "characters in all"),
         ("calls", [], "no such tool"),
         ("calls", [{"name": 'a"b'}], "needs a name"),
@@ -112,7 +112,7 @@ def test_a_trial_that_takes_too_long_is_ended_and_the_next_one_works(tokenizer: 
     held(forms, "object")
     forms._trials.seconds = 0.0
     slow = {"enum": [f"v{i}" for i in range(20_000)]}
-    with pytest.raises(UsageError, match="the form takes more than 0 seconds"):
+    with pytest.raises(UsageError, match="the grammar takes more than 0 seconds"):
         held(forms, "schema", slow)
     forms._trials.seconds = 60
     assert held(forms, "schema", slow).allowed() is not None  # what took too long may be tried again
@@ -171,7 +171,7 @@ def test_a_form_is_tried_once(forms: Constraints) -> None:
     with pytest.raises(UsageError, match="unclosed"):
         held(known, "regex", "(b")
     for kind in ("regex", "grammar"):
-        with pytest.raises(UnknownForm):
+        with pytest.raises(UntriedGrammar):
             held(known, kind, 'root ::= "never seen"')
     for one, other in zip(first, again, strict=True):
         one.accept(int(one.allowed().nonzero()[0]))  # type: ignore[union-attr]
@@ -198,7 +198,7 @@ def test_an_answer_uses_up_no_other_one_s_limits(forms: Constraints) -> None:
 
 
 def test_what_is_kept_of_forms_is_bounded_by_number_and_by_size() -> None:
-    known = KnownTexts(max_entries=3, max_bytes=4000)
+    known = TextCache(max_entries=3, max_bytes=4000)
     for name in "abcd":
         known.put(name, name)
         known.get("a")  # what is used stays
@@ -277,7 +277,7 @@ def test_a_trial_that_nobody_waits_for_is_ended(
     forms = Constraints(tokenizer, seconds=60)
     held(forms, "object")
     abandon = Abandon()
-    exchange = trial._Worker._exchange
+    exchange = trial.GrammarWorker._exchange
 
     def leave(worker: Any, value: Any, seconds: float) -> Any:
         if "grammar" in value:  # the client leaves while the process works
@@ -285,12 +285,12 @@ def test_a_trial_that_nobody_waits_for_is_ended(
         return exchange(worker, value, seconds)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trial._Worker, "_exchange", leave)
+        patch.setattr(trial.GrammarWorker, "_exchange", leave)
         with pytest.raises(BusyError, match="given up"):
             held(forms.until(abandon), "regex", "abc")
     with pytest.raises(BusyError, match="given up"):
         held(forms.until(abandon), "regex", "abc")
-    with pytest.raises(UnknownForm):
+    with pytest.raises(UntriedGrammar):
         held(forms.only_known(), "regex", "abc")
     assert forms._trials._free.qsize() == module.NUM_WORKERS
     assert held(forms, "regex", "abc").allowed() is not None
@@ -298,9 +298,9 @@ def test_a_trial_that_nobody_waits_for_is_ended(
 
 def test_a_token_that_does_not_fit_is_an_error(forms: Constraints) -> None:
     form = held(forms, "choice", ["yes"])
-    with pytest.raises(GodwitError, match="held to its form"):
+    with pytest.raises(GodwitError, match="no longer fits its grammar"):
         form.accept(0)
-    with pytest.raises(GodwitError, match="held to its form"):
+    with pytest.raises(GodwitError, match="no longer fits its grammar"):
         form.allowed()
 
 

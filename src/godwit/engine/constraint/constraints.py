@@ -1,7 +1,7 @@
-"""Answers of a given form: JSON that fits a schema, regular expressions, grammars, choices, tool calls.
+"""Structured output: JSON that fits a schema, regular expressions, grammars, choices, tool calls.
 
-The work is llguidance's and not xgrammar's, since with a large vocabulary it compiles a schema in a
-thousandth of the time, its masks cost no more, and it has limits for both.
+It uses llguidance rather than xgrammar: with a large vocabulary llguidance compiles a schema in a thousandth
+of the time, its masks cost no more, and it has limits for both.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from godwit.dialect.lark import (
     whole,
 )
 from godwit.dialect.tags import CALL, END_CALL, END_THINK, THINK
+from godwit.engine.constraint.text_cache import TextCache
 from godwit.engine.constraint.trials import Abandon, Trials
-from godwit.engine.constraint.verdicts import KnownTexts
-from godwit.engine.constraint.vocabulary import Tags, Vocabulary
+from godwit.engine.constraint.vocabulary import GrammarVocabulary, Tags
 from godwit.errors import GodwitError, UsageError
 from godwit.tokenizer import Tokenizer
 
 COMPILE_SECONDS = 5.0
 COMPILE_BYTES = 2 << 30
 NUM_WORKERS = 2
-#: The library's limits, of compiling, of one mask, and of what a grammar may come to hold. With these a mask
-#: takes about 50 ms at most; they count steps of work, so what is refused does not depend on the machine.
+#: Limits of the library on compiling, on one mask, and on the memory of a grammar. They keep a mask to about
+#: 50 ms, and count steps of work, so what is refused does not depend on the machine.
 LIMITS = {
     "step_lexer_fuel": 50_000,
     "step_max_items": 25_000,
@@ -52,12 +52,12 @@ LIMITS = {
     "initial_lexer_fuel": 1_000_000,
     "verbose_errors": False,
 }
-#: Grammars from clients may be ambiguous, and then each item takes much longer.
+#: Grammars from clients may be ambiguous, which makes each item much slower.
 GRAMMAR_LIMITS = {**LIMITS, "step_max_items": 6000}
-#: CPU time of a token that is not counted, and what one answer may take beyond it, in seconds.
+#: Seconds of CPU time per token that are not counted, and the limit on an answer's seconds beyond these.
 FREE_SECONDS = 0.005
 ANSWER_SECONDS = 1.0
-#: CPU time that a form may take to be followed on trial.
+#: Seconds of CPU time for following a grammar on trial.
 WALK_SECONDS = 2.0
 _PLACE = re.compile(r"^at \d+\(\d+\): ")
 _ANY_OBJECT = {"type": "object"}
@@ -69,17 +69,17 @@ Kind = Literal["object", "schema", "regex", "grammar", "choice"]
 class GrammarConstraint:
     """Holds one answer to a grammar; see :class:`~godwit.engine.stream.Constraint`.
 
-    Behind the thinking, tokens that stand for tags are no way to write a text, such as a string of JSON.
-    The matcher is made when it is first needed and shared with no other answer: matchers that were copied
-    from each other share the states of their lexer, and so its limits.
+    After thinking, tokens of tags are not allowed as mere text, such as in a JSON string. The matcher is made
+    when it is first needed, and not copied for other answers: copies share the states of their lexer, and so
+    its limits.
 
     Args:
         make: makes llguidance's matcher.
         vocab_size: tokens of the mask.
-        tags: those of the vocabulary.
-        thinking: what may come before the form.
-        calls_in_text: a call may begin anywhere in a text.
-        clock: tells CPU seconds of the thread.
+        tags: tokens of tags.
+        thinking: what may come before the answer.
+        calls_in_text: a call may begin anywhere in text.
+        clock: returns CPU seconds of the thread.
     """
 
     def __init__(
@@ -109,26 +109,26 @@ class GrammarConstraint:
         self._after_opener = False
 
     def again(self) -> GrammarConstraint:
-        """Another one of the same form, at its start."""
+        """A new constraint of the same grammar, at its start."""
         return self._again()
 
     def allowed(self) -> Tensor | None:
         """Bool ``[vocab_size]``: which tokens may come next, stop tokens included.
 
         Raises:
-            UsageError: the form is too costly to follow.
-            GodwitError: the answer does not fit the form.
+            UsageError: the grammar is too costly to follow.
+            GodwitError: the answer does not fit the grammar.
         """
         bits = np.frombuffer(self._guarded(self._matcher.compute_bitmask), dtype=np.uint8)
         mask = np.unpackbits(bits, count=self._vocab_size, bitorder="little")
-        if self._after_opener:  # in fenced code any text goes on behind it, and the tag is text itself
+        if self._after_opener:  # if any text may follow, the tag is text in fenced code
             letter, self._after_opener = self._tags.letter, False
             self._meant = {CALL, END_CALL} if letter is not None and mask[letter] else set()
         mask[self._banned(mask)] = 0
         return torch.from_numpy(mask.view(np.bool_))
 
     def accept(self, token: int) -> None:
-        """Go on by a token that was chosen.
+        """Advance by a token that was chosen.
 
         Raises: as :meth:`allowed`.
         """
@@ -150,7 +150,7 @@ class GrammarConstraint:
         return bool(self._matcher.is_accepting())
 
     def _banned(self, mask: NDArray[np.uint8]) -> list[int]:
-        """Tags that would be mere text here: those allowed where an ordinary letter is, too."""
+        """Tags that would be mere text here: allowed where an ordinary letter is allowed, too."""
         ids, letter = self._tags.ids, self._tags.letter
         allowed = [id for tag, id in ids.items() if mask[id] and tag not in self._meant]
         if self._thinking or not allowed or letter is None or not mask[letter]:
@@ -164,38 +164,40 @@ class GrammarConstraint:
         return matcher
 
     def _guarded(self, work: Callable[[], Any]) -> Any:
-        """What ``work`` gives, unless it fails or takes too much time."""
+        """The result of ``work``, unless it fails or takes too much time."""
         matcher, began = self._matcher, self._clock()
         result = _without_panic(work)
         self._slow_seconds += max(0.0, self._clock() - began - FREE_SECONDS)
         self._check(matcher)
         if self._slow_seconds > ANSWER_SECONDS:
-            raise UsageError("the form of the answer takes too much time to follow; simplify it")
+            raise UsageError("the grammar of this answer takes too much time to follow; simplify it")
         return result
 
     def _check(self, matcher: Any) -> None:
         if matcher.is_error():
             reason = explained(matcher.get_error())
             if _EXCEEDED.search(reason):
-                raise UsageError(f"the form of the answer is too costly to follow ({reason}); simplify it")
-            raise GodwitError(f"the answer cannot be held to its form any longer ({reason}); simplify it")
+                raise UsageError(
+                    f"the grammar of this answer is too costly to follow ({reason}); simplify it"
+                )
+            raise GodwitError(f"the answer no longer fits its grammar ({reason}); simplify it")
 
 
-class UnknownForm(GodwitError):
-    """A form was not tried yet, and the one who asked does not want to wait for that."""
+class UntriedGrammar(GodwitError):
+    """A grammar was not tried yet, and the caller does not want to wait for its trial."""
 
 
 class Constraints:
-    """Makes constraints for the answers of one model. For several threads.
+    """Makes constraints for the answers of one model. Thread-safe.
 
-    Each method blocks while a form that is not known yet is tried in a process of its own, which compiles it,
-    follows it for some tokens, and gets at most ``seconds``: call them from a thread of your own. Only the
-    verdict is kept; each answer's grammar is compiled again when the answer begins.
+    A new grammar is tried in a process of its own, which compiles it and follows it for some tokens, within
+    ``seconds``. Methods block during that, so call them from a thread of your own. Only the verdict is kept;
+    the grammar is compiled again when an answer begins.
 
     Args:
         tokenizer: the model's.
-        vocab_size: tokens that can be chosen, where not all of the tokenizer's.
-        seconds: to compile one form.
+        vocab_size: number of tokens that can be chosen; None: the tokenizer's.
+        seconds: limit for one trial.
 
     Raises:
         UsageError: llguidance is not installed, or the model has no token to end an answer with.
@@ -207,15 +209,15 @@ class Constraints:
         self.vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
         stops = sorted(id for id in tokenizer.stop_ids if id < self.vocab_size)
         if not stops:
-            raise UsageError("this model has no stop token, so its answers cannot be held to a form")
-        vocabulary = Vocabulary(tokenizer, self.vocab_size, stops[0])
+            raise UsageError("this model has no stop token, so structured output is not possible")
+        vocabulary = GrammarVocabulary(tokenizer, self.vocab_size, stops[0])
         self._special = {tokenizer.id_to_token(id): id for id in vocabulary.special_token_ids}
         self._tags = Tags.of(tokenizer, self.vocab_size)
         try:
             import llguidance
         except ModuleNotFoundError:
             raise UsageError(
-                "holding answers to a form needs the package llguidance; install it with "
+                "structured output needs the package llguidance; install it with "
                 "pip install 'godwit-llm[serve]'"
             ) from None
         self._library: Any = llguidance
@@ -231,19 +233,19 @@ class Constraints:
         }
         self._trials = Trials(setup, seconds, NUM_WORKERS)
         self._ask: Callable[[Mapping[str, Any]], dict[str, str]] = self._trials.ask
-        self._verdicts = KnownTexts()  # why a grammar cannot be used; "" for one that can
-        self._conversions = KnownTexts()
+        self._verdicts = TextCache()  # by grammar: why it cannot be used, or ""
+        self._conversions = TextCache()
 
     def only_known(self) -> Constraints:
-        """The same, but a form that is not known yet raises :class:`UnknownForm`, so nothing blocks."""
+        """The same, but a new grammar raises :class:`UntriedGrammar` instead of blocking."""
 
         def refuse(request: Mapping[str, Any]) -> dict[str, str]:
-            raise UnknownForm("the form is not known yet")
+            raise UntriedGrammar("the grammar was not tried yet")
 
         return self._asking(refuse)
 
     def until(self, abandon: Abandon) -> Constraints:
-        """The same, but a trial under way is ended when ``abandon`` is set."""
+        """The same, but ``abandon`` ends a trial under way."""
         return self._asking(partial(self._trials.ask, abandon=abandon))
 
     def _asking(self, ask: Callable[[Mapping[str, Any]], dict[str, str]]) -> Constraints:
@@ -252,15 +254,16 @@ class Constraints:
         return same
 
     def rule(self, kind: Kind, value: Any = None) -> GrammarRule:
-        """The form of an answer.
+        """The grammar rule for an answer.
 
         Args:
-            kind: "object": any JSON object. "schema": JSON that fits a schema of JSON Schema 2020-12, without
-                what a grammar cannot check; properties come in its order. "regex": a text that matches an
-                expression as a whole, in the syntax of Rust's ``regex``. "grammar": a text of a context-free
-                grammar, in llguidance's dialect of Lark or llama.cpp's GBNF. "choice": one of some texts.
-            value: the schema, the expression, the grammar or the texts. Objects of a schema that list
-                ``properties`` take no others unless it says so; formats that are not checked are dropped.
+            kind: "object": any JSON object. "schema": JSON that fits a schema of JSON Schema 2020-12, as far
+                as a grammar can check it; properties come in the schema's order. "regex": a text that matches
+                an expression as a whole, in the syntax of Rust's ``regex``. "grammar": a text of a
+                context-free grammar, in llguidance's variant of Lark or llama.cpp's GBNF. "choice": one of
+                some texts.
+            value: the schema, expression, grammar or texts. Objects of a schema that list ``properties``
+                allow no others unless it says so; formats that are not enforced are ignored.
 
         Raises:
             UsageError: it cannot be used, or costs too much.
@@ -277,12 +280,12 @@ class Constraints:
         return GrammarRule(json_rule(_ANY_OBJECT if kind == "object" else value), "the schema")
 
     def held_to(self, rule: GrammarRule, thinking: ThinkingBefore = "none") -> GrammarConstraint:
-        """Holds an answer to a form.
+        """A constraint for an answer.
 
         Args:
-            rule: the form.
-            thinking: what may come before: nothing, ``<think>...</think>``, or, where the prompt has opened
-                it already, the rest of that.
+            rule: what the answer has to be.
+            thinking: what may come before it: nothing, ``<think>...</think>``, or the rest of a thought that
+                the prompt has opened.
 
         Raises:
             UsageError: it cannot be used, or costs too much.
@@ -299,17 +302,17 @@ class Constraints:
         thinking: ThinkingBefore = "none",
         otherwise: GrammarRule | None = None,
     ) -> GrammarConstraint:
-        """Calls of tools whose arguments fit their schemas, as far as a grammar can check.
+        """A constraint for calls of tools whose arguments fit their schemas, as far as a grammar can check.
 
         Args:
-            tools: in OpenAI's shape, or only the inner objects.
-            choice: "auto" allows text, with or without calls; "required" nothing but calls; else the name of
-                the one tool to be called.
+            tools: in OpenAI's format, or only the inner objects.
+            choice: "auto" allows text, with or without calls; "required" only calls; otherwise the name of
+                the one tool to call.
             parallel: an answer may have several calls.
             dialect: how the model writes calls.
             thinking: as for :meth:`held_to`.
-            otherwise: with "auto", what an answer that calls no tool has to be; one that does is nothing but
-                calls then.
+            otherwise: with "auto", what an answer without calls has to be; an answer is then either that or
+                only calls.
 
         Raises: as :meth:`rule`.
         """
@@ -327,7 +330,7 @@ class Constraints:
         return self._make(grammar, what, _limits(otherwise), thinking, calls_in_text=calls_in_text)
 
     def _mark(self, text: str) -> str:
-        """A mark of calls in a grammar: as a token where it is one that no text can be, else as a text."""
+        """A tag in a grammar: as a token if it is a special one, otherwise as text."""
         return f"<[{self._special[text]}]>" if text in self._special else quoted(text)
 
     def _converted(self, grammar: str) -> str:
@@ -373,7 +376,7 @@ class Constraints:
 
 
 def explained(error: str) -> str:
-    """The point of a message of the library, in one line."""
+    """The gist of an error message of the library, in one line."""
     lines = [line.strip() for line in error.splitlines()] or [""]
     point = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
     point = _PLACE.sub("", point).removeprefix("failed to compile JSON schema: ")
@@ -389,10 +392,10 @@ def _limits(rule: GrammarRule | None) -> Limits:
 
 
 def _without_panic(work: Callable[[], Any]) -> Any:
-    """What ``work`` gives. Rust code that panics raises what is no Exception, which would end the engine."""
+    """The result of ``work``. A panic in Rust code is not an Exception; unhandled it would end the engine."""
     try:
         return work()
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        raise GodwitError(f"the answer cannot be held to its form ({explained(str(error))})") from None
+        raise GodwitError(f"the grammar library failed ({explained(str(error))})") from None

@@ -1,4 +1,4 @@
-"""Masks of answers that are held to a form: computed ahead of time, outside of the engine's thread."""
+"""Masks of constrained answers, computed ahead of time in threads of their own."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ _Entry = tuple[float, int, _Job, Callable[[], _Mask]]
 
 
 class MaskPool:
-    """Threads that compute masks. Jobs of answers that have used little time so far go first, so answers
-    with costly forms wait for each other rather than hold up the rest."""
+    """Threads that compute masks. Answers that have used little time go first, so those with costly grammars
+    wait
+    for each other and do not hold up the rest."""
 
     def __init__(self, num_threads: int = NUM_THREADS) -> None:
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="godwit-masks")
@@ -31,7 +32,7 @@ class MaskPool:
         self._numbers = count()
 
     def submit(self, spent: float, work: Callable[[], _Mask]) -> _Job:
-        """Run ``work`` in a thread; ``spent``: the seconds of CPU time that its answer has used so far."""
+        """Run ``work`` in a thread; ``spent``: seconds of CPU time that its answer has used so far."""
         job: _Job = Future()
         with self._lock:
             heappush(self._waiting, (spent, next(self._numbers), job, work))
@@ -39,7 +40,7 @@ class MaskPool:
         return job
 
     def close(self) -> None:
-        """Drop what waits, and let the threads end."""
+        """Drop waiting jobs and end the threads."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _run_first(self) -> None:
@@ -54,7 +55,7 @@ class MaskPool:
 
 
 class Masks:
-    """The masks of one answer. While the model computes the next scores, the mask for them is computed.
+    """The masks of one answer, each computed while the model computes the scores that it is for.
 
     Call :meth:`begin` once, then for each token: :meth:`ready`, :meth:`take`, :meth:`accept`.
     """
@@ -66,27 +67,27 @@ class Masks:
         self.job: _Job | None = None
 
     def begin(self) -> None:
-        """Start to compute the first mask."""
+        """Start computing the first mask."""
         self._submit(self._constraint.allowed)
 
     def accept(self, token: int, *, foreseen: bool) -> None:
-        """Take a token into account and start to compute the next mask.
+        """Add a token of the answer and start computing the next mask.
 
         Args:
-            token: the answer's newest.
-            foreseen: the next token is known already, so no mask is needed for it.
+            token: the newest.
+            foreseen: the token after it is known, so it needs no mask.
         """
         self._submit(partial(self._step, token, foreseen))
 
     def ready(self, seconds: float) -> bool:
-        """Whether the mask is there; waits up to ``seconds`` for it."""
+        """Whether the mask is ready; waits up to ``seconds`` for it."""
         return self.job is None or bool(wait([self.job], seconds).done)
 
     def take(self) -> _Mask:
         """The mask, bool ``[vocab_size]``; None: all tokens are allowed.
 
         Raises:
-            GodwitError: the answer cannot be held to its form any longer.
+            GodwitError: the answer no longer fits its grammar, or that is too costly to follow.
         """
         return None if self.job is None else self.job.result()
 
@@ -111,5 +112,5 @@ class Masks:
 
 
 def wait_for_any(masks: Iterable[Masks], seconds: float) -> None:
-    """Wait up to ``seconds`` until one of the masks is there."""
+    """Wait up to ``seconds`` until one of the masks is ready."""
     wait([one.job for one in masks if one.job is not None], seconds, FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""Grammars are tried out in other processes first, so that a costly one is refused in bounded time."""
+"""Grammars are tried in other processes first, so that a costly one is refused in bounded time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any
 from godwit.child import Child
 from godwit.errors import BusyError, UsageError
 
-#: A process is given this long to start, on whatever machine.
+#: Time for a process to start, even on a slow machine.
 START_SECONDS = 60.0
 
 
 class Abandon:
-    """Lets one thread end a trial that another one waits for, because nobody wants its result any more."""
+    """Lets one thread end a trial that another one waits for, since its result is not wanted any more."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -27,7 +27,7 @@ class Abandon:
         self.given_up = False
 
     def give_up(self) -> None:
-        """End the trial under way, and let none begin."""
+        """End the trial under way; no other one begins."""
         with self._lock:
             self.given_up = True
             if self._end is not None:
@@ -35,10 +35,10 @@ class Abandon:
 
     @contextmanager
     def calling(self, end: Callable[[], object]) -> Iterator[None]:
-        """Inside, :meth:`give_up` calls ``end``.
+        """Within this, :meth:`give_up` calls ``end``.
 
         Raises:
-            BusyError: it was given up already.
+            BusyError: it was given up before.
         """
         with self._lock:
             if self.given_up:
@@ -52,20 +52,20 @@ class Abandon:
 
 
 class Trials:
-    """Processes that try grammars out. For several threads, each of which waits for its answer.
+    """Processes that try grammars. Thread-safe; each call waits for its answer.
 
     Args:
         setup: see :mod:`godwit.engine.constraint.worker`.
-        seconds: for one trial; then the process is ended and another one started.
-        num_workers: processes, so many trials at a time.
+        seconds: limit for one trial; then its process is ended and later replaced.
+        num_workers: number of processes, and so of trials at a time.
     """
 
     def __init__(self, setup: Mapping[str, Any], seconds: float, num_workers: int) -> None:
         self.seconds = seconds
-        # the last one used comes first, so that others are started only where they are needed
-        self._free: queue.Queue[_Worker] = queue.LifoQueue()
+        # the last one used comes first, so that others are started only if needed
+        self._free: queue.Queue[GrammarWorker] = queue.LifoQueue()
         for _ in range(num_workers):
-            self._free.put(_Worker(setup))
+            self._free.put(GrammarWorker(setup))
 
     def ask(self, request: Mapping[str, Any], abandon: Abandon | None = None) -> dict[str, str]:
         """The answer of a process.
@@ -87,13 +87,13 @@ class Trials:
             raise BusyError("the request was given up")
         if answer is None:
             raise UsageError(
-                f"the form takes more than {self.seconds:g} seconds or too much memory; simplify it"
+                f"the grammar takes more than {self.seconds:g} seconds or too much memory; simplify it"
             )
         return answer
 
 
-class _Worker:
-    """One process, started when it is needed, and again after a limit has ended it."""
+class GrammarWorker:
+    """One process, started when needed, and again after a limit has ended it."""
 
     def __init__(self, setup: Mapping[str, Any]) -> None:
         self._setup = setup
@@ -118,7 +118,7 @@ class _Worker:
             raise UsageError("the process that compiles grammars ended at its start; check its memory limit")
 
     def _exchange(self, value: Mapping[str, Any], seconds: float) -> dict[str, str] | None:
-        """The answer, or None where the process has ended or had to be."""
+        """The answer, or None if the process has ended or was ended."""
         process = self.child.process
         if process is None:
             return None

@@ -1,4 +1,4 @@
-"""A model's tokens, as the library that follows grammars wants to have them."""
+"""A model's tokens, as the grammar library needs them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _TAGS = (CALL, END_CALL, THINK, END_THINK)
 
 @dataclass(frozen=True)
 class Tags:
-    """The tokens that stand for tags in a vocabulary; those that are not single tokens are absent.
+    """Tags that are single tokens of a vocabulary.
 
     Attributes:
-        ids: the id of each tag.
-        letter: the id of an ordinary letter, allowed wherever any text is.
+        ids: the token of each such tag.
+        letter: the token of an ordinary character, which is allowed wherever any text is.
     """
 
     ids: Mapping[str, int]
@@ -33,8 +33,8 @@ class Tags:
         return Tags(known, letter[0] if letter else None)
 
 
-class Vocabulary:
-    """A tokenizer as the library wants to have it: control tokens are never a way to write a text."""
+class GrammarVocabulary:
+    """A tokenizer as the library needs it: control tokens never stand for text."""
 
     bos_token_id = None
 
@@ -49,7 +49,7 @@ class Vocabulary:
         self._tags = re.compile(f"({'|'.join(map(re.escape, tags))})") if tags else None
 
     def __call__(self, text: bytes | str) -> list[int]:
-        """How the model would write a text that a grammar forces."""
+        """The tokens with which the model would write a text that a grammar forces."""
         if isinstance(text, bytes):
             text = text.decode("utf-8", "replace")
         parts = [text] if self._tags is None else self._tags.split(text)

@@ -1,15 +1,14 @@
-"""A separate process that tries grammars out, within limits of time and memory.
+"""A process that tries grammars, within limits of time and memory.
 
-A client's schema or regular expression is a program of a stranger: it may take all memory, or more stack than
-there is, where no check could interrupt it. So it is compiled here first, in a process that can be ended at
-any point; what gets through costs little and is then compiled where it is used. The file is started by path
-and imports nothing of godwit.
+A client's schema or regular expression is untrusted: compiling it may take all memory or overflow the stack,
+and cannot be interrupted. So it is compiled first in this process, which can be killed at any time; what
+passes is cheap, and is compiled again where it is used. The file is started by path and imports nothing of
+godwit.
 
 Protocol on stdin and stdout: lines of JSON. The first is the set-up (`sys_path`, `memory_bytes`,
 `walk_seconds`, and of the vocabulary `tokens` in hexadecimal digits, `special_ids`, `stop_ids`), answered by
 `{}`. Each later line `{"grammar": text, "limits": {}}` is answered by `{"error": text}`, empty where all is
-well, and `{"convert": text}`, a grammar in Lark's form or llama.cpp's, by the former or an error:
-`{"lark": text}`.
+well, and `{"convert": text}`, a grammar in Lark or llama.cpp's GBNF, by `{"lark": text}` or an error.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ from collections.abc import Callable, Mapping, Sequence
 from time import thread_time
 from typing import Any
 
-#: As little as any thread may have in which the grammar is compiled later.
+#: The smallest stack of any thread that compiles the grammar later.
 STACK_BYTES = 512 << 10
-#: Random answers that a grammar has to get through, and tokens of each.
+#: Random answers on trial, and tokens of each.
 NUM_WALKS = 2
 WALK_TOKENS = 64
 
 
-class Vocabulary:
-    """Tokens as the library wants to have them."""
+class TrialVocabulary:
+    """Tokens as the library needs them."""
 
     bos_token_id = None
 
@@ -45,7 +44,7 @@ class Vocabulary:
         self._longest = min(32, max(map(len, self._ids), default=1))
 
     def __call__(self, text: bytes | str) -> list[int]:
-        """Some way to write a text that a grammar forces: on trial, any will do."""
+        """Some tokens for a text that a grammar forces: on trial any will do."""
         rest = text.encode() if isinstance(text, str) else text
         ids = []
         while rest:
@@ -62,16 +61,16 @@ def make_tokenizer(setup: Mapping[str, Any]) -> Any:
     """The library's tokenizer."""
     import llguidance
 
-    vocabulary = llguidance.TokenizerWrapper(Vocabulary(setup))
+    vocabulary = llguidance.TokenizerWrapper(TrialVocabulary(setup))
     return llguidance.LLTokenizer(vocabulary, n_vocab=len(setup["tokens"]), eos_token=setup["stop_ids"])
 
 
 def walk(
     matcher: Any, stop_ids: Sequence[int], seconds: float, clock: Callable[[], float] = thread_time
 ) -> str:
-    """Follow a grammar on random ways, always the same ones.
+    """Follow a grammar along random answers, the same ones each time.
 
-    Returns: what went wrong, "" if nothing did.
+    Returns: what went wrong, or "".
     """
     end = clock() + seconds
     for number in range(NUM_WALKS):
@@ -86,13 +85,15 @@ def walk(
             if clock() > end:
                 return "it takes too much time to follow"
         error = str(copy.get_error())
-        if error and not (begun and error.startswith("NoExtension")):  # chance may run into a dead end
+        if error and not (
+            begun and error.startswith("NoExtension")
+        ):  # a random answer may run into a dead end
             return error
     return ""
 
 
 def pick(mask: bytes, stop_ids: Sequence[int], chance: random.Random) -> int | None:
-    """One of the ids whose bits are set, but not one that ends an answer; None if there is no other."""
+    """A random id whose bit is set, other than the stop tokens; None if there is none."""
     bits = bytearray(mask)
     for id in stop_ids:
         bits[id // 8] &= ~(1 << id % 8) & 255
@@ -106,7 +107,7 @@ def pick(mask: bytes, stop_ids: Sequence[int], chance: random.Random) -> int | N
 
 
 def answer(request: Mapping[str, Any], tokenizer: Any, setup: Mapping[str, Any]) -> dict[str, str]:
-    """What to say to one request."""
+    """The answer to one request."""
     from llguidance import LLMatcher, LLParserLimits, gbnf_to_lark
 
     try:
@@ -119,12 +120,12 @@ def answer(request: Mapping[str, Any], tokenizer: Any, setup: Mapping[str, Any])
         return {"error": walk(matcher, setup["stop_ids"], setup["walk_seconds"])}
     except MemoryError:
         return {"error": "it needs too much memory"}
-    except BaseException as error:  # where the library's Rust code panics, it is no Exception
+    except BaseException as error:  # a panic in the library's Rust code is not an Exception
         return {"error": str(error)[:2000] or type(error).__name__}
 
 
 def limit_memory(num_bytes: int) -> None:
-    """Let allocations beyond this fail, on systems that can."""
+    """Make allocations beyond this fail, if the system can."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -144,7 +145,7 @@ def serve() -> None:
 
 
 def main() -> None:
-    """Serve on a small stack, so that what would overflow another one ends this process first."""
+    """Serve on a small stack, so that what would overflow another one overflows this one first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that asked
     threading.stack_size(STACK_BYTES)
     thread = threading.Thread(target=serve)

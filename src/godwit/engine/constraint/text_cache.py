@@ -1,4 +1,4 @@
-"""What is remembered of forms: verdicts and conversions, but nothing that was compiled."""
+"""A bounded cache of texts: verdicts on grammars and conversions of them, but nothing compiled."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from hashlib import sha256
 
 MAX_ENTRIES = 2048
 MAX_BYTES = 4 << 20
-#: What an entry takes besides its text.
+#: Bytes of an entry besides its text.
 ENTRY_BYTES = 256
 
 
-class KnownTexts:
-    """Texts by the hash of what they are about; the ones used last are kept. For several threads.
+class TextCache:
+    """Texts by the hash of their subject; the least recently used are dropped. Thread-safe.
 
     Args:
-        max_entries, max_bytes: bounds of what is kept.
+        max_entries, max_bytes: limits.
     """
 
     def __init__(self, max_entries: int = MAX_ENTRIES, max_bytes: int = MAX_BYTES) -> None:
@@ -31,7 +31,7 @@ class KnownTexts:
         return len(self._texts)
 
     def get(self, subject: str) -> str | None:
-        """What is known of it, or None."""
+        """The text of a subject, or None."""
         with self._lock:
             key = _key(subject)
             text = self._texts.get(key)
@@ -40,7 +40,7 @@ class KnownTexts:
             return text
 
     def put(self, subject: str, text: str) -> None:
-        """Remember ``text``."""
+        """Store a text."""
         with self._lock:
             key = _key(subject)
             self.num_bytes -= _size(self._texts.pop(key, None))
