@@ -1,4 +1,4 @@
-"""Hostile requests: what a server has to refuse, and to bear, while others are served."""
+"""Hostile requests that a server must refuse or survive while it serves others."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from urllib.parse import urlsplit
 from benchmarks.plain_http import read_head, request
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-#: Seconds that a flood goes on if the server does not end it.
+#: Seconds of a flood, unless the server ends it.
 FLOOD_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class Attack:
-    """A request that deserves no answer.
+    """A hostile request.
 
     Attributes:
-        statuses: what may come of it; 0: the server closed the connection.
+        statuses: expected statuses; 0: the server closed the connection.
     """
 
     name: str
@@ -50,7 +50,7 @@ def _chat(**fields: Any) -> Callable[[random.Random], bytes]:
 
 
 def _many(path: str, start: str, item: str, end: str) -> Callable[..., Any]:
-    """A body of 1,000,000 bytes of one and the same item."""
+    """A body of 1,000,000 bytes that repeats one item."""
     data = (start + ",".join([item] * (1_000_000 // (len(item) + 1))) + end).encode()
     return _posting(path, lambda rng: data)
 
@@ -61,7 +61,7 @@ _DESCRIBED = '{"name": "f", "description": "'
 
 
 def _slowly(pieces: int, pause: float) -> Callable[..., Any]:
-    """Sends a body a few bytes at a time, and leaves before its end."""
+    """Sends a body a few bytes at a time, and leaves before the end."""
 
     async def send(url: str, rng: random.Random) -> int:
         data = _chat()(rng)
@@ -77,7 +77,7 @@ def _slowly(pieces: int, pause: float) -> Callable[..., Any]:
 
 
 def _raw(data: bytes) -> Callable[..., Any]:
-    """Sends bytes that are no request."""
+    """Sends bytes that are not a request."""
 
     async def send(url: str, rng: random.Random) -> int:
         place = urlsplit(url)
@@ -95,7 +95,7 @@ def _raw(data: bytes) -> Callable[..., Any]:
 
 
 def _costly_schema(rng: random.Random) -> bytes:
-    """Forms that grow without end when they are worked out."""
+    """Schemas that explode when they are compiled."""
     if rng.random() < 0.5:
         schema: dict[str, Any] = {"type": "string", "pattern": "((((a{1,99}){1,99}){1,99}){1,99}){1,99}"}
     else:
@@ -107,12 +107,12 @@ def _costly_schema(rng: random.Random) -> bytes:
 
 
 def _held(**outputs: Any) -> Callable[..., Any]:
-    """An answer held to a form that is costly to try or to follow."""
+    """Requests a form that is costly to compile or to follow."""
     return _posting(CHAT, _chat(structured_outputs=outputs))
 
 
 def _flood(start: bytes, piece: bytes, seconds: float = FLOOD_SECONDS) -> Callable[..., Any]:
-    """Sends a beginning and then the same bytes as fast as it can, whatever the answer."""
+    """Sends ``start`` and then the same bytes as fast as it can, whatever the answer."""
 
     async def send(url: str, rng: random.Random) -> int:
         place = urlsplit(url)
@@ -135,7 +135,7 @@ def _flood(start: bytes, piece: bytes, seconds: float = FLOOD_SECONDS) -> Callab
 
 
 def _one_letter(count: int, seconds: float = FLOOD_SECONDS) -> Callable[..., Any]:
-    """Holds connections open with the first letter of a second request."""
+    """Keeps connections open with the first letter of a second request."""
 
     async def hold(url: str, rng: random.Random) -> int:
         place = urlsplit(url)
@@ -158,9 +158,9 @@ def _one_letter(count: int, seconds: float = FLOOD_SECONDS) -> Callable[..., Any
 
 
 def _never_reading(count: int, seconds: float = FLOOD_SECONDS) -> Callable[..., Any]:
-    """Asks for the chat page again and again and reads none of it."""
+    """Requests the chat page many times and reads none of it."""
 
-    async def stare(url: str, rng: random.Random) -> int:
+    async def ignore(url: str, rng: random.Random) -> int:
         place = urlsplit(url)
         with socket.socket() as client:
             client.setblocking(False)
@@ -175,7 +175,7 @@ def _never_reading(count: int, seconds: float = FLOOD_SECONDS) -> Callable[..., 
                 pass
         return 0
 
-    return stare
+    return ignore
 
 
 def _head_of(*lines: str) -> bytes:

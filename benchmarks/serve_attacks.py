@@ -1,10 +1,10 @@
-"""How long a stream is held up while a server is attacked.
+"""The longest gap in a stream while the server is attacked.
 
     python benchmarks/serve_attacks.py --seconds 10
 
-Starts `godwit serve` with the built-in model. One client streams answers, one after the other, from the first
-attack to the last; a second process sends one kind of attack after another, several at a time. Printed is the
-longest gap between two tokens of the stream during each attack, and without any.
+Starts `godwit serve` with the built-in model. One client streams one answer after another; a second process
+sends one kind of attack after another, several at a time. Prints the longest gap between two tokens of the
+stream during each attack, and without any.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from benchmarks.load_client import Client, Mix, Tally  # noqa: E402
 from benchmarks.servers import ServerProcess, godwit_command, serving  # noqa: E402
 from godwit.measure.report import result_row, write_json  # noqa: E402
 
-#: Milliseconds between two tokens that an attack may cause on a machine that does nothing else.
+#: Milliseconds between two tokens that an attack may cause on an otherwise idle machine.
 ALLOWED_MS = 250.0
 NOTHING = "nothing"
 
 
 def send(name: str, url: str, seconds: float, at_a_time: int) -> list[int]:
-    """Attack for so long; the statuses that came. Runs in a process of its own."""
+    """Attack for so long, in a process of its own; returns the statuses."""
     attack = next(one for one in ATTACKS if one.name == name)
     return asyncio.run(_send(attack, url, seconds, at_a_time))
 
@@ -55,7 +55,7 @@ async def _send(attack: Attack, url: str, seconds: float, at_a_time: int) -> lis
 
 
 async def stream_beside(url: str, work: Any, seconds: float) -> Tally:
-    """Stream answers until ``work``, a future, is done, and for so long at least."""
+    """Stream answers for at least so long, and until the future ``work`` is done."""
     tally = Tally()
     mix = Mix(leaving=0.0, hostile=0.0, prompt_words=(5, 9), tokens=(400, 400), every_route=False)
     client = asyncio.create_task(Client(url, mix, 1, tally).run())
@@ -68,7 +68,7 @@ async def stream_beside(url: str, work: Any, seconds: float) -> Tally:
 
 
 def measure(server: ServerProcess, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each attack, and one for none."""
+    """One row for each attack, and one without any."""
     rows = []
     chosen = [attack for attack in ATTACKS if not args.only or attack.name in args.only]
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -102,7 +102,7 @@ def main() -> int:
         row for row in rows if row["errors"] or not row["as_expected"] or row["longest_gap_ms"] > ALLOWED_MS
     ]
     for row in wrong:
-        print("not as it should be:", json.dumps(row))
+        print("failed:", json.dumps(row))
     if args.output is not None:
         write_json(
             args.output,

@@ -1,14 +1,15 @@
-"""A server under load: clients that stream, that leave, that are hostile; and beside llama.cpp's server.
+"""A server under load: clients that stream, leave early or attack; and beside llama.cpp's server.
 
     python benchmarks/serve_load.py run --seconds 300
     python benchmarks/serve_load.py peer --llama-python VENV/bin/python --dir /tmp/peers
 
     pip install llama-cpp-python[server]==0.3.36 gguf                           # into a Python of its own
 
-`run` starts `godwit serve` with the built-in model and 64 clients that send one request after another: short
-and long ones, to all APIs, with tools and forms, a tenth of which are left in the middle; and every twentieth
-is an attack. It says what was answered wrongly, whether memory grew after the caches were full (the first
-fifth of the time) or beyond `--memory`, and whether the engine's books are right once all is over.
+`run` starts `godwit serve` with the built-in model and 64 clients that send one request after another:
+short and long ones, to all APIs, with tools and forms. In a tenth of them the client leaves early, and
+every twentieth is an attack. It reports wrong answers, whether memory grew after the caches were full (the
+first fifth of the time) or beyond `--memory`, and whether the engine accounts for all its blocks at the
+end.
 
 `peer` lets `godwit serve` and llama-cpp-python's server take turns with the same clients and a model of the
 same shape and size: all plain chats whose answers have a given number of tokens. That server answers one
@@ -47,11 +48,11 @@ from godwit.measure.report import result_row, write_json  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 BUILT_IN = ROOT / "src" / "godwit" / "default_model"
-#: What a server may take beyond its memory at rest, for each byte that its caches may have.
+#: Memory that a server may use beyond that at rest, per byte of `--memory`.
 ALLOWANCE = 1.1
-#: Of the time: until the caches are full, and how long memory is looked at.
+#: Shares of the time: until the caches are full, and over which memory is averaged.
 WARM_UP, WINDOW = 0.2, 0.1
-#: Fixed answers: both servers draw in the same way, and neither may end an answer on its own.
+#: Both servers sample in the same way, and neither may end an answer on its own.
 CHOOSING = {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "frequency_penalty": 0, "presence_penalty": 0}
 STOP_IDS = (6135, 6137)
 
@@ -98,7 +99,7 @@ def quantiles(seconds: Sequence[float]) -> dict[str, float | None]:
 
 
 def figures(tally: Tally, seconds: float) -> dict[str, Any]:
-    """What a tally comes to."""
+    """The figures of a tally."""
     return {
         "tokens_per_second": round(tally.tokens / seconds, 1),
         "finished": tally.finished,
@@ -138,7 +139,7 @@ class Watch:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load a server, and say how it bore it."""
+    """Load a server and report."""
     command = godwit_command("--self-check", "--context", "2048", "--memory", str(args.memory), *args.serve)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -183,7 +184,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def rest(server: ServerProcess) -> dict[str, Any]:
-    """Wait until the engine is idle and has checked its books; what they say."""
+    """Wait until the engine is idle and has checked its blocks; returns its counts."""
     end = time.monotonic() + IDLE_SECONDS
     while time.monotonic() < end:
         await asyncio.sleep(0.2)
@@ -200,7 +201,7 @@ async def rest(server: ServerProcess) -> dict[str, Any]:
 
 
 def show(row: Mapping[str, Any], args: argparse.Namespace) -> None:
-    """The result: a file, and a table for people or JSON."""
+    """Write the result: a file, and a table or JSON."""
     if args.output is not None:
         write_json(args.output, row)
     if args.json:
@@ -302,7 +303,7 @@ def peer_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def entrants(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, list[str], Path, str | None]]:
-    """Name, command, log and address of both servers; the GGUF file is made where it is not there yet."""
+    """Name, command, log and address of both servers; the GGUF file is made if it is missing."""
     gguf = args.dir / "built-in-bf16.gguf"
     if not gguf.exists():
         args.dir.mkdir(parents=True, exist_ok=True)

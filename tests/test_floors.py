@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent / "src" / "godwit"
 # The rooms of each floor. Anyone may import the ground floor and the package itself, which holds the version.
 FLOORS = (
     ("errors", "worker", "worker_child", "file_kinds", "pages", "safe_files", "_native"),
-    ("config_fields",),
+    ("config_fields", "dialect"),
     ("config_rotary",),
     ("config", "qtensor", "text"),
     ("checkpoint", "kernels"),

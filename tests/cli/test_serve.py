@@ -54,7 +54,7 @@ def test_a_server_from_its_start_to_its_end(models: Models, tmp_path: Path) -> N
         _, log = process.communicate(timeout=60)
     assert process.returncode == 130
     assert re.search(r"POST /v1/chat/completions 200 .* key=alice prompt=\d+ cached=\d+ generated=3 ", log)
-    assert re.search(r"ending, told by SIGINT: .* 0 answers under way .*\n.* ended\n", log)
+    assert re.search(r"shutting down \(SIGINT\): .* 0 answers in progress .*\n.* stopped\n", log)
     assert "Traceback" not in log and "a-key-of-mine" not in log
 
 
@@ -69,7 +69,7 @@ def test_sigterm_is_logged_and_ends_the_server(models: Models) -> None:
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=60)
     assert process.returncode in (-signal.SIGTERM, 143)
-    assert "told by SIGTERM" in log and "Traceback" not in log
+    assert "shutting down (SIGTERM)" in log and "Traceback" not in log
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_what_is_wrong_is_said_at_once(models: Models, tmp_path: Path) -> None:
     for arguments, reason in (
         (("--api-key-file", tmp_path / "absent"), "cannot be read"),
         (("--host", "no.such.host.invalid"), "give another --host"),
-        (("--host", "192.0.2.1"), "take another --host"),
+        (("--host", "192.0.2.1"), "use another --host"),
         (("--cors-origin", "example.org"), "is no origin"),
         (("--cors-origin", "https://example.org/path"), "is no origin"),
         (("--host", "0.0.0.0"), "--allow-host"),

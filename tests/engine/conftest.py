@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from godwit.engine.constraint import Constraints
+from godwit.engine.constraint.constraints import Constraints
 from godwit.text.tokenizer import Tokenizer
 from tests.engine.forms import FOLDER
 

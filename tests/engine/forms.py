@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from godwit.engine import constraint
-from godwit.engine.constraint import Constraints, GrammarConstraint, Kind
-from godwit.engine.constraint_grammar import Thinking
+import godwit
+from godwit.dialect.lark import ThinkingBefore
+from godwit.engine.constraint.constraints import Constraints, GrammarConstraint, Kind
 from godwit.text.tokenizer import Tokenizer
 
-FOLDER = Path(constraint.__file__).parents[1] / "default_model"
+FOLDER = Path(godwit.__file__).parent / "default_model"
 FLAG = {
     "type": "object",
     "properties": {"ok": {"type": "boolean"}, "count": {"type": "integer", "minimum": 0, "maximum": 99}},
@@ -36,7 +36,9 @@ TOOLS = [
 ]
 
 
-def held(forms: Constraints, kind: Kind, value: Any = None, thinking: Thinking = "none") -> GrammarConstraint:
+def held(
+    forms: Constraints, kind: Kind, value: Any = None, thinking: ThinkingBefore = "none"
+) -> GrammarConstraint:
     return forms.held_to(forms.rule(kind, value), thinking)
 
 

@@ -10,7 +10,7 @@ from godwit.engine.core import CoreSettings, Drafter, EngineCore
 from godwit.engine.generation import Generation
 from godwit.engine.sampling import Sampler, SamplingParams
 from godwit.engine.scheduler import Sequence
-from godwit.engine.spill import DiskCache
+from godwit.engine.cache.disk import DiskCache
 from godwit.engine.stream import Channel, Event, Finish, GenerationRequest, Piece
 from godwit.models.causal_lm import CausalLM
 from tests.engine.tiny import VOCAB, tiny_tokenizer

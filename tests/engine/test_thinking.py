@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from godwit.engine import Finish, SamplingParams, Segmenter, Session, ThinkingRules
 from godwit.engine.answer import Kind, StopMatcher
 from godwit.engine.stream import Piece
-from godwit.engine.thinking import DEFAULT_MESSAGE, PATIENCE, ThinkingGuide, ThinkingTracker, shown
+from godwit.engine.thinking import DEFAULT_MESSAGE, MAX_OVERRUN, ThinkingGuide, shown
 from godwit.errors import UsageError
 from godwit.models.causal_lm import CausalLM
 from godwit.text.tokenizer import Tokenizer
@@ -21,76 +19,6 @@ from tests.engine.test_core import ALL, HYBRID, text
 from tests.engine.tiny import PADDED, VOCAB
 
 THINK, CLOSE, END = 261, 262, 258
-XML_ENDS = ("</think>", "<tool_call>\n<function=")
-
-
-# where it is
-
-
-def places(*pieces: str, **how: Any) -> list[tuple[str, str]]:
-    tracker, result = ThinkingTracker(**how), list[tuple[str, str]]()
-    for place, part in (both for piece in pieces for both in tracker.push(piece)):
-        if result and result[-1][0] == place:
-            part = result.pop()[1] + part
-        result.append((place, part))
-    return result
-
-
-def test_where_thinking_is() -> None:
-    assert places("hm</think>\n\nYes", opened=True) == [
-        ("thinking", "hm"),
-        ("tag", "</think>"),
-        ("gap", "\n\n"),
-        ("said", "Yes"),
-    ]
-    assert places("\n", "<think>", "hm") == [("said", "\n"), ("tag", "<think>"), ("thinking", "hm")]
-    assert places("Say <think>hm</think>") == [("said", "Say <think>hm</think>")]
-    assert places("a</think>", "</think>", "<think>b", opened=True) == [
-        ("thinking", "a"),
-        ("tag", "</think></think><think>"),
-        ("thinking", "b"),
-    ]
-    assert places("<tool_call>{}</tool_call>\n", "<think>hm") == [
-        ("call", "<tool_call>{}</tool_call>"),
-        ("said", "\n"),
-        ("tag", "<think>"),
-        ("thinking", "hm"),
-    ]
-    assert places("hm <tool_call>\n<function=f>", opened=True, closers=XML_ENDS) == [
-        ("thinking", "hm "),
-        ("call", "<tool_call>\n<function=f>"),
-    ]
-    assert places("<tool_call>a</tool_call><think>", calls=False)[0][0] == "said"
-
-
-def test_a_call_that_is_only_thought_of() -> None:
-    call = "<tool_call>\n<function=f></function>\n</tool_call>"
-    how: dict[str, Any] = {"opened": True, "closers": XML_ENDS}
-    mentioned = [("thinking", "hm "), ("call", call), ("gap", "\n"), ("thinking", "or not")]
-    assert places(f"hm {call}\nor not", **how) == mentioned
-    assert places(f"hm {call}\n", "o", "r not", **how) == mentioned
-    assert [place for place, _ in places(f"hm {call}\n{call}", **how)] == ["thinking", "call", "gap", "call"]
-    assert places(f"hm {call}\n{call}no", **how)[-1] == ("said", "no")
-    assert places(f"hm {call}</think>no", **how)[-1] == ("said", "no")
-    assert places(f"hm</think>{call}no", **how)[-1] == ("said", "no")
-    made, guide = think(f"a {call} b" + "c" * 99, budget=5, closers=XML_ENDS)
-    assert made.startswith(f"a {call} b" + "c" * PATIENCE) and "\nEnough.\n</think>\n\nc" in made
-    assert guide.ended == "budget"
-
-
-@given(st.lists(st.sampled_from(["<think>", "</think>", "<tool_call>", "</tool_call>", "\n", "a", "<"])))
-def test_places_do_not_depend_on_the_pieces(parts: list[str]) -> None:
-    whole = "".join(parts)
-    for opened in (False, True):
-        how: Any = {"opened": opened, "closers": ("</think>", "<tool_call>\n")}
-        tracker, by_letter = ThinkingTracker(**how), ThinkingTracker(**how)
-        tracker.push(whole)
-        assert "".join(part for letter in whole for _, part in by_letter.push(letter)) == whole
-        assert (tracker.place, tracker.num_closed, tracker.num_calls) == (
-            by_letter.place,
-            by_letter.num_closed,
-            by_letter.num_calls,
-        )
 
 
 # when it is closed
@@ -133,9 +61,9 @@ def test_a_spent_budget_waits_for_the_end_of_the_line() -> None:
     made, _ = think("one two\nthree", budget=8)
     assert made.startswith("one two\nEnough.")
     made, _ = think("x" * 100, budget=5)
-    assert made.startswith("x" * (5 + PATIENCE) + "\nEnough.\n</think>\n\nx")
+    assert made.startswith("x" * (5 + MAX_OVERRUN) + "\nEnough.\n</think>\n\nx")
     made, _ = think("x" * 100, budget=5, message="")
-    assert made.startswith("x" * (5 + PATIENCE) + "\n</think>\n\nx")
+    assert made.startswith("x" * (5 + MAX_OVERRUN) + "\n</think>\n\nx")
     made, guide = think("one two</think>Yes.", budget=3)
     assert made == "one two</think>Yes." and guide.ended == "model" and guide.num_tokens == 7
 
@@ -181,6 +109,22 @@ def test_thinking_that_begins_again_spends_the_same_budget_until_a_call() -> Non
     call = "<tool_call>{}</tool_call>"
     made, guide = think(f"one</think>{call}<think>two\nthree</think>", budget=4)
     assert made == f"one</think>{call}<think>two\nEnough.\n</think>\n\nthree</think>"
+
+
+CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+
+
+def test_a_call_that_is_only_thought_of_spends_the_budget() -> None:
+    made, guide = think(f"a\n{CALL}\nb" + "c" * 99, budget=4, schemas={"f": {}})
+    assert made.startswith(f"a\n{CALL}\nb" + "c" * MAX_OVERRUN) and "\nEnough.\n</think>\n\nc" in made
+    assert guide.ended == "budget"
+    made, guide = think(f"one two\n{CALL}\nno\nthree", budget=9, schemas={"f": {}})
+    assert made == f"one two\n{CALL}\nno\nEnough.\n</think>\n\nthree"
+
+
+def test_a_call_ends_thinking_that_is_not_closed() -> None:
+    made, guide = think(f"hm\n{CALL}", budget=5, schemas={"f": {}})
+    assert made == f"hm\n{CALL}" and (guide.ended, guide.num_tokens) == ("model", 3)
 
 
 def test_forced_tokens_are_those_of_the_text(tokenizer: Tokenizer) -> None:

@@ -104,7 +104,7 @@ def test_the_answer_can_be_begun(client: Anthropic, real: Running) -> None:
     tokenizer = real.service.tokenizer
     ids = tokenizer.encode_chat(HELLO) + tokenizer.encode("Hello! My name is")
     assert answer.usage.input_tokens + (answer.usage.cache_read_input_tokens or 0) == len(ids)
-    with pytest.raises(anthropic.BadRequestError, match="white space"):
+    with pytest.raises(anthropic.BadRequestError, match="whitespace"):
         client.messages.create(
             model="godwit", max_tokens=6, messages=[*HELLO, {"role": "assistant", "content": "A "}]
         )

@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
-from godwit.server.connection import SLICE_BYTES, LimitedProtocol, Parser
-from godwit.server.places import Places
-from godwit.server.settings import Limits
+from godwit.server.connections.places import Places
+from godwit.server.connections.protocol import SLICE_BYTES, LimitedProtocol, Parser
+from godwit.server.limits import Limits
 from tests.server.conftest import Engines, Running, running
 from tests.server.test_life import wait
 
@@ -273,6 +273,6 @@ def test_a_server_says_that_it_ends(engines: Engines, caplog: Any) -> None:
         server.thread.join(20)
         assert is_ended(client)
     told = (
-        "ending, told by its program: no new requests; 0 answers under way have 3 s; 1 connections are open"
+        "shutting down (its program): no new requests; 0 answers in progress have 3 s; 1 connections are open"
     )
-    assert told in caplog.messages and "ended" in caplog.messages
+    assert told in caplog.messages and "stopped" in caplog.messages

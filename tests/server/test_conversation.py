@@ -11,14 +11,14 @@ import httpx
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from godwit.server.body import parse_object
+from godwit.server.anthropic.schemas import MessagesRequest, MessageTool
 from godwit.server.errors import ApiError
-from godwit.server.fields import FunctionSpec, Reading
+from godwit.server.fields import BodyContext, FunctionSpec
+from godwit.server.json_body import parse_object
+from godwit.server.limits import Limits
+from godwit.server.openai.response_schemas import ResponsesRequest
+from godwit.server.openai.schemas import ChatRequest
 from godwit.server.prompts import Conversation, Prompt, PromptMaker
-from godwit.server.protocol import ChatRequest
-from godwit.server.protocol_messages import MessagesRequest, MessageTool
-from godwit.server.protocol_responses import ResponsesRequest
-from godwit.server.settings import Limits
 from godwit.text.chat_template import ChatTemplate
 from godwit.text.tokenizer import Tokenizer
 from tests.engine.tiny import tokenizer_json
@@ -34,7 +34,7 @@ Body = TypeVar("Body", bound=BaseModel)
 def read(kind: type[Body], body: dict[str, Any], *, refuse_media: bool = False) -> Body:
     """A body as the server reads it."""
     sent = parse_object(json.dumps(body).encode(), Limits())
-    return kind.model_validate(sent, context=Reading(refuse_media))
+    return kind.model_validate(sent, context=BodyContext(refuse_media=refuse_media))
 
 
 def chat(turns: list[Turn], **more: Any) -> Conversation:
@@ -355,7 +355,7 @@ class TestContinuing:
             chat([U, self.HALF], **more)
 
     def test_what_cannot_be_continued(self) -> None:
-        with pytest.raises(ApiError, match="only a last message of the assistant"):
+        with pytest.raises(ApiError, match="only an assistant message"):
             chat([U], **self.FLAGS)
         call = {"function": {"name": "f", "arguments": "{}"}}
         asked = read(ChatRequest, {"messages": [{"role": "assistant", "tool_calls": [call]}], **self.FLAGS})
@@ -432,7 +432,7 @@ class TestServed:
             both = client.post(self.PATH, json=half | {"add_generation_prompt": True})
         assert servers("hello").service.tokenizer.decode(ids).endswith("assistant\nWell,\n")
         assert form.status_code == both.status_code == 400
-        assert "held to a form" in form.json()["error"]["message"]
+        assert "can have no form" in form.json()["error"]["message"]
 
     def said(self, client: httpx.Client, body: dict[str, Any]) -> str:
         text: str = client.post(self.PATH, json=body).json()["choices"][0]["message"]["content"]

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from godwit.server.deadlines import BODY_GRACE, CLOSING_SECONDS, MIN_PROGRESS, Deadlines, Phase
-from godwit.server.places import MAX_REFUSED, Places
-from godwit.server.settings import Limits
+from godwit.server.connections.deadlines import BODY_GRACE, CLOSING_SECONDS, MIN_PROGRESS, Deadlines, Phase
+from godwit.server.connections.places import MAX_REFUSED, Places
+from godwit.server.limits import Limits
 
 LIMITS = Limits(head_seconds=20, body_seconds=60, idle_seconds=75, write_seconds=30)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 import pytest
 
 from godwit.errors import UsageError
+from godwit.server.connections.fair_queue import SWITCH_SECONDS, FairQueue, Lines
 from godwit.server.errors import ApiError
-from godwit.server.fair_queue import FairQueue, Lines
 
 
 class Held:
@@ -160,3 +161,18 @@ def test_empty_lines() -> None:
     lines.remove("a", 2)
     assert len(lines) == lines.longest() == lines.length("a") == 1 and lines.pop() == 1
     assert len(lines) == lines.longest() == 0
+
+
+def test_jobs_hand_over_the_interpreter_soon_and_leave_the_interval_as_it_was() -> None:
+    usual = sys.getswitchinterval()
+    seen: list[float] = []
+
+    async def steps(queue: FairQueue, held: Held) -> None:
+        task = begin(queue, held, "a", "a")
+        other = asyncio.ensure_future(queue.run("b", lambda: seen.append(sys.getswitchinterval())))
+        held.go.set()
+        await asyncio.gather(task, other)
+
+    with_queue(steps)
+    assert seen == [pytest.approx(min(usual, SWITCH_SECONDS))]
+    assert sys.getswitchinterval() == usual

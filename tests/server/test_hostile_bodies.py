@@ -14,19 +14,25 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from godwit.server import app
-from godwit.server import service as service_module
-from godwit.server.body import LONG, parse_object
+from godwit.server import body as body_module
+from godwit.server.anthropic.schemas import MessagesRequest
+from godwit.server.body import LONG, explain
 from godwit.server.errors import ApiError
-from godwit.server.fields import Reading
-from godwit.server.prompts import RESERVED, Conversation, PromptMaker, check_variables, num_chars
-from godwit.server.protocol import MAX_BIASES, ChatRequest
-from godwit.server.protocol_messages import MessagesRequest
-from godwit.server.protocol_responses import ResponsesRequest
-from godwit.server.protocol_texts import CompletionRequest, DetokenizeRequest, TokenizeRequest
-from godwit.server.response_tools import offered
-from godwit.server.service import explain
-from godwit.server.settings import Limits
-from godwit.text.chat_template import ChatTemplate
+from godwit.server.fields import BodyContext
+from godwit.server.json_body import parse_object
+from godwit.server.limits import Limits
+from godwit.server.openai.response_schemas import ResponsesRequest
+from godwit.server.openai.response_tools import offered
+from godwit.server.openai.schemas import MAX_BIASES, ChatRequest
+from godwit.server.openai.text_schemas import CompletionRequest, DetokenizeRequest, TokenizeRequest
+from godwit.server.prompts import (
+    PROMPT_WORKERS,
+    RESERVED,
+    Conversation,
+    PromptMaker,
+    check_variables,
+    num_chars,
+)
 from godwit.text.template_worker import build_environment
 from godwit.text.tokenizer import Tokenizer
 from tests.engine.tiny import tiny_tokenizer
@@ -82,7 +88,7 @@ CASES: dict[str, Case] = {
 def test_checking_ends_at_the_first_fault(name: str) -> None:
     kind, body = CASES[name]
     with pytest.raises(ValidationError) as error:
-        kind.model_validate(body, context=Reading())
+        kind.model_validate(body, context=BodyContext())
     assert error.value.error_count() < 10
     assert explain(error.value).status == 400
 
@@ -90,14 +96,14 @@ def test_checking_ends_at_the_first_fault(name: str) -> None:
 def test_the_first_fault_is_told() -> None:
     def told(kind: type[BaseModel], **body: Any) -> str:
         with pytest.raises(ValidationError) as error:
-            kind.model_validate(body, context=Reading())
+            kind.model_validate(body, context=BodyContext())
         return explain(error.value).message
 
     assert "`prompt.1`: Input should be greater" in told(CompletionRequest, prompt=[1, -1, -1])
     assert "`prompt.1.0`: Input should be greater" in told(CompletionRequest, prompt=["a", [-1]])
     assert "`prompt`: Input should be a valid string" in told(CompletionRequest, prompt=7)
     assert "at least 1 item" in told(CompletionRequest, prompt=[])
-    assert told(ChatRequest, **HELLO, a=1, b=1).startswith("`a` is no field")
+    assert told(ChatRequest, **HELLO, a=1, b=1).startswith("`a`: unknown field")
     assert f"{MAX_BIASES}" in told(ChatRequest, **HELLO, logit_bias={str(n): 0 for n in range(2000)})
 
 
@@ -219,7 +225,7 @@ class Gate:
 
 
 def test_long_bodies_are_checked_beside_the_event_loop(server: Running, monkeypatch: Any) -> None:
-    gate, threads, check = Gate(), [], service_module.checked
+    gate, threads, check = Gate(), [], body_module.checked
 
     def held(kind: Any, body: bytes, *rest: Any) -> Any:
         threads.append(threading.current_thread())
@@ -227,7 +233,7 @@ def test_long_bodies_are_checked_beside_the_event_loop(server: Running, monkeypa
             gate.wait()
         return check(kind, body, *rest)
 
-    monkeypatch.setattr(service_module, "checked", held)
+    monkeypatch.setattr(body_module, "checked", held)
     answers: list[httpx.Response] = []
 
     def send() -> None:
@@ -248,15 +254,15 @@ def test_long_bodies_are_checked_beside_the_event_loop(server: Running, monkeypa
 
 
 def test_a_client_that_leaves_gives_up_its_place_before_the_prompt(server: Running, monkeypatch: Any) -> None:
-    gate, made, make = Gate(), [], server.service.prompts.text
+    gate, made, make = Gate(), [], server.service.prompts.maker.text
 
     def held(text: str, **rest: Any) -> Any:
         made.append(text)
         gate.wait()
         return make(text, **rest)
 
-    monkeypatch.setattr(server.service.prompts, "text", held)
-    lines = server.service._prompt_queue._lines
+    monkeypatch.setattr(server.service.prompts.maker, "text", held)
+    lines = server.service.prompts._queue._lines
 
     def begin(text: str) -> socket.socket:
         client = socket.create_connection(("127.0.0.1", httpx.URL(server.url).port or 0))
@@ -265,7 +271,7 @@ def test_a_client_that_leaves_gives_up_its_place_before_the_prompt(server: Runni
         client.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
         return client
 
-    under_way = [begin(f"begun {n}") for n in range(service_module.PROMPT_WORKERS)]
+    under_way = [begin(f"begun {n}") for n in range(PROMPT_WORKERS)]
     for _ in under_way:
         assert gate.came.acquire(timeout=60)
     waiting = [begin(f"waiting {n}") for n in range(5)]
@@ -281,9 +287,31 @@ def test_a_client_that_leaves_gives_up_its_place_before_the_prompt(server: Runni
 
 
 def test_ids_are_written_as_json(server: Running, monkeypatch: Any) -> None:
-    monkeypatch.setattr(app, "_PIECE", 7)
+    monkeypatch.setattr(app, "_BATCH", 7)
     with server.client() as client:
         for text in ("", "a", "a b " * 99):
             told = client.post("/tokenize", json={"prompt": text}).json()
             assert told["tokens"] == server.service.tokenizer.encode(text, allow_special=True)
             assert told["count"] == len(told["tokens"]) and told["max_model_len"]
+
+
+def test_arguments_of_too_many_values_are_refused_before_they_are_parsed(server: Running) -> None:
+    def send(client: httpx.Client, arguments: str) -> httpx.Response:
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        messages = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+        return client.post(
+            "/tokenize", json={"messages": [*HELLO["messages"], *messages, *HELLO["messages"]]}
+        )
+
+    many = "[" + "[]," * 70_000 + "[]]"
+    use = {"type": "tool_use", "id": "1", "name": "f", "input": many}
+    messages = [*HELLO["messages"], {"role": "assistant", "content": [use]}, *HELLO["messages"]]
+    with server.client() as client:
+        for refused in (
+            send(client, many),
+            send(client, json.dumps(many)),  # JSON within a string is decoded, too
+            client.post("/v1/messages/count_tokens", json={"model": "m", "messages": messages}),
+        ):
+            assert refused.status_code == 400
+            assert "the arguments of a call have more than 131072 values" in refused.text
+        assert "the arguments" not in send(client, "[" + "[]," * 60_000 + "[]]").text

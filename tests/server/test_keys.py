@@ -14,9 +14,9 @@ import openai
 import pytest
 
 from godwit.errors import UsageError
-from godwit.server.journal import OneLine, Record
+from godwit.server.connections.pace import BoundedRate, Bucket, Share, Sieve
 from godwit.server.keys import MAX_KEYS, Key, Quota, read_keys
-from godwit.server.pace import BoundedRate, Bucket, Share, Sieve
+from godwit.server.log import OneLine, Record
 from tests.server.conftest import Engines, Running, running
 from tests.server.test_life import wait
 
@@ -68,7 +68,7 @@ def test_key_files(tmp_path: Path) -> None:
         (b"first-key-1 " + b"a" * 65, "a label has"),
         (b"first-key-1 a\nsecond-key-2 a\n", "two keys are labelled a"),
         (b"first-key-1 key2\nsecond-key-2\n", "two keys are labelled key2"),
-        (b"first-key-1 a\nfirst-key-1 b\n", "labelled b is there twice"),
+        (b"first-key-1 a\nfirst-key-1 b\n", "labelled b is listed twice"),
         (b"".join(b"key-number-%d\n" % n for n in range(MAX_KEYS + 1)), "are allowed"),
     ],
 )

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from godwit.engine import Engine
+from godwit.server.host import MAX_FAILURES, RETRY_SECONDS
 from tests.server.conftest import Engines, Running, Servers, running
 
 CHAT = "/v1/chat/completions"
@@ -121,6 +122,38 @@ def test_an_engine_that_ends_is_replaced(engines: Engines, monkeypatch: pytest.M
         other.close()
 
 
+def test_failing_steps_make_the_server_unready_until_one_succeeds(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(engines("hello")) as server, server.client() as client:
+
+        def fail(*args: Any) -> Any:
+            raise RuntimeError("a fault at /some/where")
+
+        def fail_steps(count: int) -> None:
+            with monkeypatch.context() as patch:
+                patch.setattr(server.engine.core.runner, "run", fail)
+                assert {client.post(CHAT, json=HELLO).status_code for _ in range(count)} == {500}
+
+        now = 0.0
+        monkeypatch.setattr(server.service.host, "_clock", lambda: now)
+        fail_steps(MAX_FAILURES - 1)
+        assert client.get("/ready").status_code == 200
+        fail_steps(1)
+        answer = client.get("/ready")
+        assert answer.status_code == 503 and client.get("/health").status_code == 200
+        assert answer.json()["status"] == "not ready" and "3 steps" in answer.json()["reason"]
+        assert "/some" not in answer.text
+        assert client.post(CHAT, json=HELLO).status_code == 200  # requests are still tried
+        assert client.get("/ready").json() == {"status": "ready"}
+        fail_steps(MAX_FAILURES)
+        assert client.get("/ready").status_code == 503
+        now = RETRY_SECONDS  # without requests, no step could succeed: try again
+        assert client.get("/ready").status_code == 200
+        fail_steps(1)
+        assert client.get("/ready").status_code == 503
+
+
 def end(server: Running) -> None:
     server.server.should_exit = True
 
@@ -158,7 +191,8 @@ def test_the_end_does_not_wait_for_ever(engines: Engines) -> None:
 def test_what_begins_during_the_end_is_refused(engines: Engines) -> None:
     with running(engines("hello")) as server, server.client() as client:
         server.service.draining = True
-        assert client.get("/ready").status_code == 503
+        unready = client.get("/ready")
+        assert unready.status_code == 503 and unready.json()["reason"] == "the server is shutting down"
         assert client.get("/health").status_code == 200
         assert client.post(CHAT, json=HELLO).status_code == 503
         overloaded = client.post("/v1/messages", json=HELLO | {"model": "godwit", "max_tokens": 5})

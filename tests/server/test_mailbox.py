@@ -69,3 +69,5 @@ def test_an_engine_that_fails_tells_those_who_wait(engines: Engines, monkeypatch
             next(lines)
             monkeypatch.setattr(server.engine.core, "turn", fail)
             assert any('"error":' in line for line in lines)
+        unready = client.get("/ready")
+        assert unready.status_code == 503 and "not running" in unready.json()["reason"]

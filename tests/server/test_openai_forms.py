@@ -11,8 +11,8 @@ import pytest
 from openai import OpenAI
 from pydantic import BaseModel, Field
 
-from godwit.engine.constraint import GrammarConstraint
-from godwit.engine.constraint_trial import Trials
+from godwit.engine.constraint.constraints import GrammarConstraint
+from godwit.engine.constraint.trials import Trials
 from godwit.errors import BusyError, UsageError
 from tests.server.conftest import Running, Servers
 from tests.server.openai_steps import FIND, HELLO, SAN_JOSE, TOOL, client_of

@@ -11,9 +11,9 @@ import openai
 import pytest
 
 from godwit.server.errors import ApiError
-from godwit.server.items import ItemStore
-from godwit.server.protocol_responses import ResponsesRequest
-from godwit.server.response_tools import CallText, offered
+from godwit.server.openai.items import ItemStore
+from godwit.server.openai.response_schemas import ResponsesRequest
+from godwit.server.openai.response_tools import CallText, offered
 from tests.server.conftest import Engines, Running, Servers, running
 from tests.server.openai_steps import client_of
 
@@ -116,7 +116,7 @@ def test_calls_name_their_tools_as_the_client_does(agent: Running, caplog: pytes
         whole = client.responses.create(**asked_with())
         with client.responses.create(**asked_with(), stream=True) as stream:
             events: list[Any] = list(stream)
-    assert any("left out tools" in line and "web_search" in line for line in caplog.messages)
+    assert any("tools left out" in line and "web_search" in line for line in caplog.messages)
     assert [tool.type for tool in whole.tools] == ["custom", "namespace"]
     for answer in (whole, events[-1].response):
         patch, log = answer.output

@@ -17,12 +17,14 @@ from starlette.testclient import TestClient
 from godwit.errors import UsageError
 from godwit.server.app import ROUTES
 from godwit.server.auth import OPEN_PATHS, Guard
-from godwit.server.body import parse_object
 from godwit.server.errors import INTERNAL, ApiError, failed_answer, from_engine
-from godwit.server.journal import Journal, Metrics
+from godwit.server.json_body import parse_object
 from godwit.server.keys import Key
+from godwit.server.limits import Limits
+from godwit.server.log import RequestLog
+from godwit.server.metrics import Metrics
 from godwit.server.run import is_loopback, listen
-from godwit.server.settings import Limits, Settings
+from godwit.server.settings import Settings
 from tests.server.conftest import Engines, Running, Servers, running
 
 KEYS = ("first-key-12345", "second-key-6789")
@@ -123,7 +125,7 @@ def test_which_hosts_are_answered(
 
     labelled = tuple(Key(key, key[:5]) for key in keys)
     settings = Settings(keys=labelled, hosts=hosts)
-    guarded = Journal(Guard(app, settings), Metrics(lambda: None))
+    guarded = RequestLog(Guard(app, settings), Metrics(lambda: None).observe)
     client = TestClient(guarded)
     for host, wanted in zip(("localhost:80", "LLM.example:8000", "evil.example"), status, strict=True):
         headers = {"Host": host, "x-api-key": KEYS[0]}

@@ -14,7 +14,7 @@ from openai import OpenAI
 
 from godwit.cli import common
 from godwit.engine import Engine
-from godwit.server.fim import Fim
+from godwit.server.openai.fim import Fim
 from tests.engine.tiny import TEMPLATE, tiny_tokenizer, write_chain_model
 from tests.server.conftest import Engines, Running, Servers, running
 from tests.server.openai_steps import HELLO, client_of
@@ -177,7 +177,10 @@ def test_a_gap_is_filled(filler: Running) -> None:
 
 
 def test_a_model_that_cannot_fill_gaps_says_so(servers: Servers) -> None:
-    with client_of(servers("hello")) as client, pytest.raises(openai.BadRequestError, match="filling gaps"):
+    with (
+        client_of(servers("hello")) as client,
+        pytest.raises(openai.BadRequestError, match="fill-in-the-mid"),
+    ):
         client.completions.create(model="hello", prompt="a", suffix="b")
     assert Fim.of(tiny_tokenizer()) is None
 

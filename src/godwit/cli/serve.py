@@ -49,9 +49,10 @@ def run(
         from godwit.server.app import make_app
         from godwit.server.host import EngineHost
         from godwit.server.keys import read_keys
+        from godwit.server.limits import Limits
         from godwit.server.run import allow_open_files, is_loopback, listen, make_server
         from godwit.server.service import Service
-        from godwit.server.settings import Limits, Settings
+        from godwit.server.settings import Settings
     except ModuleNotFoundError as error:
         raise UsageError(
             f"serving needs the package {error.name}; install it with pip install 'godwit-llm[serve]'"
@@ -200,8 +201,8 @@ def shown_name(name: str) -> str:
 
 def log_to_stderr() -> None:
     """One line for each request and event, on stderr; what anyone can cause, at a bounded rate."""
-    from godwit.server.journal import OneLine
-    from godwit.server.pace import BoundedRate
+    from godwit.server.connections.pace import BoundedRate
+    from godwit.server.log import OneLine
 
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLine("%(asctime)s %(message)s", "%H:%M:%S"))

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from godwit.dialect.tags import open_end
+
 Kind = Literal["text", "thinking", "tool_call"]
 
 _OPENERS: dict[str, Kind] = {"<think>": "thinking", "<tool_call>": "tool_call"}
@@ -110,12 +112,6 @@ class Segmenter:
         rest, tag = self._held.lstrip(), _CLOSERS["thinking"]
         self._fresh = self._fresh and tag.startswith(rest[: len(tag)])
         return self._fresh
-
-
-def open_end(text: str, tags: Sequence[str]) -> int:
-    """Length of the longest end of ``text`` with which one of the tags begins."""
-    sizes = [size for tag in tags for size in range(1, len(tag)) if text.endswith(tag[:size])]
-    return max(sizes, default=0)
 
 
 @dataclass(frozen=True)

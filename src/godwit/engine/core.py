@@ -14,8 +14,8 @@ from torch import Tensor
 
 from godwit.engine.cache import CacheSize, num_blocks
 from godwit.engine.cache.disk import DiskCache
+from godwit.engine.constraint.masks import MaskPool, wait_for_any
 from godwit.engine.generation import Generation, client_message
-from godwit.engine.masks import MaskPool, wait_for_any
 from godwit.engine.runner import ModelRunner
 from godwit.engine.sampling import Row, as_rows
 from godwit.engine.scheduler import Plan, Scheduler, Sequence, Work

@@ -11,12 +11,12 @@ from godwit.engine.sampling import SamplingParams
 
 
 class Ending:
-    """What ends one answer.
+    """The tokens that end one answer.
 
     Args:
-        params: for ``ignore_eos``, ``min_tokens`` and ``stop_token_ids``.
+        params: of these, ``ignore_eos``, ``min_tokens`` and ``stop_token_ids`` matter here.
         stop_ids: the model's own stop tokens.
-        vocab_size: number of ids.
+        vocab_size: ids below this can be chosen.
     """
 
     def __init__(self, params: SamplingParams, stop_ids: Collection[int], vocab_size: int) -> None:
@@ -37,11 +37,11 @@ class Ending:
     def allowed(self, num_made: int, allowed: Tensor | None) -> Tensor | None:
         """The tokens that may follow ``num_made`` tokens, bool ``[vocab_size]``; None: all.
 
-        If a constraint allows nothing but the end of the answer, it ends.
+        If the constraint allows only the end of the answer, the answer may end.
 
         Args:
-            num_made: tokens in the answer.
-            allowed: what a constraint allows; None: all.
+            num_made: number of tokens of the answer.
+            allowed: tokens that a constraint allows; None: all.
         """
         if not self._banned or not self.too_early(num_made):
             return allowed

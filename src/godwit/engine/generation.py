@@ -9,8 +9,8 @@ from torch import Tensor
 
 from godwit.engine.answer import StopMatcher
 from godwit.engine.cache.prefix import Hit
+from godwit.engine.constraint.masks import MaskPool, Masks
 from godwit.engine.ending import Ending
-from godwit.engine.masks import MaskPool, Masks
 from godwit.engine.sampling import Row, Sampler, TokenLogprobs
 from godwit.engine.scheduler import Sequence
 from godwit.engine.scoring import PromptScores

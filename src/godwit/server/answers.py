@@ -1,4 +1,4 @@
-"""Answers under way: what the engine gives, taken apart, for one request with one or more answers."""
+"""The answers to one request: parsed events of the engine's streams."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
+from godwit.dialect.parser import AnswerParser, CallArguments, CallEnd, CallStart, Delta, Text, Thinking
 from godwit.engine import Stream, TokenLogprobs
 from godwit.engine.stream import Event, Finish, PromptScored, Started
-from godwit.server.clients import while_there
-from godwit.server.errors import INTERNAL, ApiError, bad_request, failed_answer, overloaded
-from godwit.server.journal import Record
+from godwit.server.connections.clients import while_connected
+from godwit.server.errors import INTERNAL, ApiError, failed_answer, overloaded
+from godwit.server.log import Record
 from godwit.server.mailbox import Mailbox
-from godwit.server.tools import AnswerParser, CallArguments, CallEnd, CallStart, Delta, Text, Thinking
 
 _log = logging.getLogger("godwit.server")
 
 
 @dataclass(frozen=True)
 class Update:
-    """Something new in one of the answers.
+    """News of one of the answers.
 
     Attributes:
-        index: which answer it is.
-        deltas: what is certain now; may be none.
-        logprobs: of the tokens that came, where they were asked for.
-        said: those of them that are no thinking, tag or call.
-        cached: the answer begins: so many tokens of its prompt were cached.
-        prompt_logprobs: of the prompt's tokens, where they were asked for; None for the first.
-        finish: the end, with the reason in OpenAI's words.
+        index: of the answer.
+        deltas: parsed text, thinking and calls; may be empty.
+        logprobs: of the new tokens, if requested.
+        said: those of them that are not part of thinking, tags or calls.
+        cached: cached tokens of the prompt, when the answer begins.
+        prompt_logprobs: of the prompt's tokens, if requested; None for the first.
+        finish: the end of the answer, with ``reason`` as OpenAI's finish_reason.
     """
 
     index: int
@@ -55,12 +55,12 @@ class Call:
 
 
 @dataclass
-class Answer:
-    """An answer as far as it has come.
+class AnswerState:
+    """An answer so far.
 
     Attributes:
-        reason: "stop", "length" or "tool_calls"; "" as long as it goes on.
-        num_tokens: that have come.
+        reason: "stop", "length" or "tool_calls"; "" while it goes on.
+        num_tokens: generated so far.
         logprobs, said, prompt_logprobs: as in :class:`Update`.
     """
 
@@ -75,7 +75,7 @@ class Answer:
     num_tokens: int = 0
 
     def add(self, update: Update) -> None:
-        """Take an update in."""
+        """Add an update."""
         for delta in update.deltas:
             if isinstance(delta, Text):
                 self.text += delta.text
@@ -94,18 +94,18 @@ class Answer:
 
 
 class Answers:
-    """The answers to one request, as one stream of updates; None stands for a while without any.
+    """The answers to one request, as one stream of updates.
 
-    Whoever stops reading calls :meth:`cancel`.
+    A reader that stops early must call :meth:`cancel`.
 
     Args:
-        streams: of the engine.
+        streams: the engine's, one for each answer.
+        record: of the request.
+        mailbox: delivers the events of the streams.
         num_prompt: tokens of the first prompt.
-        parser: makes what takes an answer apart; None: it is plain text.
-        parallel: an answer may call several tools; otherwise it ends with the first call.
-        record: the request's.
-        mailbox: brings the events of the streams.
-        keep_alive: seconds without an update until None comes.
+        parser: makes the parser of an answer; None: the answers are plain text.
+        parallel: an answer may have several tool calls; otherwise it ends after the first.
+        keep_alive: seconds without an update until None is yielded.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Answers:
         parallel: bool = True,
         keep_alive: float = 15.0,
     ) -> None:
-        self.answers = [Answer() for _ in streams]
+        self.answers = [AnswerState() for _ in streams]
         self.record = record
         self.num_prompt = num_prompt
         self._streams = list(streams)
@@ -129,33 +129,33 @@ class Answers:
         self._satisfied: set[int] = set()
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         mailbox.open()
-        queue = self._queue  # and not self: who drops the streams, ends the answers
+        queue = self._queue  # not self: dropping the answers drops the streams, which cancels them
 
         def listener(index: int) -> Callable[[Event], None]:
             return lambda event: mailbox.put(queue, (index, event))
 
         for index, stream in enumerate(streams):
             stream.on_event(listener(index))
-        mailbox.deliver()  # what came before somebody listened
+        mailbox.deliver()  # what came before the listeners were set
 
     def cancel(self) -> None:
-        """End what still goes on; its memory is free after the engine's step."""
+        """Cancel the answers that go on; the engine frees their memory after its step."""
         for stream, answer in zip(self._streams, self.answers, strict=True):
             if answer.finish is None:
                 stream.cancel()
                 self.record.left = self.num_prompt, sum(answer.num_tokens for answer in self.answers)
 
     def failed(self, error: Exception) -> None:
-        """Note that the response had to end with ``error``; the log explains it if it is our fault."""
+        """Record the error that ended the response; unexpected ones are logged with a traceback."""
         if not isinstance(error, ApiError):
             _log.exception("a streamed answer failed")
         self.record.error = self.record.error or str(error) or type(error).__name__
 
     async def updates(self) -> AsyncIterator[Update | None]:
-        """What comes, until all answers have ended.
+        """Updates until all answers have ended; None after each period of silence.
 
         Raises:
-            ApiError: the engine failed, or ends.
+            ApiError: the engine failed or is shutting down.
         """
         while any(answer.finish is None for answer in self.answers):
             try:
@@ -169,11 +169,11 @@ class Answers:
                 self.answers[index].add(update)
                 yield update
 
-    async def collect(self, request: Request) -> list[Answer]:
-        """The whole answers; a client that goes meanwhile ends them.
+    async def collect(self, request: Request) -> list[AnswerState]:
+        """The whole answers. They are cancelled when the client leaves.
 
         Raises:
-            ApiError: the engine failed, or the client is gone.
+            ApiError: the engine failed, or the client left.
         """
 
         async def read() -> None:
@@ -181,7 +181,7 @@ class Answers:
                 pass
 
         try:
-            await while_there(request, read())
+            await while_connected(request, read())
         finally:
             self.cancel()
         return self.answers
@@ -202,9 +202,9 @@ class Answers:
         logprobs = event.logprobs or ()
         if parser is None:
             return Update(index, [Text(event.text)] if event.text else [], logprobs, logprobs)
-        spoke = parser.speaks
+        before = parser.speaks
         deltas = self._keep_one_call(index, parser.push(event.text))
-        return Update(index, deltas, logprobs, logprobs if spoke and parser.speaks else ())
+        return Update(index, deltas, logprobs, logprobs if before and parser.speaks else ())
 
     def _end(self, index: int, finish: Finish, parser: AnswerParser | None) -> Update:
         self.record.finishes.append(finish)
@@ -214,7 +214,7 @@ class Answers:
             raise failed_answer(finish.error, refused=finish.refused)
         satisfied = index in self._satisfied
         if finish.reason == "cancelled" and not satisfied:
-            raise overloaded("the server is shutting down, so this answer was ended; send the request again")
+            raise overloaded("the server is shutting down and ended this answer; send the request again")
         deltas: list[Delta] = []
         if parser is not None and not satisfied:
             deltas = self._keep_one_call(index, parser.flush())
@@ -224,7 +224,7 @@ class Answers:
         return Update(index, deltas, finish=finish, reason=reason)
 
     def _keep_one_call(self, index: int, deltas: list[Delta]) -> list[Delta]:
-        """Without parallel calls, nothing behind the first whole call."""
+        """Without parallel calls, drop everything after the first complete call."""
         if self._parallel:
             return deltas
         place = next(
@@ -239,7 +239,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of a request with all its answers."""
+    """Token counts of a request, over all its answers."""
 
     prompt: int
     cached: int
@@ -249,8 +249,8 @@ class Usage:
     accepted: int
 
     @staticmethod
-    def of(answers: Sequence[Answer], num_prompts: int = 1) -> Usage:
-        """Sums; a prompt with several answers counts once, and as cached what its first answer found."""
+    def of(answers: Sequence[AnswerState], num_prompts: int = 1) -> Usage:
+        """The sums. A prompt with several answers counts once, with the cached tokens of its first answer."""
         finishes = [answer.finish for answer in answers if answer.finish is not None]
         firsts = finishes[:: max(1, len(answers) // num_prompts)]
         return Usage(
@@ -260,16 +260,4 @@ class Usage:
             thinking=sum(finish.thinking_tokens for finish in finishes),
             drafted=sum(finish.drafted for finish in finishes),
             accepted=sum(finish.accepted for finish in finishes),
-        )
-
-
-def check_choices(num_choices: int, limit: int) -> None:
-    """Refuse more answers than a request may ask for.
-
-    Raises:
-        ApiError: there are more.
-    """
-    if num_choices > limit:
-        raise bad_request(
-            f"a request may ask for {limit} answers in all, and this one asks for {num_choices}", "n"
         )

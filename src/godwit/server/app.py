@@ -1,4 +1,4 @@
-"""The application: routes, who may use them, and what happens when it starts and ends."""
+"""The application: routes, middleware, start and shutdown."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from godwit.server import anthropic, openai, responses
+from godwit.server.anthropic import messages
 from godwit.server.auth import Guard
 from godwit.server.chat_page import read_chat_page
 from godwit.server.errors import INTERNAL, ApiError, bad_request, respond
 from godwit.server.host import EngineHost
-from godwit.server.journal import Journal, Record
+from godwit.server.log import Record, RequestLog
+from godwit.server.openai import completions, responses
+from godwit.server.openai.text_schemas import DetokenizeRequest, TokenizeRequest
 from godwit.server.openapi import describe
-from godwit.server.protocol_texts import DetokenizeRequest, TokenizeRequest
 from godwit.server.service import Service
 from godwit.server.settings import Settings
 from godwit.server.thinking import ThinkingWish
 
-_PIECE = 4096
+_BATCH = 4096
 
 
 def make_app(service: Service) -> Starlette:
-    """The application; it closes the engine when it ends."""
+    """The application. It closes the engine at shutdown."""
     settings = service.settings
     routes = [
         *read_chat_page().routes(),
@@ -50,8 +51,8 @@ def make_app(service: Service) -> Starlette:
 
 
 def _middleware(service: Service, settings: Settings) -> list[Middleware]:
-    layers = [Middleware(Journal, metrics=service.metrics)]
-    if settings.origins:  # before the guard: a browser asks without a key whether it may send one
+    layers = [Middleware(RequestLog, observe=service.metrics.observe)]
+    if settings.origins:  # before the guard: preflight requests carry no key
         layers.append(
             Middleware(
                 CORSMiddleware,
@@ -67,7 +68,7 @@ def _middleware(service: Service, settings: Settings) -> list[Middleware]:
 
 @contextlib.asynccontextmanager
 async def _lifespan(host: EngineHost, service: Service) -> AsyncIterator[None]:
-    await service.warm()
+    await service.prompts.warm()
     watcher = asyncio.create_task(host.watch(service.metrics.restarts.inc))
     try:
         yield
@@ -79,49 +80,49 @@ async def _lifespan(host: EngineHost, service: Service) -> AsyncIterator[None]:
 
 
 async def tokenize(request: Request) -> Response:
-    """The tokens of a text, or of a conversation as the model would read it."""
+    """The tokens of a text, or of a conversation as the model reads it."""
     service: Service = request.app.state.service
-    asked = await service.read(request, TokenizeRequest)
-    service.check_model(asked.model)
+    asked = await service.bodies.read_body(request, TokenizeRequest)
+    prompts = service.prompts
     if asked.messages is None:
         text = asked.prompt or ""
-        service.prompts.check_size(text)
-        add = asked.add_special_tokens
-        parse = asked.parse_special
-        prompt = await service.prepare(
-            request, lambda: service.prompts.text(text, add_special_tokens=add, parse_special=parse)
+        prompts.maker.check_size(text)
+        add, parse = asked.add_special_tokens, asked.parse_special
+        prompt = await prompts.run(
+            request, lambda: prompts.maker.text(text, add_special_tokens=add, parse_special=parse)
         )
     else:
         tools = [tool.function.tool() for tool in asked.tools]
         variables = service.thinking.variables(ThinkingWish(), asked.chat_template_kwargs)
-        prompt = await service.make_prompt(request, asked.conversation_of(asked.messages, tools, variables))
+        prompt = await prompts.make_prompt(request, asked.conversation_of(asked.messages, tools, variables))
     rest = {"count": len(prompt.ids), "max_model_len": service.context}
-    ids = await service.prepare(request, lambda: _as_json(prompt.ids))
+    ids = await prompts.run(request, lambda: _as_json(prompt.ids))
     return Response(f'{{"tokens":{ids},{json.dumps(rest)[1:]}', media_type="application/json")
 
 
 def _as_json(ids: Sequence[int]) -> str:
-    """Piece by piece, since writing a million of them at once would keep the interpreter busy for long."""
-    pieces = (ids[start : start + _PIECE] for start in range(0, len(ids), _PIECE))
-    return f"[{','.join(','.join(map(str, piece)) for piece in pieces)}]"
+    """In batches: writing a million ids at once would block the interpreter for long."""
+    batches = (ids[start : start + _BATCH] for start in range(0, len(ids), _BATCH))
+    return f"[{','.join(','.join(map(str, batch)) for batch in batches)}]"
 
 
 async def detokenize(request: Request) -> Response:
-    """The text of tokens, control tokens written out."""
+    """The text of tokens, with control tokens spelled out."""
     service: Service = request.app.state.service
-    asked = await service.read(request, DetokenizeRequest)
-    service.check_model(asked.model)
+    asked = await service.bodies.read_body(request, DetokenizeRequest)
     unknown = [id for id in asked.tokens if id >= service.tokenizer.vocab_size]
     if unknown:
         raise bad_request(
             f"there is no token {unknown[0]}: the ids end at {service.tokenizer.vocab_size - 1}"
         )
-    text = await service.prepare(request, lambda: service.tokenizer.decode(asked.tokens, skip_special=False))
+    text = await service.prompts.run(
+        request, lambda: service.tokenizer.decode(asked.tokens, skip_special=False)
+    )
     return JSONResponse({"prompt": text})
 
 
 async def tokenizer_info(request: Request) -> Response:
-    """What evaluation programs want to know of the tokenizer: its special tokens and its chat template."""
+    """The tokenizer's special tokens and chat template, for evaluation tools."""
     service: Service = request.app.state.service
     tokenizer, template = service.tokenizer, service.tokenizer.chat_template
     info: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.named_tokens}
@@ -135,15 +136,17 @@ async def tokenizer_info(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    """Whether the process lives."""
+    """Whether the process is up."""
     return JSONResponse({"status": "ok"})
 
 
 async def ready(request: Request) -> Response:
-    """Whether requests are taken: the engine runs and the server is not about to end."""
+    """Whether requests can be served, and if not, why."""
     service: Service = request.app.state.service
-    up = service.host.ready and not service.draining
-    return JSONResponse({"status": "ready" if up else "not ready"}, 200 if up else 503)
+    reason = "the server is shutting down" if service.draining else service.host.trouble
+    if reason is None:
+        return JSONResponse({"status": "ready"})
+    return JSONResponse({"status": "not ready", "reason": reason}, 503)
 
 
 async def metrics(request: Request) -> Response:
@@ -153,19 +156,19 @@ async def metrics(request: Request) -> Response:
 
 
 async def openapi(request: Request) -> Response:
-    """What this server understands."""
+    """The OpenAPI description."""
     return JSONResponse(describe())
 
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 ROUTES: tuple[tuple[str, str, Endpoint], ...] = (
-    ("POST", "/v1/chat/completions", openai.chat_completions),
-    ("POST", "/v1/completions", openai.completions),
+    ("POST", "/v1/chat/completions", completions.chat_completions),
+    ("POST", "/v1/completions", completions.completions),
     ("POST", "/v1/responses", responses.responses),
-    ("GET", "/v1/models", openai.models),
-    ("GET", "/v1/models/{model:path}", openai.model),
-    ("POST", "/v1/messages", anthropic.messages),
-    ("POST", "/v1/messages/count_tokens", anthropic.count_tokens),
+    ("GET", "/v1/models", completions.models),
+    ("GET", "/v1/models/{model:path}", completions.model),
+    ("POST", "/v1/messages", messages.messages),
+    ("POST", "/v1/messages/count_tokens", messages.count_tokens),
     ("POST", "/tokenize", tokenize),
     ("POST", "/detokenize", detokenize),
     ("GET", "/tokenizer_info", tokenizer_info),
@@ -179,7 +182,7 @@ ROUTES: tuple[tuple[str, str, Endpoint], ...] = (
 def with_short_paths(
     routes: Iterable[tuple[str, str, Endpoint]],
 ) -> Iterator[tuple[str, str, Endpoint]]:
-    """The routes, those below /v1 also without it: clients differ in whether a base address has it."""
+    """The routes, those below /v1 also without it: clients differ in whether their base URL includes it."""
     for method, path, endpoint in routes:
         yield method, path, endpoint
         if path.startswith("/v1/"):
@@ -199,7 +202,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
         raise error
     headers = dict(error.headers or {})
     if error.status_code == 405:
-        return respond(ApiError(405, "this address takes another method", headers=headers), request.url.path)
+        return respond(ApiError(405, "wrong method for this address", headers=headers), request.url.path)
     return respond(ApiError(error.status_code, "there is nothing at this address"), request.url.path)
 
 

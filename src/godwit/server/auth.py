@@ -9,27 +9,26 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from godwit.server.errors import ApiError, rate_limited, respond
-from godwit.server.journal import STATIC, Record
 from godwit.server.keys import Holder, KeyRing
+from godwit.server.log import STATIC, Record
 from godwit.server.settings import ANY_HOST, Settings
 
-#: Everyone may call these: the chat page holds nothing of anyone's, and asks its user for a key.
+#: Open without a key: the chat page has no private content, and asks its user for a key.
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
-#: Probes call these by any address; they tell nothing but that the server runs.
+#: Probes may use any host name; these reveal only whether the server works.
 _PROBES = frozenset({"/health", "/ready"})
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]]+)(?::\d+)?")
-#: Methods that ask for no work; they do not count against a key's limits.
+#: Methods that do not count against a key's limits.
 _FREE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class Guard:
-    """Lets only those requests through that may use the server.
+    """Middleware that refuses requests without a valid key or host name.
 
     With keys, all but the open paths need one, whether they exist or not and whatever the method. Without
-    keys, and where ``settings.hosts`` are given, the Host header has to name this machine or one of them:
-    otherwise a web page whose name was made to point here (DNS rebinding) could use the server through its
-    visitor's browser.
+    keys, and with ``settings.hosts``, the Host header must name this machine or one of these hosts. Otherwise
+    a web page could use the server through its visitor's browser (DNS rebinding).
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
@@ -60,7 +59,7 @@ class Guard:
         if self._hosts is not None and scope["path"] not in _PROBES and not _is_among(host, self._hosts):
             return ApiError(
                 403,
-                "this server does not answer to that host name; use another, or start it with --allow-host",
+                "this server does not accept that host name; use another, or start it with --allow-host",
             )
         if self._ring and holder is None and not _is_open(scope["path"]):
             return ApiError(
@@ -80,7 +79,7 @@ def _is_open(path: str) -> bool:
 
 
 def _allowed_hosts(settings: Settings) -> frozenset[str] | None:
-    """Names that the server answers to, in lower case; None: any."""
+    """Accepted host names in lower case; None: any."""
     if ANY_HOST in settings.hosts or (settings.keys and not settings.hosts):
         return None
     return _LOCAL_NAMES | {name.lower() for name in settings.hosts}

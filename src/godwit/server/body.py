@@ -1,46 +1,98 @@
-"""The body of a request: read and checked within limits before anything is done with it."""
+"""The body of a request: received within limits, parsed, and checked against its schema."""
 
 from __future__ import annotations
 
 import asyncio
-import json
+import logging
 import re
-from typing import Any
+from typing import TypeVar
 
+from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from godwit.server.calls import finite, refuse_constant
+from godwit.server.connections.clients import in_turn
+from godwit.server.connections.fair_queue import FairQueue
 from godwit.server.errors import ApiError, bad_request
-from godwit.server.settings import Limits
+from godwit.server.fields import BodyContext, RequestBody
+from godwit.server.json_body import parse_object
+from godwit.server.limits import Limits
+from godwit.server.settings import Settings
 
-#: A text, which ends with the body where its quotes are not closed.
-_TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-#: Objects in which null is a value: schemas, arguments of calls, and what is only handed back.
-_OPAQUE = frozenset({"parameters", "input_schema", "schema", "json", "arguments", "input", "metadata"})
-#: Parsing and checking a longer body would keep the event loop from others for too long.
+#: Longer bodies are parsed in a thread, one at a time, so that they hold up neither the event loop nor, all
+#: together, the interpreter.
 LONG = 1 << 16
+BODY_WORKERS, BODIES_WAITING = 1, 128
+_log = logging.getLogger("godwit.server")
+#: What pydantic puts into the location of an error besides names and numbers.
+_TAG = re.compile(r"str|int|.*\[.*|constrained-.*|function-.*|[A-Z].*")
+_Body = TypeVar("_Body", bound=RequestBody)
 
 
-async def read_body(request: Request, limits: Limits) -> bytes:
-    """The body, which says that it is JSON.
+class BodyReader:
+    """Reads the bodies of requests.
+
+    Args:
+        settings: with the limits and the names of the model.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._queue = FairQueue(BODY_WORKERS, BODIES_WAITING)
+
+    async def read_body(self, request: Request, kind: type[_Body]) -> _Body:
+        """The body of a request as ``kind``, for this server's model.
+
+        Raises:
+            ApiError: it is too large or too slow, not valid, or names another model.
+        """
+        limits = self._settings.limits
+        data = await receive(request, limits)
+        context = BodyContext(limits=limits, refuse_media=self._settings.refuse_media)
+
+        def check() -> _Body:
+            return checked(kind, data, context)
+
+        body = check() if len(data) < LONG else await in_turn(request, self._queue, check)
+        if context.left_out:
+            kinds = ", ".join(sorted(context.left_out))
+            _log.info("%s: not text, left out of the prompt: %s", request.state.record.id, kinds)
+        self.check_model(body.model)
+        return body
+
+    def check_model(self, name: str | None) -> None:
+        """Refuse to answer in another model's name.
+
+        Raises:
+            ApiError: ``name`` is not one of this model's names.
+        """
+        if name is not None and not self._settings.knows(name):
+            raise ApiError(
+                404,
+                f"there is no model {name[:100]!r} here; this server has {self._settings.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+
+async def receive(request: Request, limits: Limits) -> bytes:
+    """The bytes of a body that is declared as JSON.
 
     Raises:
-        ApiError: it is too large or too slow, or something else.
+        ApiError: it is too large or too slow, or of another type.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # what a web page may send without asking is none of the types allowed
+    if kind != "application/json":  # a web page may send other types without asking
         raise ApiError(415, "send the request as JSON, with `Content-Type: application/json`")
     try:
         async with asyncio.timeout(limits.body_seconds):
-            return await _read(request, limits.body_bytes)
+            return await _receive(request, limits.body_bytes)
     except TimeoutError:
         raise ApiError(408, "the body of the request took too long to arrive") from None
     except ClientDisconnect:
         raise ApiError(400, "the client is gone") from None
 
 
-async def _read(request: Request, limit: int) -> bytes:
+async def _receive(request: Request, limit: int) -> bytes:
     announced = request.headers.get("content-length", "")
     size = int(announced) if announced.isdecimal() and len(announced) < 20 else 0
     parts: list[bytes] = []
@@ -52,88 +104,32 @@ async def _read(request: Request, limit: int) -> bytes:
                 break
             parts.append(part)
     if size > limit:
-        raise ApiError(413, f"the body of a request may have {limit} bytes", headers={"Connection": "close"})
+        raise ApiError(
+            413, f"the body of a request is limited to {limit} bytes", headers={"Connection": "close"}
+        )
     return b"".join(parts)
 
 
-def parse_object(data: bytes, limits: Limits) -> dict[str, Any]:
-    """The JSON object in ``data``, without fields that are null, and with U+FFFD for halves of characters.
+def checked(kind: type[_Body], data: bytes, context: BodyContext) -> _Body:
+    """A body, parsed and validated.
 
     Raises:
-        ApiError: it is none, has numbers that are not finite, is nested too deeply or has too many values.
+        ApiError: it is not valid.
     """
-    _check_size(data, limits)
-    depth = limits.depth
     try:
-        value = json.loads(data.decode(), parse_constant=refuse_constant, parse_float=finite)
-    except UnicodeDecodeError:
-        raise bad_request("the body is not UTF-8") from None
-    except RecursionError:
-        raise bad_request(f"the body is nested more than {depth} levels deep") from None
-    except ValueError as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        place = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
-        raise bad_request(f"the body is not valid JSON: {reason[:100]}{place}") from None
-    if not isinstance(value, dict):
-        raise bad_request("the body has to be a JSON object")
-    _check_depth(value, depth)
-    whole: dict[str, Any] = whole_characters(value) if _SURROGATE.search(data) else value
-    drop_nulls(whole)
-    return whole
+        return kind.model_validate(parse_object(data, context.limits), context=context)
+    except ValidationError as error:
+        raise explain(error) from None
 
 
-def _check_size(data: bytes, limits: Limits) -> None:
-    """Refuse what would take long to parse, before it is parsed."""
-    containers, values = _count(data)
-    if containers > limits.containers or values > limits.values:
-        containers, values = _count(_TEXT.sub(b"", data))
-    if containers > limits.containers:
-        raise bad_request(f"the body has more than {limits.containers} objects and lists")
-    if values > limits.values:
-        raise bad_request(f"the body has more than {limits.values} values")
+def explain(error: ValidationError) -> ApiError:
+    """What is wrong with a body, in one sentence that does not quote it.
 
-
-def _count(data: bytes) -> tuple[int, int]:
-    """(objects and lists, values at most) of JSON; what looks like them in texts counts too."""
-    containers = data.count(b"{") + data.count(b"[")
-    return containers, 1 + containers + data.count(b",")
-
-
-def drop_nulls(value: dict[str, Any] | list[Any]) -> None:
-    """Remove the fields that are null, at any depth: they are as good as absent.
-
-    Schemas, arguments and metadata keep theirs, and so do lists, in which places count.
+    Where a field may be one of several things, the error that lies deepest is the most telling.
     """
-    if isinstance(value, dict):
-        for key in [key for key, item in value.items() if item is None]:
-            del value[key]
-        inner = [item for key, item in value.items() if not (key in _OPAQUE and isinstance(item, dict))]
-    else:
-        inner = value
-    for item in inner:
-        if isinstance(item, dict | list):
-            drop_nulls(item)
-
-
-def _check_depth(value: Any, depth: int) -> None:
-    level = [value]
-    for _ in range(depth):
-        inner: list[Any] = []
-        for item in level:
-            children = item.values() if isinstance(item, dict) else item
-            inner += [child for child in children if isinstance(child, dict | list)]
-        if not inner:
-            return
-        level = inner
-    raise bad_request(f"the body is nested more than {depth} levels deep")
-
-
-def whole_characters(value: Any) -> Any:
-    """``value`` with surrogate pairs joined, and lone ones, which are no characters, replaced."""
-    if isinstance(value, str):
-        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    if isinstance(value, list):
-        return [whole_characters(item) for item in value]
-    if isinstance(value, dict):
-        return {whole_characters(key): whole_characters(item) for key, item in value.items()}
-    return value
+    first = max(error.errors(include_url=False, include_input=False), key=lambda one: len(one["loc"]))
+    place = ".".join(str(part) for part in first["loc"] if not _TAG.fullmatch(str(part)))[:200]
+    if first["type"] == "extra_forbidden":
+        return bad_request(f"`{place}`: unknown field; remove it", place)
+    message = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
+    return bad_request(f"`{place}`: {message}" if place else message, place or None)

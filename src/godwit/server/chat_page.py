@@ -1,4 +1,4 @@
-"""The chat page: its files, where they are served, and the policy that they run under."""
+"""The chat page: its files, routes and content security policy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from godwit.server.errors import ApiError
-from godwit.server.journal import STATIC
+from godwit.server.log import STATIC
 
 DIRECTORY = Path(__file__).with_name("static")
 _PLACE = b"__STATIC__"
@@ -21,7 +21,7 @@ _TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".woff2": "font/woff2",
 }
-#: Styles that scripts set on elements, as KaTeX does, need no 'unsafe-inline'; styles in HTML would.
+#: Styles that scripts set on elements, as KaTeX does, need no 'unsafe-inline', unlike styles in HTML.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; font-src 'self'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -43,11 +43,11 @@ _FILE_HEADERS = {
 
 @dataclass(frozen=True)
 class ChatPage:
-    """The page, which may run its own scripts and talk to this server, and nothing else.
+    """The page, which may run its own scripts and connect to this server, and nothing else.
 
     Attributes:
         html: the page.
-        digest: of all files; part of their addresses, so that they can be cached for good.
+        digest: of all files; part of their URLs, so that they can be cached forever.
         files: path below the digest -> content.
     """
 
@@ -56,7 +56,7 @@ class ChatPage:
     files: Mapping[str, bytes]
 
     def routes(self) -> list[Route]:
-        """Where the page and its files are served."""
+        """The routes of the page and its files."""
         return [
             Route("/", self._page, methods=["GET"]),
             Route(STATIC + "{digest}/{name:path}", self._file, methods=["GET"]),
@@ -81,7 +81,7 @@ class ChatPage:
 
 
 def read_chat_page(directory: Path = DIRECTORY) -> ChatPage:
-    """The page in a directory, with those of the files beside it that it may load."""
+    """The page in a directory, with the files that it may load."""
     paths = [path for path in sorted(directory.rglob("*")) if path.suffix in _TYPES]
     files = {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
     html = (directory / "page.html").read_bytes()

@@ -1,4 +1,4 @@
-"""Errors as clients see them: one sentence, in the shape of the API that was called."""
+"""Errors as clients see them: one sentence, in the format of the API that was called."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from godwit.errors import BusyError, MemoryBudgetError, TemplateError, UsageError
 
-INTERNAL = "an internal error ended this request; the server's log says more"
+INTERNAL = "an internal error ended this request; see the server's log"
 MAX_MESSAGE_CHARS = 600
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
@@ -20,20 +20,20 @@ _ANTHROPIC_TYPES = {
     413: "request_too_large",
     529: "overloaded_error",
 }
-#: Two separators with a name between them: what a message for someone else must not hold.
+#: A path or an address in memory: clients must not see them.
 _PATH = re.compile(r"[/\\][\w.@+-]+[/\\]|0x[0-9a-fA-F]{6,}")
 
 
 class ApiError(Exception):
-    """A request that is refused or has failed.
+    """A request that is refused or failed.
 
     Attributes:
-        status: of the HTTP response.
+        status: HTTP status.
         message: one sentence for the client.
-        param: the field of the request that is to blame.
-        code: a word for programs.
-        headers: to be sent with the response.
-        for_anthropic: the message where Anthropic's clients look for other words.
+        param: the field of the request at fault.
+        code: for programs.
+        headers: of the response.
+        for_anthropic: the message for Anthropic's clients, where they expect another wording.
     """
 
     def __init__(
@@ -56,18 +56,18 @@ class ApiError(Exception):
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """400: the client has to change the request."""
+    """400: the client must change the request."""
     return ApiError(400, message, param=param, code=code)
 
 
 def too_long(context: int, prompt: int, answer: int = 1, *, part: str = "messages") -> ApiError:
-    """400: the text does not fit the context. Clients look for these very words to shorten the text.
+    """400: the text does not fit the context. Clients recognize this wording and shorten the text.
 
     Args:
-        context: tokens that the model reads.
-        prompt: tokens of the prompt, as far as they are known.
-        answer: tokens that were asked for.
-        part: of the request that is too long.
+        context: the model's context in tokens.
+        prompt: tokens of the prompt, or a lower bound.
+        answer: requested tokens.
+        part: the part of the request that is too long.
     """
     return ApiError(
         400,
@@ -79,12 +79,12 @@ def too_long(context: int, prompt: int, answer: int = 1, *, part: str = "message
 
 
 def overloaded(message: str) -> ApiError:
-    """503: the same request may do later."""
+    """503: the same request may succeed later."""
     return ApiError(503, message, code="overloaded", headers={"Retry-After": "1"})
 
 
 def rate_limited(what: str, seconds: int) -> ApiError:
-    """429: a key has used up its ``what`` ("requests" or "tokens") of this minute."""
+    """429: a key used up its ``what`` ("requests" or "tokens") of this minute."""
     return ApiError(
         429,
         f"this API key has used up its {what} per minute; send the request again in {seconds} s",
@@ -94,7 +94,7 @@ def rate_limited(what: str, seconds: int) -> ApiError:
 
 
 def from_engine(error: Exception) -> ApiError:
-    """What a client may know of an error from below."""
+    """The error that the client sees for one from the engine or the tokenizer."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UsageError | MemoryBudgetError | TemplateError):
@@ -105,8 +105,7 @@ def from_engine(error: Exception) -> ApiError:
 
 
 def failed_answer(text: str | None, *, refused: bool = False) -> ApiError:
-    """An answer ended with an error, of which the engine says ``text``: 400 where the request is at fault
-    (``refused``), else 500."""
+    """The error for an answer that ended with ``text``: 400 if it was ``refused``, else 500."""
     return ApiError(400 if refused else 500, _harmless(text or INTERNAL, INTERNAL))
 
 
@@ -115,31 +114,31 @@ def _harmless(text: str, other: str) -> str:
 
 
 def speaks_anthropic(path: str) -> bool:
-    """Whether the errors of a path have Anthropic's shape."""
+    """Whether the errors of a path have Anthropic's format."""
     return re.match(r"(/v1)?/messages(/|$)", path) is not None
 
 
 def openai_body(error: ApiError) -> dict[str, Any]:
-    """The error as OpenAI's API has it, which tells kinds of faulty requests apart by status and code."""
+    """The error in OpenAI's format."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     kind = "rate_limit_error" if error.status == 429 else kind
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 
 
 def anthropic_body(error: ApiError) -> dict[str, Any]:
-    """The error as Anthropic's API has it."""
+    """The error in Anthropic's format."""
     status = anthropic_status(error)
     kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
     return {"type": "error", "error": {"type": kind, "message": error.for_anthropic}}
 
 
 def anthropic_status(error: ApiError) -> int:
-    """Anthropic's API has a number of its own for an overloaded server."""
+    """Anthropic's API has its own status for an overloaded server."""
     return 529 if error.status == 503 else error.status
 
 
 def respond(error: ApiError, path: str) -> Response:
-    """The error as the response to a request for ``path``."""
+    """The response to a request for ``path`` that failed."""
     if speaks_anthropic(path):
         return JSONResponse(anthropic_body(error), anthropic_status(error), headers=error.headers)
     return JSONResponse(openai_body(error), error.status, headers=error.headers)

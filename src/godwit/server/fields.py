@@ -1,4 +1,4 @@
-"""Fields that several APIs share: what texts and tools look like, and what becomes of other kinds."""
+"""Schema types that several APIs share: texts, tools, and the limits of numbers and strings."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from pydantic import (
     model_validator,
 )
 
-from godwit.engine.constraint_schema import NO_PARAMETERS
+from godwit.dialect.schema import NO_PARAMETERS
 from godwit.server.errors import bad_request
+from godwit.server.json_body import count_values
+from godwit.server.limits import Limits
 
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-#: Parts that this server cannot read, and what they are.
+#: Types of content parts that this server cannot read.
 MEDIA_PARTS = {
     **dict.fromkeys(("image", "image_url", "input_image"), "image"),
     **dict.fromkeys(("audio", "audio_url", "input_audio"), "audio"),
@@ -31,46 +33,47 @@ MEDIA_PARTS = {
     **dict.fromkeys(("file", "input_file", "document", "container_upload", "search_result"), "file"),
 }
 _LEFT_OUT = re.compile(r"(\[(image|audio|video|file) left out: this model reads only text\]\n?)+")
-ONLY_TEXT = (
-    "this model reads only text: it takes neither images, sounds nor files, and nothing is fetched from "
-    "addresses"
-)
+ONLY_TEXT = "this model reads only text: no images, audio or files, and nothing is fetched from URLs"
 MAX_NAME = 128
 _Item = TypeVar("_Item")
-#: A list of which no more is looked at than up to the first item that is wrong.
+_Function = TypeVar("_Function", bound="FunctionSpec")
+#: A list whose validation stops at the first invalid item.
 Items = Annotated[list[_Item], Field(fail_fast=True)]
 _NAME = rf"^[A-Za-z0-9_.:/-]{{1,{MAX_NAME}}}$"
 
 
-class Request(BaseModel):
-    """A body: fields that are not listed are refused, since they would not be honoured."""
+class RequestBody(BaseModel):
+    """A body. Unknown fields are refused: ignoring them would change what was asked for."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model: str | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _one_unknown(cls, body: Any) -> Any:
-        """Of fields that are not listed, the first is enough to be refused for."""
+        """Keep only the first unknown field: one is enough to refuse the body."""
         unknown = [name for name in body if name not in cls.model_fields] if isinstance(body, dict) else []
         more = set(unknown[1:])
         return {name: value for name, value in body.items() if name not in more} if more else body
 
 
-class Part(BaseModel):
-    """An object within a body: what is not listed changes nothing, as in answers that are sent back."""
+class BodyPart(BaseModel):
+    """An object within a body. Unknown fields are ignored: clients send back what answers had."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
 
 @dataclass
-class Reading:
-    """The context in which a body is checked.
+class BodyContext:
+    """The context of a validation.
 
     Attributes:
-        refuse_media: images, sounds and files are refused even where the rest of a message is text.
-        left_out: kinds of what was left out, filled while the body is checked.
+        limits: the server's.
+        refuse_media: refuse images, audio and files even where the rest of a message is text.
+        left_out: the kinds that were left out, collected during validation.
     """
 
+    limits: Limits = field(default_factory=Limits)
     refuse_media: bool = False
     left_out: set[str] = field(default_factory=set)
 
@@ -79,16 +82,16 @@ def joined_text(content: Any, info: ValidationInfo) -> Any:
     """The text of a message's content, which may be a list of parts.
 
     Raises:
-        ValueError: a part is of no known type, or has no text.
+        ValueError: a part has an unknown type or no text.
     """
     return "\n".join(text_of(part, info) for part in content) if isinstance(content, list) else content
 
 
 def text_of(part: Any, info: ValidationInfo) -> str:
-    """The text of one part; for what is no text, a line that says so.
+    """The text of one part; for media, a line that says it was left out.
 
     Raises:
-        ValueError: the part is of no known type, has no text, or is refused by the server's settings.
+        ValueError: the part has an unknown type or no text, or the server refuses media.
     """
     kind = part.get("type") if isinstance(part, Mapping) else None
     if isinstance(kind, str) and kind in TEXT_PARTS:
@@ -96,13 +99,13 @@ def text_of(part: Any, info: ValidationInfo) -> str:
             raise ValueError(f"a part of type {kind} needs its text")
         return text
     if not isinstance(kind, str) or kind not in MEDIA_PARTS:
-        raise ValueError(f"only parts of type text are taken; {ONLY_TEXT}")
+        raise ValueError(f"only parts of type text are supported; {ONLY_TEXT}")
     inner = _inner_text(part)
     return joined_text(inner, info) if inner else _leave_out(MEDIA_PARTS[kind], info)
 
 
 def _inner_text(part: Mapping[str, Any]) -> list[Any]:
-    """The text of a document or search result that holds it itself, as parts."""
+    """The text that a document or search result contains, as parts."""
     source = part.get("source")
     if isinstance(source, Mapping) and source.get("type") == "text":
         return [{"type": "text", "text": source.get("data")}]
@@ -113,18 +116,18 @@ def _inner_text(part: Mapping[str, Any]) -> list[Any]:
 
 
 def _leave_out(kind: str, info: ValidationInfo) -> str:
-    reading = info.context if isinstance(info.context, Reading) else Reading()
-    if reading.refuse_media:
+    context = info.context if isinstance(info.context, BodyContext) else BodyContext()
+    if context.refuse_media:
         raise ValueError(ONLY_TEXT)
-    reading.left_out.add(kind)
+    context.left_out.add(kind)
     return f"[{kind} left out: this model reads only text]"
 
 
 def check_question(text: str, place: str) -> None:
-    """Refuse a question of which nothing could be read, which an answer could only make up.
+    """Refuse a last message without any readable part: the model would have to invent the question.
 
     Raises:
-        ApiError: all parts of the last message were left out.
+        ApiError: all its parts were left out.
     """
     if _LEFT_OUT.fullmatch(text):
         raise bad_request(ONLY_TEXT, place)
@@ -134,17 +137,26 @@ _HEADER = re.compile(r"\Ax-anthropic-billing-header:[^\n]*")
 _CHANGING = re.compile(r"(\bcch=)[^;\s]*|(\bcc_version=\d+\.\d+\.\d+\.)[^;\s]*")
 
 
-def steady(system: str) -> str:
-    """System text with constants for the values that Claude Code changes in its first line.
+def stable_system(system: str) -> str:
+    """A system prompt without the values that Claude Code changes in its first line with every request.
 
-    They differ between requests or conversations, and with them no prompt would begin like another.
+    With them, no prompt would share a prefix with an earlier one.
     """
     return _HEADER.sub(lambda line: _CHANGING.sub(lambda m: f"{m[1] or m[2]}0", line[0]), system)
 
 
 def as_json(value: Any) -> str:
-    """A JSON text, or a value as one: some clients send arguments as an object."""
+    """``value`` as JSON, unless it is a string already: some clients send arguments as an object."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _few_values(arguments: Any, info: ValidationInfo) -> Any:
+    """JSON text in a body is parsed later, even JSON within its strings, so it has the limit of bodies."""
+    context = info.context if isinstance(info.context, BodyContext) else BodyContext()
+    limit = context.limits.values
+    if isinstance(arguments, str) and count_values(arguments.encode("utf-8", "replace"))[1] > limit:
+        raise ValueError(f"the arguments of a call have more than {limit} values")
+    return arguments
 
 
 _PART_SCHEMA = {
@@ -158,21 +170,24 @@ _PART_SCHEMA = {
     ]
     + [{"type": "object", "properties": {"type": {"enum": [*MEDIA_PARTS]}}, "required": ["type"]}]
 }
-#: A text, or a list of parts; of parts that are no text, a line that says so is left.
+#: A string, or a list of parts; a line of text takes the place of media.
 Content = Annotated[
     str,
     BeforeValidator(joined_text),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _PART_SCHEMA}]}),
 ]
-#: Of a call in an earlier answer, as a JSON text. What is no JSON object is taken too: the model wrote it.
+#: Arguments of a call in an earlier answer, as JSON text. Invalid JSON is accepted: a model wrote it.
 Arguments = Annotated[
     str,
     BeforeValidator(as_json),
-    WithJsonSchema({"description": "A JSON text, or an object.", "default": "{}"}),
+    AfterValidator(_few_values),
+    WithJsonSchema({"description": "JSON text, or an object.", "default": "{}"}),
 ]
+#: Arguments as an object; other values are accepted too, since a model wrote them.
+Input = Annotated[Any, AfterValidator(_few_values)]
 Name = Annotated[str, Field(pattern=_NAME)]
-#: Taken, and of no consequence here.
-Ignored = Annotated[Any, Field(description="Taken and ignored: it changes no answer.")]
+#: Accepted without effect.
+Ignored = Annotated[Any, Field(description="Accepted and ignored: it changes no answer.")]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Temperature = Annotated[float, Field(ge=0, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -183,18 +198,18 @@ MaxTokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 
 def _limit(value: int) -> int:
     if value == 0:
-        raise ValueError("it has to be at least 1, or -1 for no limit")
+        raise ValueError("must be at least 1, or -1 for no limit")
     return value
 
 
-#: A limit of tokens as OpenAI's clients send it; -1: none but the context's.
+#: A number of tokens as OpenAI's clients send it; -1: as many as the context allows.
 TokenLimit = Annotated[
     int,
     Field(ge=-1, le=MAX_TOKENS),
     AfterValidator(_limit),
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1, "maximum": MAX_TOKENS}, {"const": -1}]}),
 ]
-#: How many of the likeliest tokens to choose from; 0 and -1: all.
+#: Sample from the k likeliest tokens; 0 and -1: from all.
 TopK = Annotated[int, Field(ge=-1, le=2**31 - 1), AfterValidator(lambda value: max(value, 0))]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 StopText = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -214,21 +229,33 @@ Salt = Annotated[str, Field(max_length=256)]
 Mode = Literal["none", "auto", "required"]
 
 
-class Choice(NamedTuple):
-    """Whether tools may or have to be called.
+class ToolChoice(NamedTuple):
+    """Which tools may or must be called.
 
     Attributes:
-        mode: "none": the model is not told of them; "required": it has to call one.
-        tool: the one to be called.
-        allowed: the names of those that there are for now; None: all.
+        mode: "none": the model does not see the tools; "required": it must call one.
+        tool: the one that must be called; None: any.
+        allowed: names of those that may be called; None: all.
     """
 
-    mode: Mode
+    mode: Mode = "auto"
     tool: str | None = None
     allowed: Sequence[str] | None = None
 
+    def among(self, tools: Sequence[_Function]) -> list[_Function]:
+        """Those of the tools that may be called.
 
-class FunctionSpec(Part):
+        Raises:
+            ApiError: a tool is allowed that does not exist.
+        """
+        if self.allowed is None:
+            return list(tools)
+        if missing := set(self.allowed) - {tool.name for tool in tools}:
+            raise bad_request(f"`tool_choice` allows {min(missing)}, which is not in `tools`", "tool_choice")
+        return [tool for tool in tools if tool.name in self.allowed]
+
+
+class FunctionSpec(BodyPart):
     """A function that the model may call."""
 
     name: Name
@@ -237,11 +264,11 @@ class FunctionSpec(Part):
     strict: bool | None = Field(default=None, description="Hold the arguments of calls to the schema.")
 
     def tool(self) -> dict[str, Any]:
-        """In OpenAI's shape."""
+        """In OpenAI's format."""
         return function_tool(self.name, self.description, self.parameters)
 
 
 def function_tool(name: str, description: str | None, parameters: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A function in OpenAI's shape, without what was not said; without parameters it takes none."""
-    said = {"name": name, "description": description, "parameters": parameters or NO_PARAMETERS}
-    return {"type": "function", "function": {key: value for key, value in said.items() if value is not None}}
+    """A function in OpenAI's format, without missing fields; without parameters it takes none."""
+    given = {"name": name, "description": description, "parameters": parameters or NO_PARAMETERS}
+    return {"type": "function", "function": {key: value for key, value in given.items() if value is not None}}

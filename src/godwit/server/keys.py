@@ -1,4 +1,4 @@
-"""API keys: read from a file and the environment, and told apart by their hashes."""
+"""API keys: read from a file and the environment, and compared by their hashes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from time import monotonic
 from starlette.datastructures import Headers
 
 from godwit.errors import UsageError
-from godwit.server.pace import Bucket
+from godwit.server.connections.pace import Bucket
 
 MIN_KEY_CHARS = 8
 MAX_KEYS = 1024
@@ -30,8 +30,8 @@ class Key:
 
     Attributes:
         secret: what clients send.
-        label: names the key in the log and in /metrics.
-        rpm, tpm: requests and tokens (of prompts and answers) that it may use a minute; None: no limit.
+        label: the key's name in the log and in /metrics.
+        rpm, tpm: requests, and tokens of prompts and answers, per minute; None: no limit.
     """
 
     secret: str = field(repr=False)
@@ -43,11 +43,11 @@ class Key:
 def read_keys(file: Path | None, environment: Mapping[str, str]) -> tuple[Key, ...]:
     """The keys in a file and the one in GODWIT_API_KEY.
 
-    A line of the file is ``KEY [LABEL] [rpm=N] [tpm=N]``; blank lines and those with # in front are skipped.
-    The n-th key is called ``keyN`` if it has no label.
+    A line of the file is ``KEY [LABEL] [rpm=N] [tpm=N]``; blank lines and comments (#) are skipped.
+    The n-th key is labelled ``keyN`` if it has no label.
 
     Raises:
-        UsageError: the file cannot be read or holds no keys, or a line makes no sense.
+        UsageError: the file cannot be read or has no keys, or a line is invalid.
     """
     keys = [] if file is None else _read_file(file)
     single = environment.get("GODWIT_API_KEY")
@@ -65,15 +65,15 @@ def _read_file(file: Path) -> list[Key]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{file}: cannot be read as a list of keys ({error})") from None
     if len(data) > MAX_KEY_FILE_BYTES:
-        raise UsageError(f"{file}: a key file may have {MAX_KEY_FILE_BYTES >> 20} MiB")
+        raise UsageError(f"{file}: a key file is limited to {MAX_KEY_FILE_BYTES >> 20} MiB")
     keys: list[Key] = []
     for number, line in enumerate(lines, 1):
         if line.strip() and not line.lstrip().startswith("#"):
             keys.append(_parse(line.split(), f"{file} line {number}", f"key{len(keys) + 1}"))
     if not keys:
-        raise UsageError(f"{file}: holds no keys; write one a line")
+        raise UsageError(f"{file}: no keys in it; write one per line")
     if len(keys) > MAX_KEYS:
-        raise UsageError(f"{file}: holds {len(keys)} keys, and {MAX_KEYS} are allowed")
+        raise UsageError(f"{file}: {len(keys)} keys, but only {MAX_KEYS} are allowed")
     return keys
 
 
@@ -107,16 +107,18 @@ def _refuse_duplicates(keys: Sequence[Key], place: str) -> None:
     secrets, labels = set[str](), set[str]()
     for key in keys:
         if key.secret in secrets:
-            raise UsageError(f"{place}: the key labelled {key.label} is there twice; remove one of its lines")
+            raise UsageError(
+                f"{place}: the key labelled {key.label} is listed twice; remove one of the lines"
+            )
         if key.label in labels:
-            raise UsageError(f"{place}: two keys are labelled {key.label}; give each a label of its own")
+            raise UsageError(f"{place}: two keys are labelled {key.label}; give each its own label")
         secrets.add(key.secret)
         labels.add(key.label)
 
 
 class Quota:
-    """What a key may still use. A request is let in while there are tokens left, however many it will use;
-    what it uses beyond them has to be waited for by the next ones.
+    """The rate limits of a key. A request is admitted while there are tokens left, however many it will use;
+    the next ones wait until the excess is paid back.
 
     Args:
         key: with its limits.
@@ -128,7 +130,7 @@ class Quota:
         self._tokens = None if key.tpm is None else Bucket(key.tpm / 60, key.tpm, clock)
 
     def admit(self) -> tuple[str, float] | None:
-        """Take one request; or say what is used up ("requests" or "tokens") and for how many seconds."""
+        """Take one request, or return what is used up ("requests" or "tokens") and for how many seconds."""
         for name, bucket in (("requests", self._requests), ("tokens", self._tokens)):
             if bucket is not None and (wait := bucket.wait()) > 0:
                 return name, wait
@@ -137,17 +139,17 @@ class Quota:
         return None
 
     def spend(self, num_tokens: int) -> None:
-        """Take tokens, whether they are there or not."""
+        """Take tokens, even more than there are."""
         if self._tokens is not None:
             self._tokens.take(num_tokens)
 
 
 @dataclass(frozen=True)
 class Holder:
-    """A key that is known, as requests carry it along.
+    """The key of a request.
 
     Attributes:
-        salt: keeps its caches apart from those of others.
+        salt: separates its caches from those of other keys.
     """
 
     key: Key
@@ -156,7 +158,7 @@ class Holder:
 
 
 class KeyRing:
-    """Knows keys by their hashes, so that all comparisons take the same time."""
+    """The keys by their hashes; all comparisons take the same time."""
 
     def __init__(self, keys: Iterable[Key], clock: Callable[[], float] = monotonic) -> None:
         self._holders = {
@@ -169,12 +171,12 @@ class KeyRing:
         return bool(self._holders)
 
     def find(self, headers: Headers) -> Holder | None:
-        """Whose key a request brings; None where it brings none that is known."""
+        """The key that a request brings, if it is valid."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         mine = _digest(given.encode("latin-1", "replace"))
         found = None
-        for digest, holder in self._holders.items():  # all of them, whichever fits
+        for digest, holder in self._holders.items():  # all of them, for constant time
             if hmac.compare_digest(digest, mine):
                 found = holder
         return found

@@ -1,4 +1,4 @@
-"""Mailbox: brings events from the engine's thread to the event loop, those of a step together."""
+"""Mailbox: delivers events from the engine's thread to the event loop, those of a step together."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 class Mailbox:
     """Events on their way to queues of an event loop.
 
-    Waking the loop for each event would let it run between two tokens of a step, while the engine waits for
-    the interpreter; woken after the step it works while the native code of the next one runs.
+    Waking the loop for each event would make it compete with the engine for the interpreter in the middle of
+    a step; woken after the step, it runs while the native code of the next one does.
     """
 
     def __init__(self) -> None:
@@ -20,17 +20,17 @@ class Mailbox:
         self._items: deque[tuple[asyncio.Queue[Any], Any]] = deque()
 
     def open(self) -> None:
-        """Bring events to the running loop from now on."""
+        """Deliver to the running loop from now on."""
         self._loop = asyncio.get_running_loop()
 
     def put(self, queue: asyncio.Queue[Any], item: Any) -> None:
-        """For any thread; the item comes with the next delivery."""
+        """Add an item to the next delivery. Thread-safe."""
         self._items.append((queue, item))
 
     def deliver(self) -> None:
-        """Bring what is there. For any thread."""
+        """Deliver what is there. Thread-safe."""
         if self._items and self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:

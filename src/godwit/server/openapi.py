@@ -1,4 +1,4 @@
-"""The server's description in OpenAPI 3.1, for people and for tests."""
+"""The server's OpenAPI 3.1 description."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 import godwit
-from godwit.server.protocol import ChatRequest
-from godwit.server.protocol_messages import CountRequest, MessagesRequest
-from godwit.server.protocol_responses import ResponsesRequest
-from godwit.server.protocol_texts import CompletionRequest, DetokenizeRequest, TokenizeRequest
+from godwit.server.anthropic.schemas import CountRequest, MessagesRequest
+from godwit.server.openai.response_schemas import ResponsesRequest
+from godwit.server.openai.schemas import ChatRequest
+from godwit.server.openai.text_schemas import CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 _TEMPLATE = "#/components/schemas/{model}"
 _BODIES: tuple[tuple[str, type[BaseModel], str, tuple[str, ...]], ...] = (
@@ -36,20 +36,20 @@ _BODIES: tuple[tuple[str, type[BaseModel], str, tuple[str, ...]], ...] = (
 _PLAIN: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("/v1/models", "The model.", ("object", "data")),
     ("/tokenizer_info", "The tokenizer's special tokens and chat template.", ("eos_token", "chat_template")),
-    ("/health", "Whether the process lives.", ("status",)),
-    ("/ready", "Whether requests are taken.", ("status",)),
+    ("/health", "Whether the process is up.", ("status",)),
+    ("/ready", "Whether requests can be served.", ("status",)),
 )
 _ERRORS = {
-    "400": "The request has to be changed.",
+    "400": "The request is invalid.",
     "401": "A key is needed.",
-    "403": "The Host header has a name that this server does not answer to.",
+    "403": "The Host header is not accepted.",
     "404": "There is no such model.",
     "408": "The body took too long.",
     "413": "The body is too large.",
-    "415": "The body has to be JSON.",
-    "429": "The key has used up its requests or tokens of this minute.",
-    "500": "A fault of the server.",
-    "503": "The server is overloaded or about to end.",
+    "415": "The body must be JSON.",
+    "429": "The key used up its requests or tokens of this minute.",
+    "500": "An internal error.",
+    "503": "The server is overloaded, shutting down or failing.",
     "529": "The same in Anthropic's API.",
 }
 
@@ -81,7 +81,7 @@ def describe() -> dict[str, Any]:
 
 
 def _allow_null(schema: dict[str, Any]) -> None:
-    """For a field that is not needed, null is as good as leaving it out."""
+    """An optional field may be null, which means the same as leaving it out."""
     for name, field in schema.get("properties", {}).items():
         if name not in schema.get("required", ()):
             schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}

@@ -1,28 +1,39 @@
-"""From conversations to token ids, and to the places in them where a later request may go on."""
+"""Prompts: from conversations to token ids, and the positions at which a later prompt may diverge."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
+from anyio.to_thread import run_sync
+from starlette.requests import Request
+
+from godwit.dialect.dialect import Dialect
+from godwit.dialect.mistral_calls import with_short_ids
+from godwit.dialect.tags import END_THINK, THINK
 from godwit.engine import opens_thinking
-from godwit.engine.constraint_grammar import END_THINK, THINK
-from godwit.errors import TemplateError
-from godwit.server.errors import bad_request, too_long
+from godwit.errors import GodwitError, TemplateError
+from godwit.server.connections.clients import in_turn
+from godwit.server.connections.fair_queue import FairQueue
+from godwit.server.errors import ApiError, bad_request, too_long
+from godwit.server.limits import Limits
 from godwit.text.tokenizer import Tokenizer
 
 Message = dict[str, Any]
-#: How many beginnings of a conversation are rendered where its tokens do not tell its messages apart.
+#: Prefixes of a conversation that are rendered where its tokens do not show where messages end.
 MAX_RENDERED = 8
-#: Between the end of the last message and that of the prompt are only the words that open the answer.
+PROMPT_WORKERS, PROMPTS_WAITING = 2, 256
+_Result = TypeVar("_Result")
+#: A boundary so close to the end of the prompt has only the header of the answer after it.
 NEAR_END = 16
 _THINKS = (
     "this model thinks before it answers, so a message can be continued only with thinking turned off (where "
     "the template can do that) or together with the thinking that came before it"
 )
-#: Variables that are the server's to set, parameters of what renders templates, and Jinja's own names.
+#: Variables that only the server may set, parameters of the template renderer, and Jinja's own names.
 RESERVED = frozenset(
     {
         *("messages", "tools", "add_generation_prompt", "documents", "chat_template"),
@@ -34,11 +45,11 @@ RESERVED = frozenset(
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model is to continue.
+    """A tokenized prompt.
 
     Attributes:
-        ids: the whole text.
-        boundaries: positions at which a later prompt may differ from this one.
+        ids: the whole prompt.
+        boundaries: positions at which a later prompt may diverge from this one.
         thinking: the answer begins within ``<think>``.
     """
 
@@ -49,14 +60,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a chat template makes a prompt of.
+    """The input of a chat template.
 
     Attributes:
-        messages: in the shape of OpenAI's API, their contents plain texts.
-        tools: likewise.
-        variables: what else the template is told.
-        prefill: how the answer begins.
-        thoughts: what was thought before it.
+        messages: in OpenAI's format, with plain text as content.
+        tools: in OpenAI's format.
+        variables: further variables of the template.
+        prefill: the beginning of the answer.
+        thoughts: the thinking before it.
     """
 
     messages: Sequence[Message]
@@ -67,19 +78,19 @@ class Conversation:
 
     @property
     def begun(self) -> bool:
-        """Whether the beginning of the answer is given."""
+        """Whether the answer continues a given beginning."""
         return bool(self.prefill or self.thoughts)
 
     def continuing(self) -> Conversation:
         """The same conversation, with its last message as the beginning of the answer.
 
         Raises:
-            ApiError: that is not a message of the assistant that can be continued.
+            ApiError: the last message cannot be continued.
         """
         last = self.messages[-1]
         if last["role"] != "assistant" or last.get("tool_calls"):
             raise bad_request(
-                "only a last message of the assistant can be continued, and only one without tool calls",
+                "only an assistant message without tool calls can be continued, and only the last one",
                 "messages",
             )
         begun = {"prefill": last["content"], "thoughts": last.get("reasoning_content", "")}
@@ -87,7 +98,7 @@ class Conversation:
 
 
 def check_variables(variables: Mapping[str, Any]) -> None:
-    """Refuse what cannot be a variable, and variables that would take the place of the template's own.
+    """Refuse invalid variables, and those that would replace the template's own.
 
     Raises:
         ApiError: there is one.
@@ -96,16 +107,16 @@ def check_variables(variables: Mapping[str, Any]) -> None:
         reserved = name in RESERVED or name.endswith("_token") or not name.isidentifier()
         if reserved or not isinstance(value, str | int | float | bool):
             raise bad_request(
-                f"chat_template_kwargs cannot set {name[:40]!r} like this", "chat_template_kwargs"
+                f"chat_template_kwargs cannot set {name[:40]!r} to that", "chat_template_kwargs"
             )
 
 
 class PromptMaker:
-    """Makes prompts with the tokenizer of a model. For several threads.
+    """Makes prompts with a model's tokenizer and chat template. Thread-safe.
 
     Args:
         tokenizer: the model's.
-        context: tokens that the model reads.
+        context: the model's context in tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: int) -> None:
@@ -117,28 +128,28 @@ class PromptMaker:
         self._rewrites = template is not None and THINK in template.source
 
     def check_size(self, *texts: str) -> None:
-        """Refuse texts that cannot but be too long, before any work is done with them.
+        """Refuse texts that are too long whatever their tokens, before any work is done.
 
         Raises:
-            ApiError: they are.
+            ApiError: they are too long.
         """
         self._check_chars(sum(map(len, texts)))
 
     def _check_chars(self, size: int) -> None:
         if size > self.max_chars:
-            raise too_long(self.context, -(-size // self.longest))  # of tokens at least so many
+            raise too_long(self.context, -(-size // self.longest))  # a lower bound of its tokens
 
     def text(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False) -> Prompt:
-        """A plain text, in which control tokens are read only with ``parse_special``."""
+        """A plain text. Control tokens are recognized only with ``parse_special``."""
         ids = self.tokenizer.encode(text, allow_special=parse_special, add_special_tokens=add_special_tokens)
         return Prompt(tuple(ids))
 
     def chat(self, conversation: Conversation) -> Prompt:
-        """A conversation whose next message is the model's.
+        """The prompt of a conversation, up to where the answer begins.
 
         Raises:
-            TemplateError: the template does not take it.
-            ApiError: it cannot but be too long, or its prefill cannot be put behind the prompt.
+            TemplateError: the template refuses it.
+            ApiError: it is too long, or its prefill cannot follow the prompt.
         """
         self._check_chars(num_chars(conversation))
         ids, end = self._before_answer(conversation)
@@ -147,7 +158,7 @@ class PromptMaker:
             ids, end = self._before_answer(conversation)
             if opens_thinking(end):
                 raise bad_request(_THINKS)
-        if not self._rewrites or end.rstrip().endswith(END_THINK):  # there is no place for thoughts
+        if not self._rewrites or end.rstrip().endswith(END_THINK):  # the template leaves no room for thoughts
             conversation = replace(conversation, thoughts="")
         opened = opens_thinking(end)
         thinking = (opened or bool(conversation.thoughts)) and not conversation.prefill
@@ -155,12 +166,12 @@ class PromptMaker:
         return Prompt((*ids, *self._beginning(conversation, opened)), boundaries, thinking)
 
     def _before_answer(self, conversation: Conversation) -> tuple[list[int], str]:
-        """(ids of the prompt up to where the answer begins, the text at their end)."""
+        """(ids of the prompt up to where the answer begins, the last of its text)."""
         ids = self._encode(conversation, conversation.messages, add_generation_prompt=True)
         return ids, self.tokenizer.decode(ids[-16:], skip_special=False)
 
     def _beginning(self, conversation: Conversation, opened: bool) -> list[int]:
-        """The part of the answer that is given; only the tags around the thoughts are control tokens."""
+        """The given part of the answer; only the tags around the thoughts are control tokens."""
         ids: list[int] = []
         if conversation.thoughts:
             ids += [] if opened else self._words(f"{THINK}\n", allow_special=True)
@@ -176,11 +187,11 @@ class PromptMaker:
         return self.tokenizer.encode_chat(messages, tools=tools, **more, **conversation.variables)
 
     def _boundaries(self, conversation: Conversation, ids: list[int]) -> tuple[int, ...]:
-        """The ends of the messages, and where the prompt of the next turn will leave this one.
+        """The ends of the messages, and where the prompt of the next turn will diverge from this one.
 
-        The template ends each message with a stop token in most models; a literal one in a message is no
-        token. Where there are none, beginnings of the conversation are rendered and compared. Templates that
-        know thinking leave that of earlier turns out, so their next prompt is rendered too.
+        In most models a stop token ends each message; one that is spelled out in a message is not encoded as
+        a token. Where there are none, prefixes of the conversation are rendered and compared. Templates with
+        thinking drop the thoughts of earlier turns, so the next prompt is rendered too.
         """
         messages = conversation.messages
         ends = {place + 1 for place, id in enumerate(ids) if id in self.tokenizer.stop_ids}
@@ -195,18 +206,64 @@ class PromptMaker:
         for beginning in beginnings:
             try:
                 other = self._encode(conversation, beginning, add_generation_prompt=False)
-            except TemplateError:  # some templates want their messages in a certain order
+            except TemplateError:  # some templates require a certain order of roles
                 continue
             ends.add(_common(ids, other))
         found = sorted(end for end in ends if 0 < end < len(ids))
-        # The state at the end of the prompt is kept anyway. Only what the next turn leaves out is between.
+        # The state at the end of the prompt is kept anyway.
         near = [] if conversation.begun else [end for end in found if len(ids) - end < NEAR_END]
         useful = near[-1:] if self._rewrites else []
         return (*found[: len(found) - len(near)], *useful)
 
 
+class PromptQueue:
+    """Makes the prompts of requests in threads; the clients take turns.
+
+    Args:
+        maker: makes them.
+        limits: of messages and tools.
+        dialect: of the model's tool calls.
+    """
+
+    def __init__(self, maker: PromptMaker, limits: Limits, dialect: Dialect | None) -> None:
+        self.maker = maker
+        self._limits = limits
+        self._short_ids = dialect is not None and dialect.short_ids
+        self._queue = FairQueue(PROMPT_WORKERS, PROMPTS_WAITING)
+
+    async def run(self, request: Request, work: Callable[[], _Result]) -> _Result:
+        """Run work on prompts.
+
+        Raises:
+            ApiError: it failed, too many requests are waiting, or the client left.
+        """
+        return await in_turn(request, self._queue, work)
+
+    async def make_prompt(self, request: Request, conversation: Conversation) -> Prompt:
+        """The prompt of a conversation.
+
+        Raises:
+            ApiError: it is too long or refused by the template, too many are waiting, or the client left.
+        """
+        limits = self._limits
+        if len(conversation.messages) > limits.messages or len(conversation.tools) > limits.tools:
+            raise bad_request(f"a request may have {limits.messages} messages and {limits.tools} tools")
+        if self.maker.tokenizer.chat_template is None:
+            raise bad_request("this model has no chat template; send plain prompts to /v1/completions")
+        check_variables(conversation.variables)
+        if self._short_ids:
+            conversation = replace(conversation, messages=with_short_ids(conversation.messages))
+        return await self.run(request, lambda: self.maker.chat(conversation))
+
+    async def warm(self) -> None:
+        """Start the template process, so that the first request need not wait for it."""
+        if self.maker.tokenizer.chat_template is not None:
+            with contextlib.suppress(GodwitError, ApiError):
+                await run_sync(self.maker.chat, Conversation([{"role": "user", "content": "."}]))
+
+
 def num_chars(conversation: Conversation) -> int:
-    """How many characters all texts have that a template could write, be they of messages or of tools."""
+    """The number of characters in all texts that a template could write: of messages, tools, variables."""
     size, left = 0, [*vars(conversation).values()]
     while left:
         value = left.pop()
@@ -221,10 +278,10 @@ def num_chars(conversation: Conversation) -> int:
 
 
 def _without_thinking(conversation: Conversation) -> Conversation:
-    """The conversation with the thinking before the answer turned off, for an answer that has begun.
+    """The conversation with thinking turned off, for an answer that has begun.
 
     Raises:
-        ApiError: thinking was asked for.
+        ApiError: the request asks for thinking.
     """
     if conversation.variables.get("enable_thinking"):
         raise bad_request(_THINKS)
@@ -232,6 +289,6 @@ def _without_thinking(conversation: Conversation) -> Conversation:
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many ids two texts have in common at their beginning."""
+    """The length of the common prefix."""
     pairs = zip(first, second, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

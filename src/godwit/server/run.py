@@ -1,4 +1,4 @@
-"""Serving an application over HTTP, with limits on connections, until it is told to end."""
+"""Serving the application over HTTP, with limits on connections, until a signal stops it."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from godwit.errors import UsageError
-from godwit.server.connection import COSTLY_SHARE, LimitedProtocol
+from godwit.server.connections.pace import Share
+from godwit.server.connections.places import MAX_REFUSED, Places
+from godwit.server.connections.protocol import COSTLY_SHARE, LimitedProtocol
 from godwit.server.errors import overloaded, respond
-from godwit.server.journal import Journal, Record
-from godwit.server.pace import Share
-from godwit.server.places import MAX_REFUSED, Places
+from godwit.server.limits import Limits
+from godwit.server.log import Record, RequestLog
 from godwit.server.service import Service
-from godwit.server.settings import Limits, Settings
+from godwit.server.settings import Settings
 
-#: After the last answers were told to end, they get so long to say so.
+#: Time for the last answers to report that they were ended.
 LAST_SECONDS = 5.0
-#: Open files besides connections: listeners, pipes to workers, cache files, the log.
+#: Open files other than connections: listeners, pipes to workers, cache files, the log.
 OTHER_FILES = 256
 _log = logging.getLogger("godwit.server")
 
 
 class Server(uvicorn.Server):
-    """Ends in steps: no new requests, time for the answers under way, an end for those that are left."""
+    """Shuts down in steps: refuse new requests, let answers finish for a while, end the rest."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self.service = service
-        self._told_by = "its program"
+        self._stopped_by = "its program"
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Note a signal that ends the server; a second SIGINT ends it at once."""
-        self._told_by = signal.Signals(sig).name  # written to the log later: a handler must not write
+        """A signal starts the shutdown; a second SIGINT ends the server at once."""
+        self._stopped_by = signal.Signals(sig).name  # logged later: a handler must not write
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -50,8 +51,8 @@ class Server(uvicorn.Server):
         stats = self.service.host.stats()
         count = 0 if stats is None else stats.num_running + stats.num_waiting
         _log.info(
-            "ending, told by %s: no new requests; %d answers under way have %g s; %d connections are open",
-            self._told_by,
+            "shutting down (%s): no new requests; %d answers in progress have %g s; %d connections are open",
+            self._stopped_by,
             count,
             limit,
             len(self.server_state.connections),
@@ -61,15 +62,15 @@ class Server(uvicorn.Server):
             await super().shutdown(sockets)
         finally:
             timer.cancel()
-            _log.info("ended%s", " at once, told by a second signal" if self.force_exit else "")
+            _log.info("stopped%s", " at once by a second signal" if self.force_exit else "")
 
     def _end_answers(self) -> None:
-        _log.warning("answers are still under way; they are ended now")
+        _log.warning("answers are still in progress; ending them now")
         asyncio.get_running_loop().run_in_executor(None, self.service.host.close)
 
 
 async def refuse_connection(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers requests on connections for which there is no place."""
+    """Answers requests on connections beyond the limits."""
     error = overloaded("too many connections are open; send the request again in a moment")
     error.headers["Connection"] = "close"
     record: Record = scope["state"]["record"]
@@ -78,11 +79,11 @@ async def refuse_connection(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def make_server(app: Starlette, settings: Settings) -> Server:
-    """A server for the application, which knows its own limits."""
+    """A server for the application."""
     service: Service = app.state.service
     config = uvicorn.Config(
         app,
-        http=limited_protocol(settings.limits, Journal(refuse_connection, service.metrics)),
+        http=limited_protocol(settings.limits, RequestLog(refuse_connection, service.metrics.observe)),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -96,7 +97,7 @@ def make_server(app: Starlette, settings: Settings) -> Server:
 
 
 def limited_protocol(limits: Limits, full: ASGIApp) -> type[LimitedProtocol]:
-    """The protocol of a server's connections, which share its places."""
+    """The protocol class of a server's connections, which share their limits."""
     more = {
         "limits": limits,
         "places": Places(limits),
@@ -107,7 +108,7 @@ def limited_protocol(limits: Limits, full: ASGIApp) -> type[LimitedProtocol]:
 
 
 def allow_open_files(limits: Limits) -> None:
-    """Raise this process's limit of open files, often 1,024, so that all connections fit."""
+    """Raise the limit of open files, often 1,024, so that all connections fit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = limits.connections + MAX_REFUSED + OTHER_FILES
     if hard != resource.RLIM_INFINITY:
@@ -117,16 +118,16 @@ def allow_open_files(limits: Limits) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; port 0 takes a free one.
+    """A listening socket. Port 0 takes a free one.
 
     Raises:
-        UsageError: the address cannot be had.
+        UsageError: the address is not available.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
     except (OSError, OverflowError) as error:
-        raise UsageError(f"{host} is no address to listen at ({error}); give another --host") from None
+        raise UsageError(f"cannot listen at {host} ({error}); give another --host") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
@@ -135,7 +136,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener.close()
         other = "--host" if error.errno == errno.EADDRNOTAVAIL else "--port"
         raise UsageError(
-            f"cannot listen at {host} port {port}: {error.strerror}; take another {other}"
+            f"cannot listen at {host} port {port}: {error.strerror}; use another {other}"
         ) from None
     return listener
 

@@ -1,4 +1,4 @@
-"""What requests and the server's settings say about thinking: for chat templates, and for the engine."""
+"""Thinking as requests and settings ask for it, turned into template variables and limits."""
 
 from __future__ import annotations
 
@@ -8,21 +8,15 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from godwit.engine.constraint_calls import CALL, FUNCTION
-from godwit.engine.constraint_grammar import END_THINK
+from godwit.dialect.dialect import Dialect, Schemas
 from godwit.engine.thinking import DEFAULT_MESSAGE, MAX_BUDGET, ThinkingRules
-from godwit.server.dialects import Format
 from godwit.server.errors import bad_request
-from godwit.server.fields import Request
+from godwit.server.fields import RequestBody
 from godwit.text.chat_template import ChatTemplate, Effort
 
-#: Of an answer's tokens, how many may be thinking; higher efforts have no limit of their own.
+#: The share of an answer's tokens that may be thinking; higher efforts have no limit.
 SHARES: Mapping[Effort, float] = {"minimal": 1 / 16, "low": 1 / 4, "medium": 1 / 2, "high": 4 / 5}
-#: Formats whose calls stand between <tool_call> tags.
-_TAGGED: tuple[Format, ...] = ("hermes", "xml")
-#: Models that write XML calls sometimes forget to close their thinking before one.
-_FORGOTTEN_ENDS: Mapping[Format, tuple[str, ...]] = {"xml": (f"{CALL}\n{FUNCTION}", CALL + FUNCTION)}
-#: The length of an answer whose request does not limit it, for these shares.
+#: The length to which these shares apply if a request does not limit its answer.
 USUAL_TOKENS = 32_768
 #: Tokens of thinking; -1 is no limit.
 Budget = Annotated[int, Field(ge=-1, le=MAX_BUDGET)]
@@ -30,13 +24,13 @@ Budget = Annotated[int, Field(ge=-1, le=MAX_BUDGET)]
 
 @dataclass(frozen=True, kw_only=True)
 class ThinkingSettings:
-    """What a server does about thinking where a request leaves it open.
+    """Defaults for requests that do not say how to think.
 
     Attributes:
-        effort: how much the model is to think; None leaves it to the template.
-        budget: tokens of thinking; None is no limit.
+        effort: how much to think; None leaves it to the template.
+        budget: tokens of thinking; None: no limit.
         message: the last words of thinking that is closed for lack of budget or room.
-        effort_budgets: with templates that do not know efforts, an effort is a budget.
+        effort_budgets: with templates that do not know efforts, an effort sets a budget.
         never_empty: thinking leaves room for an answer, and an answer does not end within it.
     """
 
@@ -49,12 +43,12 @@ class ThinkingSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ThinkingWish:
-    """What a request asks for; None leaves it open.
+    """What a request asks for; None: not specified.
 
     Attributes:
         on: whether to think at all.
         effort: how much, in words.
-        budget: how much, in tokens; -1 is no limit, whatever the server's default is.
+        budget: how much, in tokens; -1: no limit, whatever the default is.
     """
 
     on: bool | None = None
@@ -62,8 +56,8 @@ class ThinkingWish:
     budget: int | None = None
 
 
-class ThinkingFields(Request):
-    """The fields of OpenAI's APIs about thinking that are additions: a budget under several names."""
+class ThinkingFields(RequestBody):
+    """Fields about thinking that OpenAI's APIs do not have: a budget, under several names."""
 
     thinking_token_budget: Budget | None = Field(
         default=None, description="Tokens after which thinking is closed; -1: no limit. vLLM's name for it."
@@ -74,7 +68,7 @@ class ThinkingFields(Request):
     )
 
     def wish(self, effort: Effort | None, field: str) -> ThinkingWish:
-        """What the request asks for, with the ``effort`` that its ``field`` names.
+        """What the request asks for; ``effort`` is the value of its ``field``.
 
         Raises:
             ApiError: fields contradict each other.
@@ -99,7 +93,7 @@ class ThinkingMaker:
 
     Args:
         template: the model's.
-        settings: for what requests leave open.
+        settings: the defaults.
     """
 
     def __init__(self, template: ChatTemplate | None, settings: ThinkingSettings) -> None:
@@ -107,7 +101,7 @@ class ThinkingMaker:
         self._settings = settings
 
     def variables(self, wish: ThinkingWish, given: Mapping[str, Any]) -> dict[str, Any]:
-        """What the template is told; variables that the request has ``given`` itself win."""
+        """The template's variables; those that the request has ``given`` itself take precedence."""
         on = given.get("enable_thinking", wish.on)
         effort = None if on is False else self._effort(wish)
         made = {} if self._template is None else self._template.thinking_variables(on, effort)
@@ -120,23 +114,25 @@ class ThinkingMaker:
         opened: bool,
         max_tokens: int | None,
         held: bool,
-        format: Format | None,
+        dialect: Dialect | None,
+        schemas: Schemas,
     ) -> ThinkingRules:
-        """What holds for the thinking of an answer.
+        """The rules for the thinking of an answer.
 
         Args:
             opened: the prompt has opened ``<think>``.
             max_tokens: of the whole answer.
-            held: the answer has to have a form, so that thinking without an answer is worth nothing.
-            format: of the tool calls that it may have.
+            held: the answer is constrained, so thinking without an answer is useless.
+            dialect: of the tool calls that it may have.
+            schemas: the parameters of the tools, by name.
         """
         return ThinkingRules(
             opened=opened,
             budget=self._budget(wish, max_tokens),
             bounded=held or self._settings.never_empty,
             message=self._settings.message,
-            closers=(END_THINK, *(_FORGOTTEN_ENDS.get(format, ()) if format and not held else ())),
-            calls=format in _TAGGED,
+            dialect=dialect,
+            schemas={} if held else schemas,
         )
 
     def _effort(self, wish: ThinkingWish) -> Effort | None:

@@ -13,10 +13,10 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from godwit.dialect.tags import CALL, FUNCTION
 from godwit.errors import TemplateError
 
 Message = dict[str, Any]
-TAG_CALLS, CALL = "<function=", "<tool_call>"
 _CALL_KEYS = ("name", "arguments")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -144,7 +144,7 @@ def _with_text(message: Message, template: str) -> Message:
 
 def _write_call(function: Mapping[str, Any], template: str) -> str:
     name, arguments = str(function.get("name") or ""), function["arguments"]
-    if TAG_CALLS in template:
+    if FUNCTION in template:
         return f"<tool_call>\n<function={name}>\n{_tags(arguments)}</function>\n</tool_call>"
     key = "parameters" if '"parameters"' in template and '"arguments"' not in template else "arguments"
     text = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": {_plain(arguments)}}}'

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from godwit.engine import Engine, GenerationRequest, SamplingParams, ThinkingRules, parse_answer
-from godwit.engine.constraint import Constraints, GrammarConstraint
+from godwit.engine.constraint.constraints import Constraints, GrammarConstraint
 from godwit.engine.speculation.speculator import MAX_DEPTH, Speculator
 from godwit.models.causal_lm import CausalLM
 from godwit.models.loader import load_model

@@ -1,0 +1,1 @@
+"""Connections and clients: deadlines, limits, and whose turn it is."""
