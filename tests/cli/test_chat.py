@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from godwit.cli import common, doctor
-from godwit.cli.chat import Chat, save_text
+from godwit.cli.chat import TerminalChat, save_text
 from godwit.cli.main import app
 from godwit.cli.terminal import Terminal, harmless
 from godwit.engine import SamplingParams
@@ -201,10 +201,10 @@ def test_a_call_that_is_cut_off_is_not_asked_about(models: Models, file: Path) -
 
 def test_a_stopped_answer_asks_for_no_results(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("Time?\nno result\n"))
-    session = common.open_model(models("tool")).start(threads=1, dtype="float32")
-    monkeypatch.setattr(Terminal, "call", lambda self, name, arguments: session.cancel())
-    chat = Chat(session, SamplingParams(), Terminal(), name="tool")
-    chat.talk()
+    with common.open_model(models("tool")).start(threads=1, dtype="float32") as responder:
+        monkeypatch.setattr(Terminal, "call", lambda self, name, arguments: responder.cancel())
+        chat = TerminalChat(responder, SamplingParams(), Terminal(), name="tool")
+        chat.talk()
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
     assert chat.messages[1] == CALL_MESSAGE
 
@@ -221,7 +221,7 @@ def test_thinking_is_no_part_of_the_answer(models: Models, file: Path) -> None:
 def test_an_error_ends_the_answer_and_not_the_chat(models: Models, file: Path) -> None:
     result = talk("Hi", "x" * 5000, "Ho", f"/save {file}", args=[models("hello")])
     assert result.stdout == "Hello there.\n" * 2
-    assert "the context only 4096" in result.stderr and "/reset forgets" in result.stderr
+    assert "and the context 4096, so there is no room" in result.stderr and "/reset forgets" in result.stderr
     texts = [message["content"] for message in saved(file)["messages"]]
     assert texts == ["Hi", "Hello there.", "Ho", "Hello there."]
 

@@ -12,10 +12,11 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from godwit.chat_template import ChatTemplate
+from godwit.engine.chat_prompt import Prompt
 from godwit.server.body import parse_object
 from godwit.server.errors import ApiError
 from godwit.server.fields import FunctionSpec, Reading
-from godwit.server.prompts import Conversation, Prompt, PromptMaker
+from godwit.server.prompts import Conversation, PromptMaker
 from godwit.server.protocol import ChatRequest
 from godwit.server.protocol_messages import MessagesRequest, MessageTool
 from godwit.server.protocol_responses import ResponsesRequest

@@ -240,6 +240,8 @@ class EngineCore:
         self.runner.settle(work, len(work.tokens))
         if seq.is_cut(seq.num_computed):
             self.runner.remember(seq)
+        if (report := self._generations[seq].request.on_read) is not None:
+            report(seq.num_computed)
         return len(work.tokens)
 
     def _answer(self, work: Work, logits: Tensor, rows: Row, first: int) -> int:
@@ -291,7 +293,7 @@ class EngineCore:
         self.scheduler.remove(seq)
         self._forget(seq)
         error = None if fault is None else told(fault)
-        generation.finish(reason, error, refused=isinstance(fault, UsageError))
+        generation.finish(reason, error, refused=isinstance(fault, UsageError), fault=fault)
 
     def _forget(self, seq: Sequence) -> None:
         """Close the books of a request."""
@@ -319,7 +321,7 @@ class EngineCore:
         for generation in list(self._generations.values()):
             if generation.sequence not in waiting:
                 self._forget(generation.sequence)
-                generation.finish("error", told(error))
+                generation.finish("error", told(error), fault=error)
         self.runner.reset()
         if self.drafter is not None:
             self.drafter.start(self.runner)

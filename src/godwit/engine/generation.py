@@ -7,13 +7,13 @@ from time import perf_counter
 
 from torch import Tensor
 
-from godwit.engine.answer import StopMatcher
 from godwit.engine.ending import Ending
 from godwit.engine.masks import MaskPool, Masks
 from godwit.engine.prefix import Hit
 from godwit.engine.sampling import Row, Sampler, TokenLogprobs
 from godwit.engine.scheduler import Sequence
 from godwit.engine.scoring import PromptScores
+from godwit.engine.stop_matcher import StopMatcher
 from godwit.engine.stream import Channel, Finish, GenerationRequest, Piece, PromptScored, Reason, Started
 from godwit.engine.thinking import ThinkingGuide, shown
 from godwit.models.causal_lm import CausalLM
@@ -148,8 +148,15 @@ class Generation:
             return "stop"
         return "length" if len(self.sequence.ids) >= self.sequence.limit else None
 
-    def finish(self, reason: Reason, error: str | None = None, *, refused: bool = False) -> None:
-        """Give out what is left, and the end. For ``error`` and ``refused`` see :class:`Finish`."""
+    def finish(
+        self,
+        reason: Reason,
+        error: str | None = None,
+        *,
+        refused: bool = False,
+        fault: Exception | None = None,
+    ) -> None:
+        """Give out what is left, and a :class:`Finish` with these attributes."""
         if self.masks is not None:
             self.masks.end()
         self._show(self._matcher.push(self._decoder.flush()) + self._matcher.flush())
@@ -177,6 +184,7 @@ class Generation:
                 reuse_note=self._hit.note,
                 error=error,
                 refused=refused,
+                fault=fault,
                 stop_logprobs=self._stop_logprobs,
                 speedup=self._speedup(max(0.0, self._last - first)),
             )

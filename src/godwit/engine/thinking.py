@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from godwit.engine.answer import StopMatcher
 from godwit.engine.constraint_calls import CALL, END_CALL
 from godwit.engine.constraint_grammar import END_THINK, THINK
+from godwit.engine.stop_matcher import StopMatcher
 from godwit.errors import UsageError
 from godwit.tokenizer import Tokenizer
 

@@ -9,6 +9,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from godwit.engine.chat_prompt import Prompt
 from godwit.server.answers import Answers, check_choices
 from godwit.server.errors import bad_request, from_engine, openai_body
 from godwit.server.openai_bodies import (
@@ -22,7 +23,6 @@ from godwit.server.openai_bodies import (
     timings,
     usage_of,
 )
-from godwit.server.prompts import Prompt
 from godwit.server.protocol import ChatRequest, SharedFields
 from godwit.server.protocol_texts import CompletionRequest
 from godwit.server.service import Chat, Service, allowed_tools

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any
 
-from godwit.engine import opens_thinking
+from godwit.engine.chat_prompt import ChatRenderer, Prompt, opens_thinking, rewrites_thinking
 from godwit.engine.constraint_grammar import END_THINK, THINK
-from godwit.errors import TemplateError
 from godwit.server.errors import bad_request, too_long
 from godwit.tokenizer import Tokenizer
 
 Message = dict[str, Any]
-#: How many beginnings of a conversation are rendered where its tokens do not tell its messages apart.
-MAX_RENDERED = 8
-#: Between the end of the last message and that of the prompt are only the words that open the answer.
-NEAR_END = 16
 _THINKS = (
     "this model thinks before it answers, so a message can be continued only with thinking turned off (where "
     "the template can do that) or together with the thinking that came before it"
@@ -30,21 +24,6 @@ RESERVED = frozenset(
         *("range", "dict", "lipsum", "cycler", "joiner", "namespace", "raise_exception", "strftime_now"),
     }
 )
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What the model is to continue.
-
-    Attributes:
-        ids: the whole text.
-        boundaries: positions at which a later prompt may differ from this one.
-        thinking: the answer begins within ``<think>``.
-    """
-
-    ids: tuple[int, ...]
-    boundaries: tuple[int, ...] = ()
-    thinking: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,8 +92,7 @@ class PromptMaker:
         self.longest = max(len(tokenizer.id_to_token(id) or "") for id in range(tokenizer.vocab_size))
         self.max_chars = context * self.longest
         self.context = context
-        template = tokenizer.chat_template
-        self._rewrites = template is not None and THINK in template.source
+        self._rewrites = rewrites_thinking(tokenizer)
 
     def check_size(self, *texts: str) -> None:
         """Refuse texts that cannot but be too long, before any work is done with them.
@@ -141,23 +119,24 @@ class PromptMaker:
             ApiError: it cannot but be too long, or its prefill cannot be put behind the prompt.
         """
         self._check_chars(num_chars(conversation))
-        ids, end = self._before_answer(conversation)
+        renderer, ids, end = self._before_answer(conversation)
         if conversation.prefill and not conversation.thoughts and opens_thinking(end):
             conversation = _without_thinking(conversation)
-            ids, end = self._before_answer(conversation)
+            renderer, ids, end = self._before_answer(conversation)
             if opens_thinking(end):
                 raise bad_request(_THINKS)
         if not self._rewrites or end.rstrip().endswith(END_THINK):  # there is no place for thoughts
             conversation = replace(conversation, thoughts="")
         opened = opens_thinking(end)
         thinking = (opened or bool(conversation.thoughts)) and not conversation.prefill
-        boundaries = self._boundaries(conversation, ids)
+        boundaries = renderer.boundaries(conversation.messages, ids, begun=conversation.begun)
         return Prompt((*ids, *self._beginning(conversation, opened)), boundaries, thinking)
 
-    def _before_answer(self, conversation: Conversation) -> tuple[list[int], str]:
-        """(ids of the prompt up to where the answer begins, the text at their end)."""
-        ids = self._encode(conversation, conversation.messages, add_generation_prompt=True)
-        return ids, self.tokenizer.decode(ids[-16:], skip_special=False)
+    def _before_answer(self, conversation: Conversation) -> tuple[ChatRenderer, list[int], str]:
+        """(what renders the prompt, its ids up to where the answer begins, the text at their end)."""
+        renderer = ChatRenderer(self.tokenizer, conversation.tools, conversation.variables)
+        ids = renderer.encode(conversation.messages)
+        return renderer, ids, renderer.end_of(ids)
 
     def _beginning(self, conversation: Conversation, opened: bool) -> list[int]:
         """The part of the answer that is given; only the tags around the thoughts are control tokens."""
@@ -170,39 +149,6 @@ class PromptMaker:
 
     def _words(self, text: str, *, allow_special: bool = False) -> list[int]:
         return self.tokenizer.encode(text, allow_special=allow_special, add_special_tokens=False)
-
-    def _encode(self, conversation: Conversation, messages: Sequence[Message], **more: Any) -> list[int]:
-        tools = list(conversation.tools) or None
-        return self.tokenizer.encode_chat(messages, tools=tools, **more, **conversation.variables)
-
-    def _boundaries(self, conversation: Conversation, ids: list[int]) -> tuple[int, ...]:
-        """The ends of the messages, and where the prompt of the next turn will leave this one.
-
-        The template ends each message with a stop token in most models; a literal one in a message is no
-        token. Where there are none, beginnings of the conversation are rendered and compared. Templates that
-        know thinking leave that of earlier turns out, so their next prompt is rendered too.
-        """
-        messages = conversation.messages
-        ends = {place + 1 for place, id in enumerate(ids) if id in self.tokenizer.stop_ids}
-        beginnings: list[Sequence[Message]] = []
-        if self._rewrites or not ends:
-            turn = [{"role": "assistant", "content": "."}, {"role": "user", "content": "."}]
-            beginnings.append([*messages, *turn])
-        if not ends:
-            sizes = range(1, len(messages))
-            chosen = [*islice(sizes, MAX_RENDERED // 2), *sizes[-(MAX_RENDERED // 2) :]]
-            beginnings += [messages[:size] for size in sorted(set(chosen))]
-        for beginning in beginnings:
-            try:
-                other = self._encode(conversation, beginning, add_generation_prompt=False)
-            except TemplateError:  # some templates want their messages in a certain order
-                continue
-            ends.add(_common(ids, other))
-        found = sorted(end for end in ends if 0 < end < len(ids))
-        # The state at the end of the prompt is kept anyway. Only what the next turn leaves out is between.
-        near = [] if conversation.begun else [end for end in found if len(ids) - end < NEAR_END]
-        useful = near[-1:] if self._rewrites else []
-        return (*found[: len(found) - len(near)], *useful)
 
 
 def num_chars(conversation: Conversation) -> int:
@@ -229,9 +175,3 @@ def _without_thinking(conversation: Conversation) -> Conversation:
     if conversation.variables.get("enable_thinking"):
         raise bad_request(_THINKS)
     return replace(conversation, variables={**conversation.variables, "enable_thinking": False})
-
-
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many ids two texts have in common at their beginning."""
-    pairs = zip(first, second, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

@@ -17,12 +17,14 @@ from starlette.requests import Request
 
 import godwit
 from godwit.engine import Constraint, GenerationRequest, SamplingParams, Stream, ThinkingRules
+from godwit.engine.chat_prompt import Prompt
 from godwit.engine.constraint_grammar import THINK, Thinking
 from godwit.engine.constraint_trial import Abandon
 from godwit.errors import GodwitError, UsageError
 from godwit.server.answers import Answers, check_choices
 from godwit.server.body import LONG, parse_object, read_body
 from godwit.server.clients import client_of, while_there
+from godwit.server.dialects import allows_one_call
 from godwit.server.errors import ApiError, bad_request, from_engine, overloaded, too_long
 from godwit.server.fair_queue import FairQueue
 from godwit.server.fields import Choice, FunctionSpec, Mode, Reading
@@ -32,7 +34,7 @@ from godwit.server.host import EngineHost
 from godwit.server.items import ItemStore
 from godwit.server.journal import Metrics, Record
 from godwit.server.mistral_calls import with_short_ids
-from godwit.server.prompts import Conversation, Prompt, PromptMaker, check_variables
+from godwit.server.prompts import Conversation, PromptMaker, check_variables
 from godwit.server.settings import Limits, Settings
 from godwit.server.thinking import ThinkingMaker, ThinkingWish
 from godwit.server.tools import MARKS, AnswerParser, format_of
@@ -42,8 +44,6 @@ from godwit.server.tools import MARKS, AnswerParser, format_of
 BODY_WORKERS, BODIES_WAITING = 1, 128
 PROMPT_WORKERS, PROMPTS_WAITING = 2, 256
 FORM_WORKERS, FORMS_WAITING = 2, 64
-#: The error of templates that allow one call in a message, such as those of Llama 3.
-SINGLE_CALL = "only supports single tool-calls"
 _log = logging.getLogger("godwit.server")
 #: What pydantic puts into the place of an error besides names and numbers.
 _TAG = re.compile(r"str|int|.*\[.*|constrained-.*|function-.*|[A-Z].*")
@@ -107,7 +107,7 @@ class Service:
         template = engine.tokenizer.chat_template
         source = "" if template is None else template.tool_source or template.source
         self.format = format_of(source)
-        self._one_call = SINGLE_CALL in source
+        self._one_call = allows_one_call(source)
         marks = map(engine.tokenizer.token_to_id, MARKS)
         self._marks = frozenset(id for id in marks if id is not None)
         self.draining = False

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from godwit.engine.answer import open_end
 from godwit.engine.constraint_calls import END_CALL, MARKS
 from godwit.engine.constraint_grammar import END_THINK, THINK
+from godwit.engine.stop_matcher import open_end
 from godwit.server.calls import CallReader
 from godwit.server.dialects import PLAIN, Dialect, Format, Schemas, dialect_of, format_of
 from godwit.server.fences import Fences

@@ -21,7 +21,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from godwit.engine.answer import open_end
 from godwit.engine.constraint_calls import (
     CALL,
     END_CALL,
@@ -32,6 +31,7 @@ from godwit.engine.constraint_calls import (
     TAG_NAME,
 )
 from godwit.engine.constraint_schema import members
+from godwit.engine.stop_matcher import open_end
 from godwit.server.values import is_text, read_value
 
 MAX_NAME = 258

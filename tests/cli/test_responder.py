@@ -1,15 +1,25 @@
+"""The terminal's engine: the answers of naive generation, reuse from turn to turn, and what breaks it off."""
+
 from __future__ import annotations
 
+import os
+import queue
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from godwit.engine import Event, Finish, Piece, Sampler, SamplingParams, Session
+from godwit.chat_template import ChatTemplate
+from godwit.cli.responder import Responder
+from godwit.config import ModelConfig
+from godwit.engine import ChatRenderer, Finish, Piece, Prompt, Sampler, SamplingParams
 from godwit.errors import MemoryBudgetError, UsageError
 from godwit.models.causal_lm import CausalLM
 from godwit.models.generate import generate
+from godwit.models.native import pack_model
 from godwit.tokenizer import Tokenizer
 from tests.engine.tiny import CONFIGS, VOCAB, masked_argmax, tiny_model, tiny_tokenizer, tokenizer_json
 
