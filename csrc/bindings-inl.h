@@ -366,6 +366,11 @@ struct Mlp {
   Array<float> bias13, bias2;
 };
 
+struct ExpertTable {  // where each expert lies, and what keeps it there
+  std::vector<const uint8_t*> places;
+  std::vector<Const> holders;
+};
+
 struct Ffn {
   Ffn(nb::handle norm_object, float eps, const std::optional<Mlp>& shared_mlp, nb::handle shared_gate_object,
       const std::optional<Weight>& router_weight, nb::handle experts_object, int64_t expert_stride,
@@ -395,26 +400,40 @@ struct Ffn {
     layer.renormalize = renormalize;
     layer.format13 = format_of(format13);
     layer.format2 = format_of(format2);
-    layer.expert_stride = expert_stride;
     layer.offset2 = offset2;
-    check_places();
+    check_expert_layout(expert_stride);
     require(expert_stride <= INT64_MAX / num_experts, "experts must be smaller.");
-    experts = array<uint8_t>(experts_object, "experts", {num_experts * expert_stride}, 64);
-    layer.experts = experts.data;
+    const auto all = array<uint8_t>(experts_object, "experts", {num_experts * expert_stride}, 64);
+    experts = std::make_shared<ExpertTable>();
+    experts->holders.assign(static_cast<size_t>(num_experts), all.holder);
+    for (int64_t e = 0; e < num_experts; ++e) experts->places.push_back(all.data + e * expert_stride);
+    layer.experts = experts->places.data();
   }
 
-  void check_places() const {
-    const int64_t bytes2 = checked_weight_bytes(layer.format2, layer.hidden, layer.intermediate);
+  // From the next op on, expert `e` is read from `object` [offset2 + bytes of w2, or more].
+  void place_expert(int64_t e, nb::handle object) const {
+    require(experts != nullptr, "A dense layer has no experts.");
+    require(e >= 0 && e < layer.num_experts, "There is no such expert.");
+    auto place = array<uint8_t>(object, "expert", {kAny}, 64);
+    require(place.shape[0] >= layer.offset2 + bytes2(), "expert must hold w13 and, at offset2, w2.");
+    const Op op;  // no kernel is reading the table
+    experts->places[static_cast<size_t>(e)] = place.data;
+    std::swap(experts->holders[static_cast<size_t>(e)], place.holder);
+  }
+
+  void check_expert_layout(int64_t stride) const {
     const int64_t bytes13 = checked_weight_bytes(layer.format13, 2 * layer.intermediate, layer.hidden);
-    require(layer.offset2 % 64 == 0 && layer.expert_stride % 64 == 0 && layer.expert_stride > 0,
+    require(layer.offset2 % 64 == 0 && stride % 64 == 0 && stride > 0,
             "offset2 and expert_stride must be multiples of 64.");
-    require(layer.offset2 >= bytes13 && layer.offset2 <= layer.expert_stride - bytes2,
+    require(layer.offset2 >= bytes13 && layer.offset2 <= stride - bytes2(),
             "An expert's w13 must end before offset2 and its w2 before expert_stride.");
   }
+
+  int64_t bytes2() const { return checked_weight_bytes(layer.format2, layer.hidden, layer.intermediate); }
 
   Array<float> norm, shared_gate;
   std::optional<Mlp> shared;
   std::optional<Weight> router;
-  Array<uint8_t> experts;
+  std::shared_ptr<ExpertTable> experts;  // shared by the copies of this layer: all see an expert move
   godwit::Ffn layer;
 };

@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <initializer_list>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <stdexcept>
@@ -32,8 +33,6 @@ namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace {
-
-#include "bindings-inl.h"
 
 // ---- Running an op ---------------------------------------------------------------------------------
 
@@ -76,6 +75,8 @@ class Op {
   PyThreadState* released_ = nullptr;
   std::fenv_t environment_;
 };
+
+#include "bindings-inl.h"
 
 // A fork waits for the op under way, so that the child finds nothing half done and the mutex free.
 void keep_forks_out() {
@@ -317,7 +318,9 @@ void bind_layers(nb::module_& m) {
            "norm"_a, "eps"_a, "shared"_a.none(), "shared_gate"_a.none() = nb::none(),
            "router"_a.none() = nb::none(), "experts"_a.none() = nb::none(), "expert_stride"_a = 0,
            "offset2"_a = 0, "format13"_a = "q4", "format2"_a = "q4", "num_experts"_a = 0, "top_k"_a = 0,
-           "intermediate"_a = 0, "renormalize"_a = false);
+           "intermediate"_a = 0, "renormalize"_a = false)
+      .def("place_expert", &Ffn::place_expert, "index"_a, "expert"_a,
+           "Reads this expert from another array from now on.");
   nb::class_<Stack>(m, "Stack", "Layers and a norm.")
       .def(nb::init<const nb::sequence&, const nb::sequence&, H, float>(), "mixers"_a, "ffns"_a, "norm"_a,
            "eps"_a)

@@ -159,7 +159,7 @@ inline int64_t add_experts(const Ffn& layer, const Routing& routing, Part* parts
   for (int64_t e = 0; e < layer.num_experts; ++e) {
     const int64_t first = routing.starts[e], num_rows = routing.starts[e + 1] - first;
     if (num_rows == 0) continue;
-    const uint8_t* w13 = layer.experts + e * layer.expert_stride;
+    const uint8_t* w13 = layer.experts[e];
     parts[count++] = {w13,
                       w13 + layer.offset2,
                       layer.format13,

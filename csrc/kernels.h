@@ -233,9 +233,8 @@ struct Ffn {  // dense: `shared` alone and shared_gate null; sparse: router, exp
   float eps = 0;
   bool renormalize = false;
   Format format13 = Format::q4, format2 = Format::q4;  // of the experts' w13 [2 I, H] and w2 [H, I]
-  const uint8_t* experts =
-      nullptr;  // expert e begins at experts + e * expert_stride: w13, then w2 at offset2
-  int64_t expert_stride = 0, offset2 = 0;
+  const uint8_t* const* experts = nullptr;             // [E] where each begins: w13, then w2 at offset2
+  int64_t offset2 = 0;
 };
 
 // ---- The kernels -----------------------------------------------------------------------------------

@@ -166,6 +166,7 @@ class Ffn:
     """The feed-forward part of a layer: dense with ``shared`` alone, sparse with ``router`` and ``experts``.
 
     Expert e begins at byte ``e * expert_stride`` of ``experts``: w13 in ``format13``, at ``offset2`` w2.
+    ``place_expert`` moves one to an array of its own, so that experts may lie anywhere.
     """
 
     def __init__(
@@ -185,6 +186,8 @@ class Ffn:
         intermediate: int = 0,
         renormalize: bool = False,
     ) -> None: ...
+    def place_expert(self, index: int, expert: _Array) -> None:
+        """From the next op on, read this expert from ``expert``: w13, at ``offset2`` w2; 64-byte aligned."""
 
 class Stack:
     """Decoder layers, each a mixer and a feed-forward part, and a norm: one op for all of them."""

@@ -375,3 +375,16 @@ def test_a_token_of_nan_harms_no_other() -> None:
     assert harmed[4].isnan().all()
     others = torch.arange(9) != 4
     assert torch.equal(harmed[others], out[others])
+
+
+@pytest.mark.parametrize("shape", [ODD, WIDE, EXACT], ids=str)
+def test_experts_may_lie_anywhere(shape: Shape) -> None:
+    layer, x = Layer(shape), torch.randn(9, shape.hidden)
+    expected = layer.run(x)
+    stride = layer.experts.stride
+    for e in reversed(range(shape.num_experts)):
+        moved = layer.experts.data[e * stride : (e + 1) * stride].clone()
+        layer.native.place_expert(e, moved)  # the layer alone keeps it alive
+    layer.experts.data.zero_()  # whatever still read from here would differ
+    for result, wanted in zip(layer.run(x), expected, strict=True):
+        assert torch.equal(result, wanted)

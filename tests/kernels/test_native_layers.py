@@ -272,6 +272,28 @@ def test_ffn_layer_refuses(case: str) -> None:
         ffn_layer(**changed)
 
 
+PLACES: dict[str, tuple[int, Tensor, str]] = {
+    "no such": (2, zeros(8192), "There is no such expert"),
+    "negative": (-1, zeros(8192), "There is no such expert"),
+    "short": (0, zeros(2048), "expert must hold w13 and, at offset2, w2"),
+    "alignment": (0, zeros(8192, 32), "expert must be aligned to 64 bytes"),
+    "dtype": (0, torch.zeros(8192), "expert must hold uint8"),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_an_expert_cannot_be_placed_where_it_does_not_fit(case: str) -> None:
+    index, expert, message = PLACES[case]
+    with pytest.raises(ValueError, match=message):
+        ffn_layer().place_expert(index, expert)
+
+
+def test_a_dense_layer_has_no_expert_to_place() -> None:
+    dense = _native.Ffn(torch.ones(HIDDEN), 1e-6, _native.Mlp(weight(48, HIDDEN), weight(HIDDEN, 24)))
+    with pytest.raises(ValueError, match="A dense layer has no experts"):
+        dense.place_expert(0, zeros(8192))
+
+
 def test_mlp_refuses_weights_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"w13 must have shape \[32, 8\], not \[30, 8\]"):
         _native.Mlp(weight(30, 8), weight(8, 16))
