@@ -21,6 +21,7 @@ from godwit.cli.options import (
     Restart,
     SamplingOptions,
     ServedThinkingOptions,
+    Speculate,
     System,
     ThinkingOptions,
     Threads,
@@ -73,6 +74,7 @@ def chat(
     sampling: SamplingOptions,
     thinking: ThinkingOptions,
     context: Context = None,
+    speculate: Speculate = True,
     threads: Threads = None,
     dtype: Dtype = "auto",
     quantize: Quantize = None,
@@ -88,6 +90,7 @@ def chat(
             sampling=sampling,
             thinking=thinking,
             context=context,
+            speculate=speculate,
             threads=threads,
             dtype=dtype,
             quantize=quantize,
@@ -115,6 +118,7 @@ def generate(
     sampling: SamplingOptions,
     thinking: ThinkingOptions,
     context: Context = None,
+    speculate: Speculate = True,
     threads: Threads = None,
     dtype: Dtype = "auto",
     quantize: Quantize = None,
@@ -135,6 +139,7 @@ def generate(
             sampling=sampling,
             thinking=thinking,
             context=context,
+            speculate=speculate,
             threads=threads,
             dtype=dtype,
             quantize=quantize,
@@ -201,9 +206,7 @@ def serve(
     self_check: Annotated[
         bool, typer.Option("--self-check", help="Check the engine's books whenever there is nothing to do.")
     ] = False,
-    speculate: Annotated[
-        bool, typer.Option(help="Guess tokens ahead where that pays; answers stay the same.")
-    ] = True,
+    speculate: Speculate = True,
     thinking: ServedThinkingOptions,
     threads: Threads = None,
     dtype: Dtype = "auto",

@@ -62,6 +62,7 @@ RecipeName = Annotated[
 Restart = Annotated[
     bool, typer.Option("--restart", help="Begin anew where OUT.partial is of something else.")
 ]
+Speculate = Annotated[bool, typer.Option(help="Guess tokens ahead where that pays; answers stay the same.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")]
 
 
