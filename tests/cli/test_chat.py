@@ -147,7 +147,7 @@ def test_commands(models: Models, file: Path, tools: Path) -> None:
     )  # fmt: skip
     for sentence in (
         "/save FILE     write the conversation",
-        "/nonsense is no command; /help lists them",
+        "unknown command /nonsense; /help lists them",
         "There is no message to answer yet.",
         "No system message.",
         "The system message: Be kind.",

@@ -63,7 +63,11 @@ def make(models: dict[str, CausalLM], tokenizer: Tokenizer) -> Iterator[Make]:
     made: list[Responder] = []
 
     def responder(kind: str = "hybrid", max_context: int | None = 256, **kwargs: Any) -> Responder:
-        arguments = {"tokenizer": tokenizer, "model": models[kind], "max_context": max_context} | kwargs
+        arguments: dict[str, Any] = {
+            "tokenizer": tokenizer,
+            "model": models[kind],
+            "max_context": max_context,
+        } | kwargs
         made.append(Responder(**arguments))
         return made[-1]
 

@@ -80,7 +80,7 @@ def run(
 class TerminalChat:
     """The conversation and the commands that change it.
 
-    Messages are those of chat templates, without the system message, which is kept apart.
+    Messages have the shape that chat templates expect. The system message is kept apart from them.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class TerminalChat:
     def _attempt(self, messages: list[dict[str, Any]]) -> None:
         """Answer `messages`, asking for the results of tools that are called on the way.
 
-        If no answer comes of it, the conversation stays what it was.
+        If there is no answer, the conversation stays as it was.
         """
         count, before, self.messages = len(messages), self.messages, messages
         try:
@@ -207,7 +207,7 @@ class TerminalChat:
 
     @contextlib.contextmanager
     def _stoppable(self) -> Iterator[None]:
-        """While this lasts, the first Ctrl-C ends the answer at the next token, the second one at once."""
+        """Within this context, the first Ctrl-C ends the answer at the next token, a second one at once."""
         self._stopped = False
         if not self.terminal.interactive:
             yield
@@ -226,7 +226,7 @@ class TerminalChat:
             signal.signal(signal.SIGINT, previous)
 
     def _next_params(self) -> SamplingParams:
-        """Each answer has a seed of its own, also where one is given: the same again would say the same."""
+        """Each answer has its own seed; with a given one /regenerate would repeat the answer."""
         if self.params.seed is None or not self._num_answers:
             return self.params
         return replace(self.params, seed=(self.params.seed + self._num_answers) % 2**63)
@@ -274,7 +274,7 @@ class TerminalChat:
         return True
 
     def _command(self, line: str) -> bool:
-        """Obey a command; False when the chat ends."""
+        """Run a command; False when the chat ends."""
         name, _, rest = line.partition(" ")
         commands = {
             "/help": lambda rest: self.terminal.note(HELP),
@@ -288,7 +288,7 @@ class TerminalChat:
             return False
         if name not in commands:
             self.terminal.error(
-                f'{name[:40]} is no command; /help lists them, and """ before a message takes it as it is'
+                f'unknown command {name[:40]}; /help lists them, and a message within """ is never one'
             )
             return True
         try:
@@ -331,7 +331,7 @@ class TerminalChat:
 
 
 def save_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all; an older one of the name is replaced.
+    """Write a file atomically, replacing an older one.
 
     Raises:
         UsageError: it cannot be written.

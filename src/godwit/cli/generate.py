@@ -37,9 +37,9 @@ def run(
     quantize: QuantizeName | None,
     speculate: bool = True,
 ) -> None:
-    """Answer `prompt` (None: stdin) on stdout, with one line break at the end.
+    """Answer `prompt` (None: stdin) on stdout, ending with one line break.
 
-    Lengths are checked before weights are read.
+    Lengths are checked before the weights are read.
 
     Raises: GodwitError of any kind; UsageError for an empty prompt and for options that exclude each other.
     """
@@ -82,7 +82,7 @@ def run(
 
 
 def read_prompt() -> str:
-    """The prompt from stdin, without the line break at its end."""
+    """The prompt from stdin, without its final line break."""
     if sys.stdin.isatty():
         print("Type the prompt; Ctrl-D on a line of its own ends it.", file=sys.stderr)
     return sys.stdin.read().removesuffix("\n")
@@ -114,7 +114,7 @@ def make_prompt(
 
 
 def write(events: Iterable[Piece | Finish], *, at_once: bool) -> None:
-    """Write the text of an answer to stdout as it comes, or `at_once` when it is complete."""
+    """Write the text of an answer to stdout as it comes, or `at_once` at the end."""
     from godwit.engine import Piece
 
     texts = (event.text for event in events if isinstance(event, Piece))

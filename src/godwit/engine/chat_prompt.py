@@ -77,11 +77,11 @@ class ChatRenderer:
     def boundaries(
         self, messages: Sequence[Message], ids: Sequence[int], *, begun: bool = False
     ) -> tuple[int, ...]:
-        """The ends of the messages, and where the prompt of the next turn will leave this one.
+        """The ends of the messages, and where the prompt of the next turn will differ from this one.
 
-        Most templates end each message with a stop token; a literal one in a message is no token. Where there
-        are none, prefixes of the conversation are rendered and compared. Templates that know thinking leave
-        that of earlier turns out, so their next prompt is rendered too.
+        Most templates end each message with a stop token; one that a user typed is plain text. Without stop
+        tokens, prefixes of the conversation are rendered and compared. Templates that know thinking drop that
+        of earlier turns, so the next turn's prompt is rendered too.
 
         Args:
             messages: the conversation.
@@ -100,11 +100,12 @@ class ChatRenderer:
         for prefix in prefixes:
             try:
                 other = self.encode(prefix, add_generation_prompt=False)
-            except TemplateError:  # some templates want their messages in a certain order
+            except TemplateError:  # some templates insist on an order of roles
                 continue
             ends.add(_num_common(ids, other))
         found = sorted(end for end in ends if 0 < end < len(ids))
-        # The state at the end of the prompt is kept anyway. Only what the next turn leaves out is between.
+        # The state at the end of the prompt is kept anyway; of the words before it only those matter that the
+        # next turn drops.
         near = [] if begun else [end for end in found if len(ids) - end < NEAR_END]
         useful = near[-1:] if rewrites_thinking(self.tokenizer) else []
         return (*found[: len(found) - len(near)], *useful)

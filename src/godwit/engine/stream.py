@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: requests, events, and the stream that carries the events."""
+"""The engine's input and output: requests, events, and the stream that carries the events."""
 
 from __future__ import annotations
 
@@ -223,10 +223,10 @@ def _ignore(result: object) -> None:
 class Stream:
     """The answer to one request: an iterator of a :class:`Started`, pieces and, at last, one :class:`Finish`.
 
-    One that never got its place has no start.
+    A request that was never admitted has no :class:`Started`.
 
-    It can be read by a loop, by an ``async for``, or with :meth:`on_event`: in one of these ways. Whoever
-    drops it, cancels the request.
+    Read it with a loop, an ``async for``, or :meth:`on_event`, but only one of them. Dropping the stream
+    cancels the request.
     """
 
     def __init__(self, channel: Channel) -> None:
