@@ -8,8 +8,10 @@ from itertools import count
 from typing import Any, Literal
 
 from godwit.engine import ThinkingRules
+from godwit.engine.chat_prompt import takes_one_call
+from godwit.engine.constraint_calls import CALL, FUNCTION
 from godwit.server.calls import parse_json
-from godwit.server.dialects import Format, allows_one_call, format_of, is_tagged, thinking_closers
+from godwit.server.dialects import Format, format_of
 from godwit.server.tools import (
     MARKS,
     AnswerParser,
@@ -133,7 +135,7 @@ class ReplyFormat:
         source = "" if template is None else template.tool_source or template.source
         self.format: Format = format_of(source) or "hermes"
         self.marks = frozenset(id for mark in MARKS if (id := tokenizer.token_to_id(mark)) is not None)
-        self._one_call = allows_one_call(source)
+        self._one_call = takes_one_call(source)
 
     def reply(self, tools: Sequence[Mapping[str, Any]], *, thinking: bool = False) -> Reply:
         """A new answer.
@@ -146,8 +148,9 @@ class ReplyFormat:
         return Reply(AnswerParser(self.format, schemas, thinking=thinking), one_call=self._one_call)
 
     def rules(self, rules: ThinkingRules) -> ThinkingRules:
-        """The rules, with what ends thinking in this format."""
-        return replace(rules, closers=thinking_closers(self.format), calls=is_tagged(self.format))
+        """The rules, with what ends thinking in this format: before XML calls its closing tag may be missing."""
+        calls = (f"{CALL}\n{FUNCTION}", CALL + FUNCTION) if self.format == "xml" else ()
+        return replace(rules, closers=(*rules.closers, *calls), calls=self.format in ("hermes", "xml"))
 
 
 def parse_reply(text: str, format: Format = "hermes", *, thinking: bool = False) -> Reply:

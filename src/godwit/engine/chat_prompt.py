@@ -117,6 +117,11 @@ def rewrites_thinking(tokenizer: Tokenizer) -> bool:
     return template is not None and THINK in template.source
 
 
+def takes_one_call(template: str) -> bool:
+    """Whether a message may have only one tool call, as with the templates of Llama 3."""
+    return "only supports single tool-calls" in template
+
+
 def opens_thinking(prompt_end: str) -> bool:
     """Whether a prompt that ends like this has opened the thinking of the answer."""
     return prompt_end.rstrip().endswith(THINK)

@@ -16,7 +16,6 @@ from godwit.engine.constraint_calls import (
     TOOL_CALLS,
     CallForm,
 )
-from godwit.engine.constraint_grammar import END_THINK
 from godwit.server.calls import CallReader
 from godwit.server.json_calls import JsonCall
 from godwit.server.mistral_calls import MistralCall
@@ -118,18 +117,3 @@ def format_of(template: str) -> Format | None:
             return "xml"
         return "hermes" if _ARGUMENTS_KEY.search(template) else None
     return "llama" if _PARAMETERS_KEY.search(template) and "name" in template else None
-
-
-def thinking_closers(format: Format | None) -> tuple[str, ...]:
-    """What ends thinking: its tag, and the start of an XML call, before which models may forget the tag."""
-    return (END_THINK, *((f"{CALL}\n{FUNCTION}", CALL + FUNCTION) if format == "xml" else ()))
-
-
-def is_tagged(format: Format | None) -> bool:
-    """Whether calls stand between ``<tool_call>`` tags."""
-    return format in ("hermes", "xml")
-
-
-def allows_one_call(template: str) -> bool:
-    """Whether a message may have only one call, as with the templates of Llama 3."""
-    return "only supports single tool-calls" in template

@@ -17,14 +17,13 @@ from starlette.requests import Request
 
 import godwit
 from godwit.engine import Constraint, GenerationRequest, SamplingParams, Stream, ThinkingRules
-from godwit.engine.chat_prompt import Prompt
+from godwit.engine.chat_prompt import Prompt, takes_one_call
 from godwit.engine.constraint_grammar import THINK, Thinking
 from godwit.engine.constraint_trial import Abandon
 from godwit.errors import GodwitError, UsageError
 from godwit.server.answers import Answers, check_choices
 from godwit.server.body import LONG, parse_object, read_body
 from godwit.server.clients import client_of, while_there
-from godwit.server.dialects import allows_one_call
 from godwit.server.errors import ApiError, bad_request, from_engine, overloaded, too_long
 from godwit.server.fair_queue import FairQueue
 from godwit.server.fields import Choice, FunctionSpec, Mode, Reading
@@ -107,7 +106,7 @@ class Service:
         template = engine.tokenizer.chat_template
         source = "" if template is None else template.tool_source or template.source
         self.format = format_of(source)
-        self._one_call = allows_one_call(source)
+        self._one_call = takes_one_call(source)
         marks = map(engine.tokenizer.token_to_id, MARKS)
         self._marks = frozenset(id for id in marks if id is not None)
         self.draining = False

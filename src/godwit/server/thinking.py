@@ -9,13 +9,19 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from godwit.chat_template import ChatTemplate, Effort
+from godwit.engine.constraint_calls import CALL, FUNCTION
+from godwit.engine.constraint_grammar import END_THINK
 from godwit.engine.thinking import DEFAULT_MESSAGE, MAX_BUDGET, ThinkingRules
-from godwit.server.dialects import Format, is_tagged, thinking_closers
+from godwit.server.dialects import Format
 from godwit.server.errors import bad_request
 from godwit.server.fields import Request
 
 #: Of an answer's tokens, how many may be thinking; higher efforts have no limit of their own.
 SHARES: Mapping[Effort, float] = {"minimal": 1 / 16, "low": 1 / 4, "medium": 1 / 2, "high": 4 / 5}
+#: Formats whose calls stand between <tool_call> tags.
+_TAGGED: tuple[Format, ...] = ("hermes", "xml")
+#: Models that write XML calls sometimes forget to close their thinking before one.
+_FORGOTTEN_ENDS: Mapping[Format, tuple[str, ...]] = {"xml": (f"{CALL}\n{FUNCTION}", CALL + FUNCTION)}
 #: The length of an answer whose request does not limit it, for these shares.
 USUAL_TOKENS = 32_768
 #: Tokens of thinking; -1 is no limit.
@@ -129,8 +135,8 @@ class ThinkingMaker:
             budget=self._budget(wish, max_tokens),
             bounded=held or self._settings.never_empty,
             message=self._settings.message,
-            closers=thinking_closers(None if held else format),
-            calls=is_tagged(format),
+            closers=(END_THINK, *(_FORGOTTEN_ENDS.get(format, ()) if format and not held else ())),
+            calls=format in _TAGGED,
         )
 
     def _effort(self, wish: ThinkingWish) -> Effort | None:
