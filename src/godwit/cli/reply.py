@@ -148,7 +148,7 @@ class ReplyFormat:
         return Reply(AnswerParser(self.format, schemas, thinking=thinking), one_call=self._one_call)
 
     def rules(self, rules: ThinkingRules) -> ThinkingRules:
-        """The rules, with what ends thinking in this format: before XML calls its closing tag may be missing."""
+        """The rules, with what ends thinking in this format: an XML call may come without a closing tag."""
         calls = (f"{CALL}\n{FUNCTION}", CALL + FUNCTION) if self.format == "xml" else ()
         return replace(rules, closers=(*rules.closers, *calls), calls=self.format in ("hermes", "xml"))
 
