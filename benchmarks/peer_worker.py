@@ -58,18 +58,18 @@ class Godwit:
         import torch
 
         from godwit import _native
-        from godwit.measure import bench, costs
+        from godwit.measure import bench_cases, costs
         from godwit.measure.parity import check_kernels, require_parity
         from godwit.models.native import load_packed
 
         torch.set_num_threads(threads)
         _native.set_num_threads(threads)
-        self.module = bench
+        self.module = bench_cases
         self.model = load_packed(path)
         self.formats = costs.formats_of(self.model)
         self.costs = costs.costs_of(self.model.config, self.formats, costs.trunk_caches(self.model))
         require_parity(check_kernels(self.model.config, self.formats.values()))
-        self.runner = bench.Runner(self.model, [self._case(case) for case in cases], chunk)
+        self.runner = bench_cases.CaseRunner(self.model, [self._case(case) for case in cases], chunk)
 
     def describe(self) -> dict[str, Any]:
         import godwit

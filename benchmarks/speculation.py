@@ -40,7 +40,7 @@ from godwit.measure.report import result_row, write_json  # noqa: E402
 from godwit.models.causal_lm import CausalLM  # noqa: E402
 from godwit.models.loader import load_model  # noqa: E402
 from godwit.models.native import load_packed, pack_model  # noqa: E402
-from godwit.shrink.recipe import Recipe  # noqa: E402
+from godwit.shrink.recipe import QuantRecipe  # noqa: E402
 
 KINDS = ("chat", "repeat", "hot")
 QUESTIONS = (
@@ -135,7 +135,9 @@ def load(path: str | None, format: str | None) -> Loaded:
     if isinstance(opened.source, PackedFile):
         model = load_packed(opened.source)
     else:
-        model = pack_model(load_model(opened.source), Recipe.find(format or "bf16").format_of, release=True)
+        model = pack_model(
+            load_model(opened.source), QuantRecipe.find(format or "bf16").format_of, release=True
+        )
     defaults = common.recommended(opened.tokenizer.generation_defaults)
     return Loaded(opened.name, format or "packed", model, opened.tokenizer, defaults)
 

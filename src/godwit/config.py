@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from godwit.config_fields import Fields
 from godwit.config_rotary import RotarySpec, read_rotary
@@ -92,6 +92,17 @@ class AttentionSpec:
     rotary: RotarySpec
     bias: bool = False
     output_bias: bool = False
+    part: ClassVar[str] = "attention"
+    flops_of_state: ClassVar[int] = 0
+
+    @property
+    def flops_per_pair(self) -> int:
+        """Operations for each pair of a token and one that it attends to: its score, and its value added."""
+        return 4 * self.num_heads * self.head_dim
+
+    def heads(self) -> dict[str, int]:
+        """Numbers and widths of heads, for reports."""
+        return {"heads": self.num_heads, "kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,18 @@ class GatedDeltaNetSpec:
     head_k_dim: int
     head_v_dim: int
     conv_kernel: int
+    part: ClassVar[str] = "delta"
+    flops_per_pair: ClassVar[int] = 0
+
+    @property
+    def flops_of_state(self) -> int:
+        """Operations of a token with the state: decay 1, read 2, write 2, query 2 for each number."""
+        return 7 * self.num_v_heads * self.head_k_dim * self.head_v_dim
+
+    def heads(self) -> dict[str, int]:
+        """Numbers and widths of heads, for reports."""
+        keys = {"key_heads": self.num_k_heads, "value_heads": self.num_v_heads}
+        return {**keys, "key_dim": self.head_k_dim, "value_dim": self.head_v_dim}
 
     @property
     def key_dim(self) -> int:
@@ -123,6 +146,9 @@ class DenseSpec:
 
     intermediate: int
     bias: bool = False
+    num_experts: ClassVar[int] = 0
+    top_k: ClassVar[int] = 0
+    shared_intermediate: ClassVar[int] = 0
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def test_lists_of_numbers() -> None:
     [
         (["-b", "0"], "-b takes whole numbers from 1 up"),
         (["-p", "0", "-n", "0"], "there is nothing to measure"),
-        (["-p", "100000"], "100000 tokens are asked for in one sequence, but the model is made for 4096"),
+        (["-p", "100000"], "100000 tokens is longer than the model's context of 4096"),
         (["-d", "4096", "-n", "1"], "4097 tokens"),
     ],
 )

@@ -23,7 +23,7 @@ from godwit.cli.options import SamplingOptions
 from godwit.engine import Piece, SamplingParams
 from godwit.errors import CheckpointError, UsageError
 from godwit.shrink.quantize import quantize_checkpoint
-from godwit.shrink.recipe import Recipe
+from godwit.shrink.recipe import QuantRecipe
 from tests.cli.conftest import Models
 from tests.engine.tiny import CALL
 
@@ -237,7 +237,7 @@ def test_the_built_in_model_has_a_name(
 def test_a_broken_tokenizer_inside_a_packed_file(models: Models, tmp_path: Path) -> None:
     source = shutil.copytree(models("hello"), tmp_path / "source")
     (source / "tokenizer.json").write_text("{")
-    quantize_checkpoint(source, tmp_path / "m.godwit", Recipe.find("q8"))
+    quantize_checkpoint(source, tmp_path / "m.godwit", QuantRecipe.find("q8"))
     result = invoke(str(tmp_path / "m.godwit"), "-p", "x")
     assert result.exit_code == 3 and f"{tmp_path}/m.godwit/tokenizer.json is not valid" in result.stderr
 

@@ -218,6 +218,15 @@ def test_a_dense_model_without_state(tmp_path: Path) -> None:
     assert "dense feed-forward" in invoke(tmp_path).stdout
 
 
+def test_a_model_without_attention_layers(tmp_path: Path) -> None:
+    """Whether it has an MTP module is unknown, but there is no layer that one could copy."""
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "layer_types": ["linear_attention"] * 4}))
+    found = report(tmp_path)
+    assert found["attention"] is None and found["layers"]["delta"] == 4 and found["layers"]["mtp"] is None
+    assert found["parameters"]["mtp_if_present"] is found["cache"]["mtp_kv_per_token_if_present"] is None
+    assert invoke(tmp_path).exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("text", "code"),
     [

@@ -135,7 +135,7 @@ def test_synthetic_models(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "sentence"),
     [
-        (["--recipe", "q5"], 2, "neither a recipe"),
+        (["--recipe", "q5"], 2, "neither a built-in recipe"),
         (["--recipe", "recipe.toml"], 2, "no matrix of this model"),
         (["--importance", "absent"], 3, "absent"),
         (["--evaluate", "absent"], 2, "cannot be read"),

@@ -17,7 +17,7 @@ from godwit import _native
 from godwit.config import GatedDeltaNetSpec, ModelConfig
 from godwit.kernels import ops
 from godwit.models.batch import ForwardBatch
-from godwit.models.caches import Caches, RecurrentState
+from godwit.models.caches import Caches, RecurrentState, cache_spec
 from godwit.models.mixers import GatedDeltaNet
 from godwit.qtensor import GROUP, SPAN, QuantTensor, quantize
 from tests.kernels.packed import ints
@@ -110,7 +110,8 @@ class Layer:
 
     def caches(self, max_rollback: int = 4) -> Caches:
         """Rows that nobody has used yet are NaN."""
-        state = RecurrentState(self.module.cache_spec(torch.float32), NUM_ROWS, max_rollback, "cpu")  # type: ignore[arg-type]
+        spec = cache_spec(self.module.spec, torch.float32)
+        state = cast(RecurrentState, spec.allocate(0, NUM_ROWS, max_rollback, "cpu"))
         for array in arrays(state):
             array.fill_(float("nan"))
         return Caches([state], [], max_rollback, [0] * NUM_ROWS)

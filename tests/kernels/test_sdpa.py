@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -47,6 +48,27 @@ def test_equals_the_reference(
     expected = reference.attention(*inputs, 24**-0.5)
     assert ours.shape == expected.shape and ours.dtype == expected.dtype == dtype
     torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("op", [reference, sdpa], ids=["reference", "sdpa"])
+@pytest.mark.parametrize("shapes", [shapes for shapes in SHAPES if shapes])
+def test_paged_attention_reads_through_block_tables(
+    op: ModuleType, shapes: tuple[tuple[int, int], ...]
+) -> None:
+    """The same bits as with keys and values side by side; slots beyond a sequence hold NaN."""
+    q, keys, values, lengths = random_inputs(shapes, 2, 3, 24, torch.float32)
+    seq_lens, block = [len(key) for key in keys], 4
+    counts = [-(-length // block) for length in seq_lens]
+    order = torch.randperm(sum(counts) + 2)
+    tables = torch.full((len(shapes), max(counts)), 10**6)  # unused entries point nowhere
+    caches = torch.full((2, len(order), block, 2, 24), math.nan)
+    for row, blocks in enumerate(torch.split(order[: sum(counts)], counts)):
+        tables[row, : len(blocks)] = blocks
+        slots = (blocks[:, None] * block + torch.arange(block)).flatten()[: seq_lens[row]]
+        for cache, new in zip(caches, (keys[row], values[row]), strict=True):
+            reference.store_kv(cache, new, slots)
+    found = op.paged_attention(q, *caches, tables, lengths, seq_lens, 24**-0.5)
+    assert torch.equal(found, op.attention(q, keys, values, lengths, 24**-0.5))
 
 
 def test_reference_is_the_definition() -> None:

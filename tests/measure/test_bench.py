@@ -14,7 +14,9 @@ import torch
 from godwit import _native
 from godwit.errors import KernelParityError, MemoryBudgetError, UsageError
 from godwit.measure import bench as module
-from godwit.measure.bench import Case, Plan, Runner, bench, spread
+from godwit.measure import bench_cases
+from godwit.measure.bench import bench, spread
+from godwit.measure.bench_cases import BenchPlan, Case, CaseRunner
 from godwit.measure.ceilings import measure_ceilings
 from godwit.measure.costs import ARITHMETICS, costs_of, formats_of, trunk_caches
 from godwit.measure.parity import KernelCheck
@@ -23,7 +25,7 @@ from godwit.models.caches import PagedKV
 from godwit.models.causal_lm import CausalLM
 from tests.engine.tiny import tiny_model
 
-PLAN = Plan((5, 33), 3, (0, 20), (1, 3), repeats=3, chunk=16, profile=True)
+PLAN = BenchPlan((5, 33), 3, (0, 20), (1, 3), repeats=3, chunk=16, profile=True)
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +73,7 @@ def test_a_report_is_finite_and_agrees_with_itself(kind: str) -> None:
 def test_bytes_are_those_of_the_costs_at_the_mean_depth() -> None:
     model = tiny_model("attention")
     costs = costs_of(model.config, formats_of(model), trunk_caches(model))
-    rows = bench(model, Plan((), 3, (20,), (2,), repeats=1))["decode"]
+    rows = bench(model, BenchPlan((), 3, (20,), (2,), repeats=1))["decode"]
     (row,) = rows
     # three steps read 21, 22 and 23 tokens of each of two sequences
     assert row["bytes_per_token"] == costs.weights / 2 + 22 * costs.kv_per_token
@@ -81,7 +83,7 @@ def test_bytes_are_those_of_the_costs_at_the_mean_depth() -> None:
 
 def test_routed_experts_are_counted() -> None:
     model = tiny_model("hybrid")
-    runner = Runner(model, [Case("decode", 4, 8, 6)], 16)
+    runner = CaseRunner(model, [Case("decode", 4, 8, 6)], 16)
     one, six = (runner.routed(Case("decode", 4, 8, batch)) for batch in (1, 6))
     assert one == [2.0] * 4  # top two of four
     assert all(2.0 < used <= 4.0 for used in six)
@@ -96,7 +98,7 @@ def test_equal_tokens_are_not_fed_to_all_sequences(monkeypatch: pytest.MonkeyPat
         return forward(batch, *args, **kwargs)
 
     monkeypatch.setattr(model, "forward", spy)
-    runner = Runner(model, [Case("decode", 5, 20, 4), Case("prefill", 40)], 16)
+    runner = CaseRunner(model, [Case("decode", 5, 20, 4), Case("prefill", 40)], 16)
     runner.seconds(Case("decode", 5, 20, 4))
     assert len(seen) == 5 and len({tuple(batch.input_ids.tolist()) for batch in seen}) == 5
     assert all(len(set(batch.input_ids.tolist())) > 1 for batch in seen)
@@ -111,7 +113,7 @@ def test_equal_tokens_are_not_fed_to_all_sequences(monkeypatch: pytest.MonkeyPat
 
 
 def test_caches_hold_what_a_deep_context_would() -> None:
-    runner = Runner(tiny_model("hybrid"), [Case("decode", 2, 100, 2)], 16)
+    runner = CaseRunner(tiny_model("hybrid"), [Case("decode", 2, 100, 2)], 16)
     before = [cache.state.clone() for cache in runner.cache.caches.recurrent()]
     runner.seconds(Case("decode", 2, 100, 2))
     for cache, state in zip(runner.cache.caches.recurrent(), before, strict=True):
@@ -123,9 +125,9 @@ def test_caches_hold_what_a_deep_context_would() -> None:
 
 def test_cases_take_turns_and_ceilings_come_between(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    run = Runner.seconds
+    run = CaseRunner.seconds
 
-    def seconds(self: Runner, case: Case) -> float:
+    def seconds(self: CaseRunner, case: Case) -> float:
         order.append(str(case))
         return run(self, case)
 
@@ -133,10 +135,14 @@ def test_cases_take_turns_and_ceilings_come_between(monkeypatch: pytest.MonkeyPa
         order.append("ceilings")
         return measure_ceilings(1 << 20, 0.0)
 
-    monkeypatch.setattr(Runner, "seconds", seconds)
+    monkeypatch.setattr(CaseRunner, "seconds", seconds)
     monkeypatch.setattr(module, "measure_ceilings", between)
     said: list[str] = []
-    bench(tiny_model("attention"), Plan((4,), 2, (0,), (1,), repeats=2, chunk=16, profile=True), said.append)
+    bench(
+        tiny_model("attention"),
+        BenchPlan((4,), 2, (0,), (1,), repeats=2, chunk=16, profile=True),
+        said.append,
+    )
     cases = ["prefill of 4", "decode at depth 0, batch 1"]
     assert order == ["prefill of 16", "ceilings", *cases, "ceilings", *cases, "ceilings", *cases]
     look = "measuring what the machine can do now"
@@ -155,14 +161,14 @@ def test_cases_take_turns_and_ceilings_come_between(monkeypatch: pytest.MonkeyPa
 
 def interrupted_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     """Ctrl-C in the middle of a case, counted from the warm-up on."""
-    run, calls = Runner.seconds, count(1)
+    run, calls = CaseRunner.seconds, count(1)
 
-    def seconds(self: Runner, case: Case) -> float:
+    def seconds(self: CaseRunner, case: Case) -> float:
         if next(calls) == call:
             raise KeyboardInterrupt
         return run(self, case)
 
-    monkeypatch.setattr(Runner, "seconds", seconds)
+    monkeypatch.setattr(CaseRunner, "seconds", seconds)
 
 
 @pytest.mark.parametrize(("call", "rounds", "profiles"), [(5, 1, 0), (7, 2, 0), (9, 3, 1)])
@@ -170,17 +176,17 @@ def test_what_is_finished_by_ctrl_c_counts(
     monkeypatch: pytest.MonkeyPatch, call: int, rounds: int, profiles: int
 ) -> None:
     interrupted_at(monkeypatch, call)
-    report = bench(tiny_model("attention"), Plan((4,), 2, repeats=3, chunk=16, profile=True))
+    report = bench(tiny_model("attention"), BenchPlan((4,), 2, repeats=3, chunk=16, profile=True))
     assert report["interrupted"] and report["repeats"] == rounds
     assert len(report["prefill"]) == len(report["decode"]) == 1 and len(report["profile"]) == profiles
-    assert not bench(tiny_model("attention"), Plan((4,), 2, repeats=1, chunk=16))["interrupted"]
+    assert not bench(tiny_model("attention"), BenchPlan((4,), 2, repeats=1, chunk=16))["interrupted"]
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])
 def test_ctrl_c_before_a_round_is_finished(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     interrupted_at(monkeypatch, call)
     with pytest.raises(KeyboardInterrupt):
-        bench(tiny_model("attention"), Plan((4,), 2, repeats=3, chunk=16))
+        bench(tiny_model("attention"), BenchPlan((4,), 2, repeats=3, chunk=16))
 
 
 def test_no_figure_while_the_kernels_are_red(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +205,7 @@ def test_the_parity_of_the_formats_in_use_is_reported(monkeypatch: pytest.Monkey
         return [KernelCheck("q8", 0.01, 0.07, True)]
 
     monkeypatch.setattr(module, "check_kernels", green)
-    report = bench(tiny_model("attention"), Plan((2,), 0, repeats=1))
+    report = bench(tiny_model("attention"), BenchPlan((2,), 0, repeats=1))
     assert report["parity"] == [{"format": "q8", "error": 0.01, "limit": 0.07, "cut_invariant": True}]
     assert set(asked) == {"float32"}
 
@@ -219,36 +225,36 @@ def test_profiling_is_switched_off_again(monkeypatch: pytest.MonkeyPatch) -> Non
     switched: list[bool] = []
     monkeypatch.setattr(_native, "set_profiling", switched.append)
     monkeypatch.setattr(_native, "profile", lambda: {"ffn": (0.25, 4)})
-    runner = Runner(tiny_model("attention"), [Case("prefill", 4)], 4)
-    found = module.profile_case(runner, Case("prefill", 4))
+    runner = CaseRunner(tiny_model("attention"), [Case("prefill", 4)], 4)
+    found = bench_cases.profile_case(runner, Case("prefill", 4))
     assert found["ops"] == {"ffn": {"seconds": 0.25, "calls": 4}} and switched == [True, False]
     with pytest.raises(MemoryBudgetError):
-        module.profile_case(runner, Case("prefill", 400))
+        bench_cases.profile_case(runner, Case("prefill", 400))
     assert switched[2:] == [True, False]
 
 
 @pytest.mark.parametrize(
     ("plan", "words"),
     [
-        (Plan((0,), 0), "nothing to measure"),
-        (Plan((), 4, ()), "nothing to measure"),
-        (Plan((4097,), 0), "4097 tokens are asked for in one sequence, but the model is made for 4096"),
-        (Plan((), 128, (0, 4000)), "4128 tokens"),
+        (BenchPlan((0,), 0), "nothing to measure"),
+        (BenchPlan((), 4, ()), "nothing to measure"),
+        (BenchPlan((4097,), 0), "4097 tokens is longer than the model's context of 4096"),
+        (BenchPlan((), 128, (0, 4000)), "4128 tokens"),
     ],
 )
-def test_plans_that_cannot_be(plan: Plan, words: str) -> None:
+def test_plans_that_cannot_be(plan: BenchPlan, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         bench(tiny_model("attention"), plan)
 
 
 def test_caches_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "memory", lambda: {"total": 10**9, "available": 10**5})
+    monkeypatch.setattr(bench_cases, "memory", lambda: {"total": 10**9, "available": 10**5})
     with pytest.raises(MemoryBudgetError, match="ask for smaller depths or batches"):
-        Runner(tiny_model("attention"), [Case("decode", 8, 2000, 4)], 16)
+        CaseRunner(tiny_model("attention"), [Case("decode", 8, 2000, 4)], 16)
 
 
 def test_cases_are_named_once() -> None:
-    cases = Plan((7, 7, 0), 2, (0, 0), (1,)).cases(100)
+    cases = BenchPlan((7, 7, 0), 2, (0, 0), (1,)).cases(100)
     assert [str(case) for case in cases] == ["prefill of 7", "decode at depth 0, batch 1"]
     assert [case.blocks for case in cases] == [1, 1]
     assert Case("decode", 17, 16, 3).blocks == 9
@@ -262,5 +268,5 @@ def test_spread() -> None:
 def test_a_model_is_left_as_it_was() -> None:
     model: CausalLM = tiny_model("hybrid")
     before = {name: p.clone() for name, p in model.named_parameters()}
-    bench(model, Plan((4,), 2, repeats=1))
+    bench(model, BenchPlan((4,), 2, repeats=1))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

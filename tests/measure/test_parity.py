@@ -140,7 +140,7 @@ def test_results_that_depend_on_the_cut_are_red(monkeypatch: pytest.MonkeyPatch)
     ("check", "words"),
     [
         (KernelCheck("q4", 0.5, 0.07, True), "off by 5.0e-01"),
-        (KernelCheck("q8", 0.01, 0.07, False), "is cut"),
+        (KernelCheck("q8", 0.01, 0.07, False), "is split"),
     ],
 )
 def test_a_red_check_ends_in_one_sentence(check: KernelCheck, words: str) -> None:

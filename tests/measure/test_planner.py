@@ -8,7 +8,8 @@ import pytest
 
 from godwit.config import ModelConfig
 from godwit.errors import CheckpointError
-from godwit.measure.planner import PARTS, sizes_of
+from godwit.measure.planner import sizes_of
+from godwit.models.inventory import PARTS
 
 NEXT_80B: dict[str, Any] = {
     "model_type": "qwen3_next",

@@ -81,6 +81,13 @@ def test_mtp_layers_are_counted_in_the_names(tmp_path: Path) -> None:
     assert load_model(saved(tmp_path / "told", trunk, told)).mtp is None
 
 
+def test_a_second_mtp_layer_is_refused_by_name(tmp_path: Path) -> None:
+    tensors = dict(export_tensors(fresh()))
+    second = {name.replace("layers.0", "layers.1"): t for name, t in tensors.items() if "mtp.layers" in name}
+    with pytest.raises(CheckpointError, match=r"unexpected tensors.*mtp\.layers\.1\."):
+        load_model(saved(tmp_path / "m", tensors | second))
+
+
 def experts_fused(tensors: Tensors) -> Tensors:
     out: Tensors = {}
     for name, tensor in tensors.items():

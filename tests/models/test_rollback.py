@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -68,7 +69,8 @@ def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ca
         return torch.cat(rows)
 
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
-    monkeypatch.setitem(ops._TABLE, ("attention", "dense", "cpu"), attention)
+    paged_attention = partial(reference.paged_attention, attend=attention)
+    monkeypatch.setitem(ops._TABLE, ("paged_attention", "dense", "cpu"), paged_attention)
     return random_model()
 
 
@@ -168,7 +170,7 @@ def test_undoing_more_than_was_tentative_is_refused(model: CausalLM) -> None:
     with pytest.raises(UsageError, match="cannot undo 1 tokens"):
         run.rollback(1)
     run.step([1, 2, 3], tentative=2)
-    with pytest.raises(UsageError, match="cannot undo 3 tokens: the last step kept 2"):
+    with pytest.raises(UsageError, match="cannot undo 3 tokens: the last step declared 2 tentative"):
         run.rollback(3)
     with pytest.raises(UsageError, match="cannot undo -1"):
         run.rollback(-1)

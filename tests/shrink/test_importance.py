@@ -30,7 +30,7 @@ from godwit.shrink.importance import (
     write_importance,
 )
 from godwit.shrink.quantize import quantize_checkpoint
-from godwit.shrink.recipe import Recipe, tensor_blobs
+from godwit.shrink.recipe import QuantRecipe, tensor_blobs
 from tests.engine.tiny import CONFIGS, tiny_model
 
 EXPERTS = "layers.1.ffn.experts"
@@ -57,7 +57,7 @@ def test_every_matrix_that_multiplies_has_one(kind: str) -> None:
     found = collect_importance(model, text(50))
     wanted: set[str] = set()
     num_mtp = int(model.mtp is not None)
-    for name, blob in tensor_blobs(model.config, num_mtp, Recipe.find("q4")).items():
+    for name, blob in tensor_blobs(model.config, num_mtp, QuantRecipe.find("q4")).items():
         if type(blob).__name__ == "Matrix" and name != "embedding.weight":
             wanted.add(name)
         elif type(blob).__name__ == "ExpertStack":
@@ -145,7 +145,7 @@ def test_packing_with_them_lowers_the_error_they_weigh(tmp_path: Path) -> None:
             plain, weighted = plain + float(errors[0].sum()), weighted + float(errors[1].sum())
     assert weighted < 0.98 * plain
     save_model(model, tmp_path / "m")
-    quantize_checkpoint(tmp_path / "m", tmp_path / "m.godwit", Recipe.find("q4"), importance=values)
+    quantize_checkpoint(tmp_path / "m", tmp_path / "m.godwit", QuantRecipe.find("q4"), importance=values)
 
 
 def test_the_file_comes_back(tmp_path: Path) -> None:

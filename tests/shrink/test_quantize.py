@@ -20,11 +20,11 @@ from godwit.models.loader import export_tensors, load_model, save_model
 from godwit.qtensor import QuantExperts, QuantTensor, quantize
 from godwit.shrink.importance import read_importance
 from godwit.shrink.quantize import quantize_checkpoint
-from godwit.shrink.recipe import Recipe
+from godwit.shrink.recipe import QuantRecipe
 from tests.engine.tiny import CONFIGS, tiny_model
 from tests.shrink.dequantized import load_dequantized, same_weights
 
-Q4 = Recipe.find("q4")
+Q4 = QuantRecipe.find("q4")
 EXPERTS = "layers.0.ffn.experts"
 
 
@@ -41,7 +41,7 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", list(CONFIGS))
 def test_bf16_only_rounds_matrices(kind: str, tmp_path: Path) -> None:
     source = source_of(kind, tmp_path / "m")
-    report = quantize_checkpoint(source, tmp_path / "m.godwit", Recipe.find("bf16"))
+    report = quantize_checkpoint(source, tmp_path / "m.godwit", QuantRecipe.find("bf16"))
     wanted, found = load_model(source), load_dequantized(tmp_path / "m.godwit")
     blobs = report.blobs
     for name, parameter in wanted.named_parameters():
@@ -114,7 +114,7 @@ def test_fp8_sources(hybrid: Path, tmp_path: Path) -> None:
             tensors[name] = tensor
     section = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     save_checkpoint(tmp_path / "m", tensors.items(), {**CONFIGS["hybrid"], "quantization_config": section})
-    quantize_checkpoint(tmp_path / "m", tmp_path / "m.godwit", Recipe.find("bf16"))
+    quantize_checkpoint(tmp_path / "m", tmp_path / "m.godwit", QuantRecipe.find("bf16"))
     packed = PackedFile.open(tmp_path / "m.godwit")
     assert "quantization_config" not in packed.raw_config
     assert same_weights(load_model(tmp_path / "m", dtype=torch.float32), load_dequantized(packed.path))
@@ -148,11 +148,11 @@ KILLED = """
 import os, sys
 from godwit.checkpoint import packed_writer
 from godwit.shrink.quantize import quantize_checkpoint
-from godwit.shrink.recipe import Recipe
+from godwit.shrink.recipe import QuantRecipe
 
 packed_writer.SYNC_BYTES = 1
 stop = lambda done, total: os._exit(9) if done > total // 2 else None
-quantize_checkpoint(sys.argv[1], sys.argv[2], Recipe.find("q4"), progress=stop)
+quantize_checkpoint(sys.argv[1], sys.argv[2], QuantRecipe.find("q4"), progress=stop)
 """
 
 
@@ -182,9 +182,9 @@ def test_another_source_or_recipe_does_not_go_on(
     begin()
     other = source_of("hybrid", tmp_path / "other", seed=1)
     importance = {"mtp.fc.weight": torch.rand(64)}
-    attempts: list[tuple[Path, Recipe, dict[str, Any]]] = [
+    attempts: list[tuple[Path, QuantRecipe, dict[str, Any]]] = [
         (other, Q4, {}),
-        (hybrid, Recipe.find("q8"), {}),
+        (hybrid, QuantRecipe.find("q8"), {}),
         (hybrid, Q4, {"importance": importance}),
     ]
     for source, recipe, options in attempts:
@@ -274,7 +274,7 @@ def test_what_is_there_is_not_overwritten(hybrid: Path, tmp_path: Path) -> None:
 MEMORY = """
 import sys, torch
 from godwit.shrink.quantize import quantize_checkpoint
-from godwit.shrink.recipe import Recipe
+from godwit.shrink.recipe import QuantRecipe
 
 def status(field):
     for line in open("/proc/self/status"):
@@ -282,10 +282,10 @@ def status(field):
             return int(line.split()[1]) * 1024
 
 small, large, out = sys.argv[1:]
-quantize_checkpoint(small, out + ".small", Recipe.find("q4"))  # the code's own pages
+quantize_checkpoint(small, out + ".small", QuantRecipe.find("q4"))  # the code's own pages
 open("/proc/self/clear_refs", "w").write("5")  # resets VmHWM
 before = status("VmRSS")
-quantize_checkpoint(large, out, Recipe.find("q4"))
+quantize_checkpoint(large, out, QuantRecipe.find("q4"))
 print(status("VmHWM") - before)
 """
 

@@ -13,7 +13,7 @@ from godwit.checkpoint.packed import PackedFile
 from godwit.config import ModelConfig
 from godwit.errors import CheckpointError, UsageError
 from godwit.models.batch import ForwardBatch
-from godwit.shrink.recipe import Recipe, tensor_blobs
+from godwit.shrink.recipe import QuantRecipe, tensor_blobs
 from godwit.shrink.synth import first_layers, synthesize
 from tests.engine.tiny import CONFIGS
 from tests.shrink.dequantized import load_dequantized
@@ -125,7 +125,7 @@ def test_awkward_sizes_hold_what_they_should(tmp_path: Path, kind: str) -> None:
     for skew in (False, True):
         report = synthesize(CONFIGS[kind], tmp_path / str(skew), skew=skew)
         config = PackedFile.open(report.path).config
-        assert report.blobs == tensor_blobs(config, config.num_mtp_layers or 0, Recipe.find("q4"))
+        assert report.blobs == tensor_blobs(config, config.num_mtp_layers or 0, QuantRecipe.find("q4"))
         assert bool(torch.isfinite(forward(report.path, 20)[2]).all())
 
 

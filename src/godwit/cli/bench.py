@@ -1,4 +1,4 @@
-"""`godwit bench`: how fast a model runs here, and which share of the machine's own speed that is."""
+"""`godwit bench`: how fast a model runs here, and what share of the machine's own speed that is."""
 
 from __future__ import annotations
 
@@ -44,22 +44,25 @@ def run(
     as_json: bool,
     output: Path | None,
 ) -> None:
-    """Measure, and print a table, or with `as_json` one JSON object, to stdout; `output` receives the object.
+    """Measure, and print tables (or with `as_json` one JSON object) to stdout; `output` gets the object too.
 
-    Raises: what opening a model raises; UsageError for numbers that make no sense; KernelParityError where
-    the kernels are wrong; KeyboardInterrupt after Ctrl-C, once the rounds finished by then are reported.
+    Raises:
+        UsageError: numbers that make no sense; and all that opening a model raises.
+        KernelParityError: the kernels' results are wrong.
+        KeyboardInterrupt: after Ctrl-C, once the finished rounds are reported.
     """
     asked_prompts = None if prompts is None else counts(prompts, "-p", low=0)
     asked_depths = None if depths is None else counts(depths, "-d", low=0)
     asked_batches = counts(batches, "-b", low=1)
     if output is not None and output.is_dir():
         raise UsageError(f"--output {output}: a directory; name a file")
-    from godwit.measure.bench import Plan, bench
+    from godwit.measure.bench import bench
+    from godwit.measure.bench_cases import BenchPlan
 
     common.use_threads(threads)
     source = opened(model)
     limit = source.config.max_position
-    plan = Plan(
+    plan = BenchPlan(
         usual(USUAL_PROMPTS, limit) if asked_prompts is None else asked_prompts,
         new_tokens,
         usual(USUAL_DEPTHS, limit - new_tokens) if asked_depths is None else asked_depths,
@@ -91,7 +94,7 @@ def save(path: Path, row: dict[str, Any]) -> None:
     """Write the JSON to a file.
 
     Raises:
-        UsageError: it cannot be written.
+        UsageError: the file cannot be written.
     """
     try:
         write_json(path, row)
@@ -100,27 +103,27 @@ def save(path: Path, row: dict[str, Any]) -> None:
 
 
 def counts(text: str, option: str, low: int) -> tuple[int, ...]:
-    """Read numbers separated by commas.
+    """Numbers separated by commas.
 
     Raises:
-        UsageError: it is something else.
+        UsageError: the text is something else.
     """
     words = text.split(",")
     if not all(word.isdecimal() and low <= int(word) <= MAX_COUNT for word in words):
         raise UsageError(
             f"{option} takes whole numbers from {low} up, separated by commas, such as 512,4096, "
-            f"and not {text!r:.60}"
+            f"not {text!r:.60}"
         )
     return tuple(int(word) for word in words)
 
 
 def usual(numbers: Sequence[int], limit: int) -> tuple[int, ...]:
-    """Those that fit a model's context, and at least the context itself."""
+    """Those that fit into a model's context; if none does, the context itself."""
     return tuple(number for number in numbers if number <= limit) or (max(0, limit),)
 
 
 def opened(model: str | None) -> Checkpoint | PackedFile:
-    """The model's files, found and not read; a packed file needs no tokenizer to be measured."""
+    """The model's files, not read yet; measuring a packed file needs no tokenizer."""
     from godwit.checkpoint import open_checkpoint
     from godwit.checkpoint.packed import PackedFile, is_packed
 
@@ -129,7 +132,7 @@ def opened(model: str | None) -> Checkpoint | PackedFile:
 
 
 def describe(model: CausalLM, name: str) -> dict[str, Any]:
-    """What was measured."""
+    """The model that was measured."""
     config = model.config
     return {
         "name": name,
@@ -176,7 +179,7 @@ def _foot(row: dict[str, Any]) -> str:
 
 
 def rounds_text(row: dict[str, Any]) -> str:
-    """Of how many rounds the figures are."""
+    """The number of rounds behind the figures."""
     many = "s" * (row["repeats"] != 1)
     return f"{row['repeats']} round{many}{' finished before Ctrl-C' * row['interrupted']}"
 

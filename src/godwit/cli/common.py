@@ -200,7 +200,7 @@ def load_weights(
     from godwit.checkpoint.packed import PackedFile
     from godwit.models.loader import load_model
     from godwit.models.native import load_packed, pack_model, rounding_to_bf16
-    from godwit.shrink.recipe import Recipe
+    from godwit.shrink.recipe import QuantRecipe
 
     if (quantize or isinstance(source, PackedFile)) and dtype != "auto":
         raise UsageError("--dtype is for weights that are not packed; leave it out")
@@ -209,7 +209,7 @@ def load_weights(
             raise UsageError(f"{source.path} is packed already, so --quantize cannot go with it")
         return load_packed(source)
     if quantize or (dtype == "auto" and suits_native(source)):
-        recipe = Recipe.find(quantize or "bf16")
+        recipe = QuantRecipe.find(quantize or "bf16")
         model = load_model(source, as_stored=True, progress=progress)
         if not quantize and (line := rounding_line(rounding_to_bf16(model))):
             print(line, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`godwit inspect`: what a model is, part by part, and the memory it takes; no weights are needed or read."""
+"""`godwit inspect`: a model's parts and the memory it needs, without reading weights."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from godwit.checkpoint.packed import PackedFile, is_packed
 from godwit.cli import common
 from godwit.cli.inspect_tables import show
 from godwit.cli.packed import PackedSizes, bytes_of_parts, checked_blobs, sizes_packed, weights_of
-from godwit.config import AttentionSpec, GatedDeltaNetSpec, ModelConfig, MoeSpec
+from godwit.config import ModelConfig
 from godwit.errors import CheckpointError
 from godwit.measure.machine import memory
 from godwit.measure.planner import Sizes, sizes_of
+from godwit.models.inventory import count_mtp
 from godwit.models.loader import plan
 from godwit.models.names import canonical_name
 
@@ -30,9 +31,9 @@ def run(model: str | None, *, context: int | None = None, as_json: bool = False)
     """Print the report to stdout.
 
     Raises:
-        CheckpointError: nothing to inspect there; or, after the report, weights that do not fit the config.
+        CheckpointError: no model there; or, after the report, weights that do not match the config.
         UnsupportedModelError: a model type that Godwit does not run.
-        OfflineError: a Hub repository whose config cannot be fetched.
+        OfflineError: the config of a Hub repository cannot be fetched.
     """
     report = {**examine(common.source_of(model), context), "model": model or common.BUILT_IN}
     if as_json:
@@ -52,7 +53,7 @@ def examine(model: str | Path, context: int | None = None) -> dict[str, Any]:
     config = ModelConfig.from_dict(read_raw_config(model)) if checkpoint is None else checkpoint.config
     num_mtp = _count_mtp(config, checkpoint)
     sizes = sizes_of(config, num_mtp or 0)
-    possible = sizes_of(config, 1) if num_mtp is None else None
+    possible = _with_mtp(config) if num_mtp is None else None
     return {
         "model": str(model),
         **_shape(config, num_mtp),
@@ -66,7 +67,7 @@ def examine(model: str | Path, context: int | None = None) -> dict[str, Any]:
 
 
 def _examine_packed(packed: PackedFile, model: str, context: int | None) -> dict[str, Any]:
-    num_mtp = int(any(name.startswith("mtp.") for name in packed.names()))
+    num_mtp = count_mtp(packed.names())
     sizes = sizes_of(packed.config, num_mtp)
     blobs = checked_blobs(packed, num_mtp)
     parts = bytes_of_parts(blobs, packed.config)
@@ -84,7 +85,7 @@ def _examine_packed(packed: PackedFile, model: str, context: int | None) -> dict
 
 
 def _if_packed(sizes: Sizes, config: ModelConfig, num_mtp: int, recipe: str) -> dict[str, Any]:
-    """What godwit quantize would make of it: bytes, and the context that fits with them."""
+    """The model after `godwit quantize`: bytes, and the context that fits beside them."""
     packed = sizes_packed(sizes, config, num_mtp, recipe)
     room = _room(packed, config, None)
     spare = room["spare_without_context"]
@@ -116,7 +117,7 @@ def _cache(sizes: Sizes, possible: Sizes | None) -> dict[str, Any]:
 
 
 def _room(sizes: Sizes, config: ModelConfig, context: int | None) -> dict[str, Any]:
-    """What the machine's memory holds; what other programs use of it now is said beside, and may change."""
+    """What fits into the machine's memory; what other programs use now is reported separately."""
     machine = memory()
     budget, free = machine["total"], machine["available"]
     least = _contexts(config, context)[0]
@@ -130,7 +131,7 @@ def _room(sizes: Sizes, config: ModelConfig, context: int | None) -> dict[str, A
 
 
 def _with_weights(model: str | Path) -> Checkpoint | None:
-    """The checkpoint, where weights lie in a local directory; opened, none of them read."""
+    """The checkpoint, if it is a local directory with weights; opened, but no weights are read."""
     path = Path(model)
     if path.is_dir() and ((path / INDEX).exists() or any(path.glob("*.safetensors"))):
         return open_checkpoint(path)
@@ -138,18 +139,22 @@ def _with_weights(model: str | Path) -> Checkpoint | None:
 
 
 def _count_mtp(config: ModelConfig, checkpoint: Checkpoint | None) -> int | None:
-    """Layers for multi-token prediction; None where only the absent weights could tell."""
+    """MTP layers; None if only the weights could tell and there are none here."""
     if checkpoint is not None:
-        names = map(canonical_name, checkpoint.names())
-        return int(any(name is not None and name.startswith("mtp.layers.") for name in names))
+        return count_mtp(name for name in map(canonical_name, checkpoint.names()) if name is not None)
     return config.num_mtp_layers if config.family.hybrid else 0
 
 
+def _with_mtp(config: ModelConfig) -> Sizes | None:
+    """Sizes with an MTP module; None where the model has no attention layer that it could copy."""
+    attends = any(layer.mixer.part == "attention" for layer in config.layers)
+    return sizes_of(config, 1) if attends else None
+
+
 def _shape(config: ModelConfig, num_mtp: int | None) -> dict[str, Any]:
-    mixers = [layer.mixer for layer in config.layers]
-    attention = next((mixer for mixer in mixers if isinstance(mixer, AttentionSpec)), None)
-    delta = next((mixer for mixer in mixers if isinstance(mixer, GatedDeltaNetSpec)), None)
-    sparse = [layer.ffn for layer in config.layers if isinstance(layer.ffn, MoeSpec)]
+    mixers = Counter(layer.mixer.part for layer in config.layers)
+    heads = {layer.mixer.part: layer.mixer.heads() for layer in config.layers}
+    sparse = [layer.ffn for layer in config.layers if layer.ffn.num_experts]
     return {
         "family": config.family.title,
         "model_type": config.model_type,
@@ -158,33 +163,22 @@ def _shape(config: ModelConfig, num_mtp: int | None) -> dict[str, Any]:
         "max_context": config.max_position,
         "tied_embeddings": config.tie_embeddings,
         "layers": {
-            "total": len(mixers),
-            "delta": sum(isinstance(mixer, GatedDeltaNetSpec) for mixer in mixers),
-            "attention": sum(isinstance(mixer, AttentionSpec) for mixer in mixers),
+            "total": len(config.layers),
+            "delta": mixers["delta"],
+            "attention": mixers["attention"],
             "sparse": len(sparse),
-            "dense": len(mixers) - len(sparse),
+            "dense": len(config.layers) - len(sparse),
             "mtp": num_mtp,
         },
-        "attention": attention
-        and {
-            "heads": attention.num_heads,
-            "kv_heads": attention.num_kv_heads,
-            "head_dim": attention.head_dim,
-        },
-        "delta": delta
-        and {
-            "key_heads": delta.num_k_heads,
-            "value_heads": delta.num_v_heads,
-            "key_dim": delta.head_k_dim,
-            "value_dim": delta.head_v_dim,
-        },
+        "attention": heads.get("attention"),
+        "delta": heads.get("delta"),
         "experts": sparse[0].num_experts if sparse else 0,
         "experts_per_token": sparse[0].top_k if sparse else 0,
     }
 
 
 def _weights(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the files hold by stored dtype, and what is wrong with it, in a sentence."""
+    """The files' tensors by stored dtype, and what is wrong with them, in one sentence."""
     names = checkpoint.names()
     tensors, parameters, nbytes = Counter[str](), Counter[str](), Counter[str]()
     for name in names:
@@ -216,7 +210,7 @@ def _contexts(config: ModelConfig, asked: int | None) -> list[int]:
 
 
 def _context(sizes: Sizes, tokens: int, budget: int | None) -> dict[str, Any]:
-    """What one sequence of ``tokens`` keeps, needs and moves; ``spare`` is negative where it does not fit."""
+    """Cache, memory and traffic of one sequence of ``tokens``; ``spare`` is negative if it does not fit."""
     spare = None if budget is None else budget - sizes.resident(tokens)
     return {
         "tokens": tokens,

@@ -1,4 +1,4 @@
-"""How `godwit inspect` shows its report: tables that fit 60 columns, a verdict, and what to do next."""
+"""The report of `godwit inspect` as text: tables that fit 60 columns, a verdict, and what to do next."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from godwit.cli.tables import Tables, size_text
-from godwit.measure.planner import PARTS
+from godwit.models.inventory import PARTS
 
 
 def show(report: dict[str, Any]) -> None:
@@ -76,7 +76,7 @@ def _weight_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _parts(report: dict[str, Any]) -> Table:
-    """Parameters by part; packed files show bytes and bits in place of what a token reads."""
+    """Parameters by part; for packed files bytes and bits in place of the parameters read per token."""
     parameters, packed = report["parameters"], report.get("packed", {}).get("parts", {})
     table = Table(box=box.SIMPLE, show_footer=True, padding=(0, 1), pad_edge=False)
     table.add_column("parameters", "in all", overflow="fold")
@@ -158,7 +158,7 @@ def _packed_text(recipe: str, packed: dict[str, Any], most: int) -> str:
 
 
 def _advice(report: dict[str, Any]) -> str:
-    """What to do next, by what fits: as it is, packed, or not at all."""
+    """What to do next, depending on what fits: the model as it is, packed, or not at all."""
     model, weights = report["model"], report["weights"]
     if weights and weights["problem"]:
         return "To do: fetch the checkpoint again; its weights do not match its config."

@@ -12,7 +12,8 @@ from godwit.config import ModelConfig
 from godwit.errors import CheckpointError
 from godwit.measure import planner
 from godwit.measure.planner import Sizes
-from godwit.shrink.recipe import Recipe, tensor_blobs
+from godwit.models.inventory import count_mtp, parameters
+from godwit.shrink.recipe import QuantRecipe, tensor_blobs
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,16 @@ def sizes_packed(sizes: Sizes, config: ModelConfig, num_mtp: int, recipe: str) -
     Raises:
         CheckpointError: the config describes tensors that no machine can address.
     """
-    blobs = tensor_blobs(config, num_mtp, Recipe.find(recipe))
+    blobs = tensor_blobs(config, num_mtp, QuantRecipe.find(recipe))
     return PackedSizes.of(sizes, bytes_of_parts(blobs, config))
 
 
 def bytes_of_parts(blobs: Mapping[str, TensorBlob], config: ModelConfig) -> dict[str, dict[str, Any]]:
     """Weights, bytes and bits a weight (scales and padding included) of each part, the largest first."""
     found: dict[str, dict[str, Any]] = {}
+    parts = {p.packed_name: p.part for p in parameters(config, count_mtp(blobs))}
     for name, blob in blobs.items():
-        # The rule goes by parameters, of which a stack of experts holds two.
-        part = found.setdefault(planner.part_of(f"{name}.", config), {"weights": 0, "bytes": 0})
+        part = found.setdefault(parts[name], {"weights": 0, "bytes": 0})
         part["weights"] += blob.num_weights
         part["bytes"] += blob.nbytes
     for part in found.values():
@@ -85,7 +86,7 @@ def checked_blobs(packed: PackedFile, num_mtp: int) -> dict[str, TensorBlob]:
         CheckpointError: they are not.
     """
     found = {name: packed.blob(name) for name in packed.names()}
-    wanted = tensor_blobs(packed.config, num_mtp, Recipe.find("q4"))
+    wanted = tensor_blobs(packed.config, num_mtp, QuantRecipe.find("q4"))
     odd = {(name, _sizes_in(blob)) for name, blob in found.items()}
     odd ^= {(name, _sizes_in(blob)) for name, blob in wanted.items()}
     if odd:

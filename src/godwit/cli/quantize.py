@@ -22,11 +22,11 @@ from godwit.cli.stopping import tidy_stop
 from godwit.cli.tables import Tables, size_text
 from godwit.config import ModelConfig
 from godwit.errors import MemoryBudgetError, UsageError
-from godwit.measure import planner
 from godwit.measure.machine import memory
+from godwit.models.inventory import PARTS
 from godwit.shrink.importance import read_importance
 from godwit.shrink.quantize import Report, quantize_checkpoint
-from godwit.shrink.recipe import Recipe
+from godwit.shrink.recipe import QuantRecipe
 from godwit.shrink.synth import synthesize
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def run_quantize(
     Raises: what reading and packing raise; MemoryBudgetError where the original is too large to compare with.
     """
     common.use_threads(threads)
-    rules = Recipe.find(recipe)
+    rules = QuantRecipe.find(recipe)
     checkpoint = open_checkpoint(common.source_of(model))
     _check_tokenizer(checkpoint)
     ids = None if evaluate is None else read_text(evaluate, checkpoint, "--evaluate")
@@ -201,7 +201,7 @@ def _show(content: dict[str, Any]) -> None:
     table.add_column("bits a weight", f"{content['bits']:.2f}", justify="right", no_wrap=True)
     for name, part in content["parts"].items():
         row = (f"{part['weights']:,}", size_text(part["bytes"]), f"{part['bits']:.2f}")
-        table.add_row(planner.PARTS[name], *row)
+        table.add_row(PARTS[name], *row)
     console = Tables()
     console.print(table)
     resumed = content["resumed_tensors"]

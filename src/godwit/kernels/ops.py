@@ -17,14 +17,12 @@ from godwit.kernels.reference import (
     apply_rotary_emb,
     causal_conv1d,
     chunk_gated_delta_rule,
-    gather_kv,
     gdn_gates,
     l2_normalize,
     recurrent_gated_delta_rule,
     replay_delta_rule,
     rotary_cos_sin,
     rotary_frequencies,
-    store_kv,
     swiglu,
     topk_softmax,
 )
@@ -38,11 +36,11 @@ __all__ = [
     "chunk_gated_delta_rule",
     "embed",
     "gated_delta_rule_rows",
-    "gather_kv",
     "gdn_gates",
     "l2_normalize",
     "linear",
     "moe_experts",
+    "paged_attention",
     "recurrent_gated_delta_rule",
     "register",
     "replay_delta_rule",
@@ -59,6 +57,8 @@ __all__ = [
 _TABLE: dict[tuple[str, str, str], Callable[..., Any]] = {
     ("attention", "dense", "cpu"): sdpa.attention,
     ("attention", "dense", "cuda"): sdpa.attention,
+    ("paged_attention", "dense", "cpu"): sdpa.paged_attention,
+    ("paged_attention", "dense", "cuda"): sdpa.paged_attention,
 }
 
 
@@ -128,6 +128,26 @@ def attention(
 ) -> Tensor:
     """Causal grouped-query attention of packed queries; see :func:`godwit.kernels.reference.attention`."""
     result: Tensor = _lookup("attention", q, reference.attention)(q, keys, values, lengths, scale)
+    return result
+
+
+def store_kv(cache: Tensor, new: Tensor, slots: Tensor) -> None:
+    """See :func:`godwit.kernels.reference.store_kv`."""
+    _lookup("store_kv", new, reference.store_kv)(cache, new, slots)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    lengths: Sequence[int],
+    seq_lens: Sequence[int],
+    scale: float,
+) -> Tensor:
+    """Attention over the blocks of a cache; see :func:`godwit.kernels.reference.paged_attention`."""
+    kernel = _lookup("paged_attention", q, reference.paged_attention)
+    result: Tensor = kernel(q, k_cache, v_cache, block_tables, lengths, seq_lens, scale)
     return result
 
 

@@ -409,6 +409,36 @@ def gather_kv(cache: Tensor, block_table: Tensor, length: int) -> Tensor:
     return cache.index_select(0, used).flatten(0, 1)[:length]
 
 
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    lengths: Sequence[int],
+    seq_lens: Sequence[int],
+    scale: float,
+    attend: Callable[..., Tensor] = attention,
+) -> Tensor:
+    """:func:`attention` with the keys and values in the blocks of a cache.
+
+    Args:
+        q: ``[T, heads, D]`` of all sequences, packed.
+        k_cache, v_cache: ``[blocks, block, kv_heads, D]``; the queries' own tokens are stored already.
+        block_tables: ``[S, width]`` int64, the blocks of each sequence in order; unused entries are ignored.
+        lengths: queries of each sequence.
+        seq_lens: tokens of each sequence in the cache, its queries included.
+        scale: factor of the scores.
+        attend: computes :func:`attention` of the keys and values gathered for it.
+
+    Returns:
+        ``[T, heads, D]`` in the dtype of q.
+    """
+    tables = list(zip(block_tables, seq_lens, strict=True))
+    keys = [gather_kv(k_cache, table, length) for table, length in tables]
+    values = [gather_kv(v_cache, table, length) for table, length in tables]
+    return attend(q, keys, values, lengths, scale)
+
+
 def topk_softmax(logits: Tensor, k: int, *, renormalize: bool) -> tuple[Tensor, Tensor]:
     """Router: softmax in float32 over all experts, then the k largest; weights and ids ``[T, k]``."""
     weights, ids = logits.softmax(-1, dtype=torch.float32).topk(k, dim=-1)

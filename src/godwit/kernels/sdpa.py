@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from godwit.kernels import reference
 
 
 def attention(
@@ -18,6 +21,10 @@ def attention(
         for query, key, value in zip(torch.split(q, list(lengths)), keys, values, strict=True)
     ]
     return torch.cat(outputs) if outputs else q
+
+
+#: Same contract as :func:`godwit.kernels.reference.paged_attention`.
+paged_attention = partial(reference.paged_attention, attend=attention)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

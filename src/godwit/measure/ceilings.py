@@ -1,4 +1,4 @@
-"""What the machine can do at this moment: memory bandwidth, arithmetic, and who else is using it."""
+"""What the machine can do at this moment: memory bandwidth, arithmetic, and how much others use it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ NOISY_SHARE = 0.05  # of the processors' time, taken by others
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Read bandwidth in GB/s; multiply-adds on registers alone in 10^9 operations a second.
+    """Read bandwidth in GB/s; multiply-adds on registers in 10^9 operations per second.
 
-    The arithmetic is that of the instruction set in use: `int8` is what multiplies q4 and q8 weights,
-    `bfloat16` what multiplies the keys and values of attention, `float32` everything else. Where an
-    instruction set has no products of bfloat16 these are widened, and `bfloat16` is what float32 is.
+    The arithmetic is that of the instruction set in use: `int8` for products with q4 and q8 weights,
+    `bfloat16` for those with the keys and values of attention, `float32` for all others. An instruction set
+    without bfloat16 products widens them, so that `bfloat16` equals float32.
     """
 
     read_bandwidth: float
@@ -34,11 +34,11 @@ FIGURES = tuple(field.name for field in fields(Ceilings))
 
 
 def measure_ceilings(num_bytes: int | None = None, seconds: float = 0.1) -> Ceilings:
-    """The best of a few tries each, with all threads of the kernels.
+    """The best of a few attempts each, with all threads of the kernels.
 
     Args:
-        num_bytes: how much memory to read; None: more than the caches hold.
-        seconds: for each arithmetic; some milliseconds at least.
+        num_bytes: how much memory to read; None: more than fits into the processor's caches.
+        seconds: for each arithmetic; a few milliseconds at least.
     """
     return Ceilings(
         _native.read_bandwidth(bytes_beyond_cache() if num_bytes is None else num_bytes, 5),
@@ -54,7 +54,7 @@ def bytes_beyond_cache(root: Path = Path("/")) -> int:
 
 
 def last_level_cache(root: Path = Path("/")) -> int:
-    """Bytes of the largest cache of the first processor; 0 where the system does not tell."""
+    """Bytes of the largest cache of the first processor; 0 where the system does not report it."""
     sizes = [0]
     for file in (root / "sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = file.read_text().strip()
@@ -75,7 +75,7 @@ class CpuTimes:
 
     @staticmethod
     def now(root: Path = Path("/")) -> CpuTimes | None:
-        """None where the system does not tell."""
+        """None where the system does not report them."""
         cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
         names = {f"cpu{core}" for core in cores}
         try:
@@ -96,12 +96,12 @@ class CpuTimes:
 
 @dataclass(frozen=True)
 class Noise:
-    """How steady a run was; shares of the processors' time are None where the system does not tell.
+    """How steady a run was; shares of the processors' time are None where the system does not report them.
 
     Attributes:
         bandwidth_spread: (largest - smallest) / median of the repeated measurement.
-        steal: share that the hypervisor gave to others.
-        others: share that other processes of this system used.
+        steal: share that the hypervisor gave to other machines.
+        others: share that other processes on this machine used.
     """
 
     bandwidth_spread: float
@@ -110,7 +110,7 @@ class Noise:
 
     @staticmethod
     def between(before: CpuTimes | None, after: CpuTimes | None, bandwidths: list[float]) -> Noise:
-        """What happened between two moments."""
+        """The noise between two moments."""
         spread = (max(bandwidths) - min(bandwidths)) / median(bandwidths)
         if before is None or after is None or after.total <= before.total:
             return Noise(spread, None, None)
@@ -119,7 +119,7 @@ class Noise:
         return Noise(spread, (after.steal - before.steal) / total, max(0.0, others / total))
 
     def warnings(self) -> list[str]:
-        """One sentence for each sign that the figures depend on more than this program."""
+        """One sentence for each disturbance that the figures may depend on."""
         found = []
         if self.bandwidth_spread > NOISY_BANDWIDTH:
             found.append(f"the memory bandwidth varied by {self.bandwidth_spread:.0%} during the run")
@@ -132,12 +132,12 @@ class Noise:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes of this process; None where the system does not tell.
+    """Bytes of this process; None where the system does not report them.
 
     Attributes:
-        peak: most resident memory so far, pages of mapped files included.
+        peak: most resident memory so far, including pages of mapped files.
         resident: resident now.
-        proportional: resident now, pages shared with other processes divided among them.
+        proportional: resident now, with pages shared with other processes divided among them.
     """
 
     peak: int | None
@@ -163,7 +163,7 @@ def _kib(path: Path) -> dict[str, int]:
 
 
 def reset_peak(root: Path = Path("/")) -> bool:
-    """Let the peak of resident memory begin anew; False where the system does not offer that."""
+    """Reset the peak of resident memory; False where the system does not support that."""
     try:
         (root / "proc/self/clear_refs").write_text("5")
     except OSError:

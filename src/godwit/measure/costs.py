@@ -1,8 +1,8 @@
-"""What a token costs at the least: bytes moved and arithmetic, by the config and the formats of the weights.
+"""The least that a token costs: bytes moved and arithmetic, by the config and the formats of the weights.
 
-A step reads every matrix that one of its tokens needs once, reads the keys and values of each sequence, and
-reads and writes each recurrent state. Activations, and the single row of the embedding, are left out. One
-multiply-add counts as two operations; operations are told apart by what the kernels multiply.
+A step reads each matrix that its tokens need once, reads the keys and values of each sequence, and reads and
+writes each recurrent state. Activations, and the single row of the embedding, are left out. One multiply-add
+counts as two operations. Operations are counted separately by the arithmetic that computes them.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ from dataclasses import dataclass
 
 import torch
 
-from godwit.config import AttentionSpec, GatedDeltaNetSpec, LayerSpec, ModelConfig, MoeSpec
+from godwit.config import ModelConfig
 from godwit.models.caches import CacheSpec, PagedKVSpec
 from godwit.models.causal_lm import CausalLM
+from godwit.models.inventory import Parameter, parameters
 from godwit.qtensor import FORMATS, QuantExperts, QuantTensor, weight_bytes
 
-#: What is multiplied, fastest first: bytes, pairs of bfloat16, float32.
+#: Fastest first.
 ARITHMETICS = ("int8", "bfloat16", "float32")
-#: What multiplies weights in a format; others are bfloat16. Only packed bf16 weights are widened first.
+#: The arithmetic of products with weights in a format; bfloat16 for all others. Packed bf16 weights are
+#: widened to float32 first.
 ARITHMETIC_OF = {"q4": "int8", "q8": "int8", "bf16": "float32", "float32": "float32"}
 
 
 def distinct_experts(num_experts: int, top_k: int, num_tokens: int) -> float:
-    """Experts that ``num_tokens`` tokens use together where each takes its own at random."""
+    """Expected number of distinct experts that ``num_tokens`` tokens use if each chooses at random."""
     return num_experts * (1.0 - (1.0 - top_k / num_experts) ** num_tokens)
 
 
@@ -56,22 +58,22 @@ class Flops:
         return Flops(self.int8 * factor, self.bfloat16 * factor, self.float32 * factor)
 
     def seconds(self, peaks: Mapping[str, float]) -> float:
-        """The least time they take; ``peaks`` are operations a second of each arithmetic."""
+        """The least time for them; ``peaks`` are operations per second of each arithmetic."""
         return self.int8 / peaks["int8"] + self.bfloat16 / peaks["bfloat16"] + self.float32 / peaks["float32"]
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Bytes and operations of a model without its module for multi-token prediction.
+    """Bytes and operations of a model without its MTP module.
 
     Attributes:
         weights: bytes that every step reads, whatever the batch.
-        experts: one entry a sparse layer.
-        kv_per_token: bytes of keys and values a token leaves.
+        experts: one entry per sparse layer.
+        kv_per_token: bytes of keys and values that a token adds to the caches.
         state: bytes of recurrent state and convolution window of a sequence.
         flops_per_token: without head and attention scores.
         flops_head: of one row of logits.
-        flops_per_context: of attention, for each pair of a token and one that it sees.
+        flops_per_context: of attention, for each pair of a token and one that it attends to.
     """
 
     weights: int
@@ -87,7 +89,7 @@ class Costs:
 
         Args:
             batch, depth: sequences, and tokens before this step's.
-            distinct: experts that the step uses in each sparse layer; None assumes routing at random.
+            distinct: experts that the step uses in each sparse layer; None assumes random routing.
         """
         if distinct is None:
             distinct = [distinct_experts(e.num_experts, e.top_k, batch) for e in self.experts]
@@ -112,31 +114,30 @@ def costs_of(
     Args:
         config: what the model is.
         formats: parameter name -> a packed format or the name of a torch dtype.
-        caches: what the trunk's layers keep.
+        caches: of the decoder layers.
         other: format of the parameters that are not in ``formats``.
+
+    Raises:
+        CheckpointError: the config describes tensors too large for any machine.
     """
-    weights, experts = 0, [0] * len(config.layers)
-    shapes = _shapes(config)
-    for name, shape in shapes.items():
-        size = stored_bytes(formats.get(name, other), shape)
-        top, *rest = name.split(".")
-        if ".ffn.experts." in name:
-            experts[int(rest[0])] += size
-        elif top != "embedding" or config.tie_embeddings:
+    listed = parameters(config, 0)
+    weights, experts = 0, dict[int, int]()
+    for p in listed:
+        size = stored_bytes(formats.get(p.name, other), p.shape)
+        if p.top_k and p.layer is not None:
+            experts[p.layer] = experts.get(p.layer, 0) + size
+        elif p.part != "embedding" or config.tie_embeddings:
             weights += size
+    ffns = [layer.ffn for layer in config.layers]
     head = "embedding.weight" if config.tie_embeddings else "head.weight"
-    products = {n: _products(config, n, shape) for n, shape in shapes.items() if n.startswith("layers.")}
-    per_token = [_flops(formats.get(name, other), count) for name, count in products.items()]
+    per_token = [_flops(formats.get(p.name, other), _products(p)) for p in listed if p.layer is not None]
+    of_state = sum(layer.mixer.flops_of_state for layer in config.layers)
     return Costs(
         weights,
-        tuple(
-            ExpertLayer(layer.ffn.num_experts, layer.ffn.top_k, size)
-            for layer, size in zip(config.layers, experts, strict=True)
-            if isinstance(layer.ffn, MoeSpec)
-        ),
-        sum(spec.bytes_per_token for spec in caches if isinstance(spec, PagedKVSpec)),
-        sum(spec.bytes_per_sequence for spec in caches if not isinstance(spec, PagedKVSpec)),
-        sum(per_token, Flops(float32=sum(map(_recurrence, config.layers)))),
+        tuple(ExpertLayer(ffns[i].num_experts, ffns[i].top_k, size) for i, size in experts.items()),
+        sum(spec.bytes_per_token for spec in caches),
+        sum(spec.bytes_per_sequence for spec in caches),
+        sum(per_token, Flops(float32=of_state)),
         _flops(formats.get(head, other), 2 * config.vocab_size * config.hidden_size),
         _context_flops(config, caches),
     )
@@ -147,38 +148,22 @@ def _flops(format: str, count: float) -> Flops:
     return Flops(**{ARITHMETIC_OF.get(format, "bfloat16"): count})
 
 
-def _products(config: ModelConfig, name: str, shape: Sequence[int]) -> int:
-    """Operations of a token with a parameter of a layer: none with the factors of norms and the like."""
-    if len(shape) < 2:
+def _products(parameter: Parameter) -> int:
+    """Operations of a token with a parameter of a layer; vectors (norms, biases) count as none."""
+    if len(parameter.shape) < 2:
         return 0
-    ffn = config.layers[int(name.split(".")[1])].ffn
-    experts = ffn.top_k if isinstance(ffn, MoeSpec) and ".ffn.experts." in name else 1
-    return 2 * experts * shape[-2] * shape[-1]
-
-
-def _recurrence(layer: LayerSpec) -> int:
-    """Operations of the delta rule: decay 1, read 2, write 2, query 2 for each number of the state."""
-    mixer = layer.mixer
-    if not isinstance(mixer, GatedDeltaNetSpec):
-        return 0
-    return 7 * mixer.num_v_heads * mixer.head_k_dim * mixer.head_v_dim
+    return 2 * max(parameter.top_k, 1) * parameter.shape[-2] * parameter.shape[-1]
 
 
 def _context_flops(config: ModelConfig, caches: Sequence[CacheSpec]) -> Flops:
-    """Scores and values: two products for each pair of tokens, in the arithmetic of what the caches hold."""
+    """Attention's operations for a pair of tokens, in the arithmetic of what the caches hold."""
     paged = [spec.dtype for spec in caches if isinstance(spec, PagedKVSpec)]
-    mixers = [layer.mixer for layer in config.layers]
-    count = sum(4 * mixer.num_heads * mixer.head_dim for mixer in mixers if isinstance(mixer, AttentionSpec))
+    count = sum(layer.mixer.flops_per_pair for layer in config.layers)
     return _flops(str(paged[0]).removeprefix("torch.") if paged else "bfloat16", count)
 
 
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in CausalLM(config, 0).named_parameters()}
-
-
 def stored_bytes(format: str, shape: Sequence[int]) -> int:
-    """Bytes of one tensor, of one expert where there are several (three dimensions)."""
+    """Bytes of one tensor; of one expert of a stack (three dimensions)."""
     if format not in FORMATS:
         dtype: torch.dtype = getattr(torch, format)
         count = 1
@@ -190,7 +175,7 @@ def stored_bytes(format: str, shape: Sequence[int]) -> int:
 
 
 def formats_of(model: CausalLM) -> dict[str, str]:
-    """How each parameter of a loaded model is stored, by the names that a plain model has."""
+    """The format of each parameter of a loaded model, by the names in an unpacked model."""
     found = {name: str(p.dtype).removeprefix("torch.") for name, p in model.named_parameters()}
     for name, weight in packed_weights(model):
         if isinstance(weight, QuantTensor):
@@ -201,7 +186,7 @@ def formats_of(model: CausalLM) -> dict[str, str]:
 
 
 def packed_weights(model: CausalLM) -> Iterator[tuple[str, QuantTensor | QuantExperts]]:
-    """The packed tensors of a model by the names of the parameters that they stand for."""
+    """The packed tensors of a model, by the names of the parameters they replace."""
     for prefix, module in model.named_modules():
         for attribute, value in vars(module).items():
             if isinstance(value, QuantTensor):
@@ -211,5 +196,5 @@ def packed_weights(model: CausalLM) -> Iterator[tuple[str, QuantTensor | QuantEx
 
 
 def trunk_caches(model: CausalLM) -> list[CacheSpec]:
-    """What the layers of ``model`` keep, the module for multi-token prediction left aside."""
+    """The caches of the layers of ``model``, without its MTP module's."""
     return model.cache_specs()[: len(model.config.layers)]

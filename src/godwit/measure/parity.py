@@ -1,6 +1,6 @@
-"""Whether the native kernels compute what the plain PyTorch reference computes, on a small model of a family.
+"""Checks the native kernels against the PyTorch reference, on a small model of the family to be measured.
 
-No speed is worth reporting while they do not: :func:`check_kernels` takes a second and says so.
+A benchmark of wrong kernels is worthless, so `bench` refuses to report one. The check takes about a second.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from godwit.config import AttentionSpec, GatedDeltaNetSpec, ModelConfig, MoeSpec
+from godwit.config import ModelConfig
 from godwit.errors import KernelParityError
 from godwit.measure.costs import packed_weights
 from godwit.models.batch import BLOCK_SIZE, ForwardBatch
@@ -24,30 +24,30 @@ from godwit.qtensor import FORMATS, GROUP, SPAN, QuantExperts, QuantTensor
 Pack = Callable[[CausalLM, str], CausalLM]
 
 HIDDEN, VOCAB, WIDTH = 96, 160, 64
-LENGTHS = (37, 21)  # tokens of the two sequences that are read, in one step or in several
-CUTS = (16, 1, 17)  # the longer one in several steps; the rest follows token by token
+LENGTHS = (37, 21)  # tokens of two sequences, read in one step or in several
+CUTS = (16, 1, 17)  # steps of the longer one; its other tokens follow one by one
 
-#: Relative error (root mean square) of rounding the inputs of one product. To eight bits with the scale of
-#: the largest of a group or span: at worst one large member among small ones. To bfloat16 with such weights.
+#: Relative error (root mean square) of rounding the inputs of one product: to eight bits, with the largest of
+#: a group or span setting the scale and at worst all others small; to bfloat16 for bf16 weights.
 ROUNDING: Mapping[str, float] = {
     "q4": math.sqrt(GROUP * SPAN / 12) / 127,
     "q8": math.sqrt(GROUP / 12) / 127,
     "bf16": 2**-8,
 }
-PRODUCTS_PER_LAYER = 4  # one after the other: into and out of the mixer, w13, w2
-DELTA_AMPLIFICATION = 2.0  # of a relative error by the delta rule: small outputs are normed to full size
+PRODUCTS_PER_LAYER = 4  # in sequence: into and out of the mixer, w13, w2
+DELTA_AMPLIFICATION = 2.0  # of a relative error by the delta rule, whose small outputs a norm scales up
 
 
 @dataclass(frozen=True)
 class KernelCheck:
-    """Outcome for one format of weights.
+    """The result for one weight format.
 
     Attributes:
         format: of the weights.
-        error: relative error of the hidden states, median over the tokens: one that lies between two experts
-            may rightly take the other.
+        error: relative error of the hidden states. Median over the tokens: rounding may send a token
+            to another expert.
         limit: the largest error that rounding explains.
-        cut_invariant: whether the states are bit for bit the same however the sequences are cut into steps.
+        cut_invariant: whether the states are bit for bit the same however the sequences are split into steps.
     """
 
     format: str
@@ -64,9 +64,9 @@ def check_kernels(config: ModelConfig, formats: Iterable[str], pack: Pack | None
     """Compare native and plain forward passes of a small random model shaped like ``config``.
 
     Args:
-        config: of the model that is about to be measured.
-        formats: those of its weights; others than packed ones are passed over.
-        pack: how a model goes onto the native kernels; for tests.
+        config: of the model to be measured.
+        formats: of its weights; formats that are not packed are skipped.
+        pack: makes a packed model; tests pass their own.
     """
     present = set(formats)
     packed = [name for name in FORMATS if name in present]
@@ -76,21 +76,21 @@ def check_kernels(config: ModelConfig, formats: Iterable[str], pack: Pack | None
 
 
 def require_parity(checks: Iterable[KernelCheck]) -> None:
-    """Do nothing where all is well.
+    """Check that no check failed.
 
     Raises:
-        KernelParityError: a check is red.
+        KernelParityError: one did.
     """
     for check in checks:
         if not check.green:
             what = (
                 f"are off by {check.error:.1e} where rounding explains {check.limit:.1e}"
                 if check.cut_invariant
-                else "depend on how a prompt is cut into steps"
+                else "depend on how a prompt is split into steps"
             )
             raise KernelParityError(
                 f"no speed is reported: with {check.format} weights the native kernels' results {what}; "
-                "build again, and run the tests in tests/kernels"
+                "rebuild Godwit and run the tests in tests/kernels"
             )
 
 
@@ -106,21 +106,21 @@ def small_config(config: ModelConfig) -> ModelConfig:
 
 
 def _small_fields(config: ModelConfig, text: Mapping[str, Any]) -> dict[str, Any]:
-    mixers = [layer.mixer for layer in config.layers]
     fields: dict[str, Any] = {
         "hidden_size": HIDDEN,
         "vocab_size": VOCAB,
         "num_hidden_layers": 2,
         "intermediate_size": WIDTH,
-        "initializer_range": HIDDEN**-0.5,  # layers change what they are given as much as they would at width
+        "initializer_range": HIDDEN**-0.5,  # so that layers change their input as much as at full width
     }
+    mixers: dict[str, Any] = {layer.mixer.part: layer.mixer for layer in reversed(config.layers)}
     kinds = []
-    if delta := next((m for m in mixers if isinstance(m, GatedDeltaNetSpec)), None):
+    if delta := mixers.get("delta"):
         kinds.append("linear_attention")
         heads = min(delta.num_k_heads, 2)
         fields["linear_num_key_heads"] = heads
         fields["linear_num_value_heads"] = heads * (delta.num_v_heads // delta.num_k_heads)
-    if attention := next((m for m in mixers if isinstance(m, AttentionSpec)), None):
+    if attention := mixers.get("attention"):
         kinds.append("full_attention")
         heads = min(attention.num_kv_heads, 2)
         fields["num_key_value_heads"] = heads
@@ -132,7 +132,7 @@ def _small_fields(config: ModelConfig, text: Mapping[str, Any]) -> dict[str, Any
 
 
 def _small_ffn(config: ModelConfig, text: Mapping[str, Any]) -> dict[str, Any]:
-    sparse = [layer.ffn for layer in config.layers if isinstance(layer.ffn, MoeSpec)]
+    sparse = [layer.ffn for layer in config.layers if layer.ffn.num_experts]
     if not sparse:
         return {}
     count = "num_local_experts" if text.get("num_local_experts") is not None else "num_experts"
@@ -156,7 +156,7 @@ def _check(config: ModelConfig, name: str, pack: Pack) -> KernelCheck:
     with torch.inference_mode():
         found, wanted, pieces = _at_once(packed, ids), _at_once(plain, ids), _in_pieces(packed, ids)
     error = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
-    delta = any(isinstance(layer.mixer, GatedDeltaNetSpec) for layer in config.layers)
+    delta = any(layer.mixer.part == "delta" for layer in config.layers)
     limit = ROUNDING[name] * math.sqrt(PRODUCTS_PER_LAYER * len(config.layers))
     limit *= DELTA_AMPLIFICATION if delta else 1.0
     finite = bool(torch.isfinite(found).all())
@@ -164,7 +164,7 @@ def _check(config: ModelConfig, name: str, pack: Pack) -> KernelCheck:
 
 
 def _random_model(config: ModelConfig) -> CausalLM:
-    """Random weights, among them norms and biases, which fresh models leave neutral."""
+    """Random weights, also for norms and biases, which `init_weights` leaves neutral."""
     generator = torch.Generator().manual_seed(0)
     model = CausalLM(config, 0).requires_grad_(False).eval()
     model.init_weights(generator)
@@ -184,14 +184,14 @@ def _plain_parts(weight: QuantTensor | QuantExperts) -> list[tuple[str, Tensor]]
     ]
 
 
-class _Run:
+class _TwoSequences:
     """Two sequences in the caches of a model."""
 
     def __init__(self, model: CausalLM) -> None:
         self.model = model
         blocks = [-(-length // BLOCK_SIZE) for length in LENGTHS]
         self.caches: Caches = model.allocate_caches(sum(blocks), len(LENGTHS))
-        order = list(range(sum(blocks)))[::-1]  # not in the order of the tokens
+        order = list(range(sum(blocks)))[::-1]  # so that blocks are not in the order of the tokens
         self.tables = [order[: blocks[0]], order[blocks[0] :]]
         self.past = [0] * len(LENGTHS)
 
@@ -209,15 +209,15 @@ class _Run:
 
 def _at_once(model: CausalLM, ids: list[int]) -> Tensor:
     """Hidden states of both sequences, read in one step."""
-    hidden = _Run(model).step({0: ids[: LENGTHS[0]], 1: ids[LENGTHS[0] :]})
+    hidden = _TwoSequences(model).step({0: ids[: LENGTHS[0]], 1: ids[LENGTHS[0] :]})
     return torch.cat([hidden[0], hidden[1]]).float()
 
 
 def _in_pieces(model: CausalLM, ids: list[int]) -> Tensor:
-    """The same, the second token by token and the first too, after a few uneven pieces."""
+    """The same token by token, the longer sequence after a few uneven pieces."""
     left = {0: ids[: LENGTHS[0]], 1: ids[LENGTHS[0] :]}
     cuts = iter(CUTS)
-    run, found = _Run(model), {0: list[Tensor](), 1: list[Tensor]()}
+    run, found = _TwoSequences(model), {0: list[Tensor](), 1: list[Tensor]()}
     while any(left.values()):
         size = next(cuts, 1)
         pieces = {row: rest[: size if row == 0 else 1] for row, rest in left.items() if rest}

@@ -1,44 +1,25 @@
-"""What a model weighs and what fits: parameters part by part, bytes of cache and state, the memory for them.
+"""The size of a model and the memory it needs: parameters by part, bytes of weights, caches and state.
 
-All of it follows from the configuration: the model is laid out on the meta device, which holds no numbers.
-Bytes of weights and caches are those of bfloat16; the recurrent state is float32 as in every run.
+All of it follows from the config. Weights and caches count as bfloat16; the recurrent state is float32, as in
+every run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 
-from godwit.config import GatedDeltaNetSpec, ModelConfig, MoeSpec
-from godwit.errors import CheckpointError
-from godwit.models.caches import PagedKVSpec, RecurrentSpec
-from godwit.models.causal_lm import CausalLM
+from godwit.config import ModelConfig
+from godwit.models.caches import cache_spec
+from godwit.models.inventory import PARTS, parameters
 
 DTYPE = torch.bfloat16
 
-#: What the parts of a model are called, in the order of a report.
-PARTS = MappingProxyType(
-    {
-        "delta": "delta mixers",
-        "attention": "attention mixers",
-        "routers": "routers",
-        "experts": "experts",
-        "shared": "shared experts and gates",
-        "dense": "dense feed-forward",
-        "norms": "norms between",
-        "embedding": "embedding",
-        "head": "head",
-        "mtp": "multi-token prediction",
-    }
-)
-
 
 @dataclass(frozen=True)
-class Part:
-    """Parameters of one part: all, and those that decoding one token reads."""
+class PartSize:
+    """Parameters of one part: all of them, and those read to decode one token."""
 
     total: int = 0
     active: int = 0
@@ -49,14 +30,14 @@ class Sizes:
     """Sizes of a model; bytes unless called parameters.
 
     Attributes:
-        parts: by the names of :data:`PARTS`. A head tied to the embedding owns nothing but is read whole; the
-            module for multi-token prediction is not needed to decode and counts as inactive.
-        kv_per_token: keys and values of the trunk's attention layers.
-        mtp_kv_per_token: the same of the multi-token-prediction module.
+        parts: by the names of :data:`~godwit.models.inventory.PARTS`. A head tied to the embedding has no
+            parameters of its own but is read whole; the MTP module counts as inactive.
+        kv_per_token: keys and values of the decoder layers.
+        mtp_kv_per_token: the same for the MTP module.
         state, conv: per sequence, whatever its length.
     """
 
-    parts: dict[str, Part]
+    parts: dict[str, PartSize]
     kv_per_token: int
     mtp_kv_per_token: int
     state: int
@@ -64,12 +45,12 @@ class Sizes:
 
     @property
     def total(self) -> int:
-        """Parameters in all."""
+        """All parameters."""
         return sum(part.total for part in self.parts.values())
 
     @property
     def active(self) -> int:
-        """Parameters that decoding one token reads; of the embedding it is a single row, left out here."""
+        """Parameters read to decode one token, without the one row of the embedding."""
         return sum(part.active for part in self.parts.values())
 
     @property
@@ -78,7 +59,7 @@ class Sizes:
         return self.total * DTYPE.itemsize
 
     def cache(self, context: int) -> int:
-        """Bytes that a sequence of ``context`` tokens keeps."""
+        """Bytes of the caches of a sequence of ``context`` tokens."""
         return (self.kv_per_token + self.mtp_kv_per_token) * context + self.state + self.conv
 
     def resident(self, context: int) -> int:
@@ -86,12 +67,12 @@ class Sizes:
         return self.weights + self.cache(context)
 
     def read_per_token(self, context: int) -> int:
-        """Bytes that decoding one token after ``context`` others moves: weights, cache, state in and out."""
+        """Bytes moved to decode one token after ``context`` others: weights, cache, state in and out."""
         kv = self.kv_per_token * (context + 1)
         return self.active * DTYPE.itemsize + kv + 2 * (self.state + self.conv)
 
     def context_in(self, budget: int, limit: int) -> int:
-        """The longest context, up to ``limit``, that ``budget`` bytes hold beside the weights."""
+        """The longest context, up to ``limit``, that fits into ``budget`` bytes beside the weights."""
         room = budget - self.resident(0)
         if room < 0:
             return 0
@@ -100,69 +81,28 @@ class Sizes:
 
 
 def sizes_of(config: ModelConfig, num_mtp: int = 0) -> Sizes:
-    """Sizes of a model of this configuration with ``num_mtp`` layers for multi-token prediction.
+    """Sizes of a model of this config, with or without (0) its MTP module.
 
     Raises:
-        CheckpointError: the configuration describes tensors that no machine can address.
+        CheckpointError: the config describes tensors too large for any machine.
+        UnsupportedModelError: an MTP module in a model without attention layers.
     """
-    try:
-        with torch.device("meta"):
-            model = CausalLM(config, num_mtp).to(DTYPE)
-    except (RuntimeError, OverflowError) as error:
-        raise CheckpointError(
-            "the config describes tensors too large for any machine; fetch it again"
-        ) from error
-    specs = model.cache_specs()
-    trunk, mtp = specs[: len(config.layers)], specs[len(config.layers) :]
-    delta = [spec for spec in trunk if isinstance(spec, RecurrentSpec)]
+    parts = _parts(config, num_mtp)
+    trunk = [cache_spec(layer.mixer, DTYPE) for layer in config.layers]
     return Sizes(
-        _parts(model),
-        _kv_bytes(trunk),
-        _kv_bytes(mtp),
-        sum(spec.state_bytes for spec in delta),
-        sum(spec.conv_bytes for spec in delta),
+        parts,
+        sum(spec.bytes_per_token for spec in trunk),
+        cache_spec(config.mtp_layer.mixer, DTYPE).bytes_per_token if num_mtp else 0,
+        sum(spec.state_bytes for spec in trunk),
+        sum(spec.conv_bytes for spec in trunk),
     )
 
 
-def _kv_bytes(specs: Iterable[object]) -> int:
-    return sum(spec.bytes_per_token for spec in specs if isinstance(spec, PagedKVSpec))
-
-
-def _parts(model: CausalLM) -> dict[str, Part]:
-    counts = {name: [0, 0] for name in PARTS}
-    for name, param in model.named_parameters():
-        part = part_of(name, model.config)
-        counts[part][0] += param.numel()
-        counts[part][1] += _active(name, part, param.numel(), model.config)
-    if model.head is None:
-        counts["head"][1] = model.head_weight.numel()
-    return {name: Part(*count) for name, count in counts.items()}
-
-
-def part_of(name: str, config: ModelConfig) -> str:
-    """Which of :data:`PARTS` a parameter belongs to, by its name."""
-    top = name.split(".")[0]
-    if top in ("embedding", "head", "mtp"):
-        return top
-    if top == "norm" or ".input_norm." in name or ".ffn_norm." in name:
-        return "norms"
-    if ".mixer." in name:
-        return "delta" if isinstance(config.layers[_layer(name)].mixer, GatedDeltaNetSpec) else "attention"
-    for mark, part in ((".router.", "routers"), (".experts.", "experts"), (".shared_", "shared")):
-        if mark in name:
-            return part
-    return "dense"
-
-
-def _active(name: str, part: str, count: int, config: ModelConfig) -> int:
-    if part in ("embedding", "mtp"):
-        return 0
-    if part == "experts":
-        ffn = config.layers[_layer(name)].ffn
-        return count * ffn.top_k // ffn.num_experts if isinstance(ffn, MoeSpec) else count
-    return count
-
-
-def _layer(name: str) -> int:
-    """Number of the layer in ``layers.7.mixer.weight``."""
-    return int(name.split(".")[1])
+def _parts(config: ModelConfig, num_mtp: int) -> dict[str, PartSize]:
+    total, active = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
+    for parameter in parameters(config, num_mtp):
+        total[parameter.part] += parameter.count
+        active[parameter.part] += parameter.active
+    if config.tie_embeddings:
+        active["head"] = config.vocab_size * config.hidden_size
+    return {part: PartSize(total[part], active[part]) for part in PARTS}

@@ -1,4 +1,4 @@
-"""What a changed model lost: two models read the same text, and their predictions are compared."""
+"""How much a changed model lost: two models read the same text, and their predictions are compared."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from godwit.models.caches import Caches
 from godwit.models.causal_lm import CausalLM
 
 WINDOW = 512  # tokens of a step
-CONTEXT = 4096  # tokens after which the text is taken for a new one
+CONTEXT = 4096  # tokens after which a new context starts
 _ROWS = 64  # of logits at a time: the vocabulary may be large
 
 
 @dataclass(frozen=True)
 class Quality:
-    """How far predictions lie apart, over all tokens that have one before them.
+    """How far the predictions differ, over all tokens but the first of each context.
 
     Attributes:
         tokens: predicted.
         perplexity: of the original.
-        perplexity_changed: of the other model.
-        kl: mean divergence of the other's distribution from the original's, in nats.
-        kl_99: what 99 % of the tokens stay below.
-        same_top: share of tokens for which both find the same one likeliest.
+        perplexity_changed: of the changed model.
+        kl: mean Kullback-Leibler divergence of the changed distribution from the original, in nats.
+        kl_99: its 99th percentile over the tokens.
+        same_top: share of tokens where both models have the same most likely one.
     """
 
     tokens: int
@@ -53,19 +53,19 @@ def compare(
     """Read ``ids`` with both models, in steps of ``window`` tokens with caches.
 
     Args:
-        original: what is taken for right.
+        original: the reference.
         changed: the same model in another form.
-        ids: a text of both models' vocabulary.
+        ids: a text in the vocabulary of both.
         window: tokens of a step.
-        context: tokens after which both forget what they read.
+        context: tokens after which both start a new context.
         progress: called with (tokens done, tokens in all).
 
     Raises:
         UsageError: fewer than two tokens.
     """
     if len(ids) < 2:
-        raise UsageError("a text to measure with must have two tokens at least")
-    readers = [_Reader(model, min(context, len(ids))) for model in (original, changed)]
+        raise UsageError("the text to measure with needs at least two tokens")
+    readers = [_CachedReader(model, min(context, len(ids))) for model in (original, changed)]
     found: list[Tensor] = []
     for begin in range(0, len(ids), context):
         text = ids[begin : begin + context]
@@ -83,8 +83,8 @@ def compare(
     return _summary(torch.cat(found, 1))
 
 
-class _Reader:
-    """A model and its caches, which hold one sequence."""
+class _CachedReader:
+    """A model with caches for one sequence."""
 
     def __init__(self, model: CausalLM, context: int) -> None:
         self.model = model
@@ -104,7 +104,7 @@ class _Reader:
 
 
 def _differences(first: Tensor, second: Tensor, targets: Tensor) -> Tensor:
-    """Rows: both losses, KL divergence, same likeliest token; ``[4, T]`` in float64."""
+    """Rows: both losses, KL divergence, whether the most likely token is the same; ``[4, T]`` float64."""
     p, q = (logits.cpu().float().log_softmax(-1) for logits in (first, second))
     kl = (p.exp() * (p - q)).sum(-1)
     losses = (-x.gather(1, targets[:, None]).squeeze(1) for x in (p, q))

@@ -1,4 +1,4 @@
-"""Result rows: a figure never travels without the command, machine, commit and date it came from."""
+"""Result rows: every figure comes with the command, machine, commit and date of its measurement."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from godwit.measure.machine import cpu_name, memory
 
 
 def result_row(command: str, packages: Sequence[str] = ("torch",), **figures: Any) -> dict[str, Any]:
-    """One row: ``figures`` with what is needed to repeat them.
+    """One row: ``figures`` with what is needed to reproduce them.
 
     Args:
-        command: what was run, as a user would type it.
-        packages: distributions whose versions matter to the figures.
+        command: the command line, as a user would type it.
+        packages: distributions whose versions affect the figures.
         figures: JSON values.
     """
     return {
@@ -37,7 +37,7 @@ def result_row(command: str, packages: Sequence[str] = ("torch",), **figures: An
 
 
 def commit() -> str:
-    """The checked-out commit, marked where files differ from it; "unknown" outside a checkout."""
+    """The checked-out commit, with "-dirty" if files differ from it; "unknown" outside a checkout."""
     try:
         revision = _git("rev-parse", "HEAD")
         return revision + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
@@ -51,7 +51,7 @@ def _git(*words: str) -> str:
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write indented JSON under a temporary name, then rename."""
+    """Write indented JSON to a temporary file, then rename it."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp")

@@ -1,4 +1,4 @@
-"""ForwardBatch: everything a forward pass needs to know about its tokens."""
+"""ForwardBatch: the tokens of a forward pass, and where each sequence's caches lie."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ BLOCK_SIZE = 16  # tokens of paged KV in a block
 class ForwardBatch:
     """The tokens of S sequences packed on one axis of T.
 
-    Training on packed documents, prefill, chunked prefill, decode and draft verification are all this.
+    Training on packed documents, prefill, chunked prefill, decode and draft verification all take this form.
 
     Attributes:
         input_ids: ``[T]`` int64.
-        positions: ``[T]`` int64, place of each token in its sequence.
-        cu_seqlens: S + 1 boundaries on the packed axis, beginning with 0.
+        positions: ``[T]`` int64, position of each token in its sequence.
+        cu_seqlens: S + 1 boundaries on the packed axis, the first is 0.
         seq_lens: S context lengths, this step's tokens included.
         slot_mapping: ``[T]`` int64, flat slot in the paged KV of each token; None without caches.
         block_tables: ``[S, blocks]`` int64, blocks of each sequence in order; None without caches.
         state_indices: S rows in the state pool; empty without caches.
-        num_tentative: for each sequence how many of its last tokens may be rolled back after this step.
-        row_length: training only: the packed axis is rows of this many tokens, no sequence in two; else 0.
+        num_tentative: how many of each sequence's last tokens may be rolled back after this step.
+        row_length: training only: the packed axis consists of rows of this many tokens, and no sequence spans
+            two rows; otherwise 0.
     """
 
     input_ids: Tensor
@@ -50,7 +51,7 @@ class ForwardBatch:
 
     @cached_property
     def last_rows(self) -> Tensor | None:
-        """Index of the last token of each sequence, ``[S]``; None where every token is one: no copy then."""
+        """Index of the last token of each sequence, ``[S]``; None if every token is a last one."""
         if len(self.seq_lens) == len(self.input_ids):
             return None
         return torch.tensor([end - 1 for end in self.cu_seqlens[1:]], device=self.input_ids.device)
@@ -79,7 +80,7 @@ class ForwardBatch:
         num_tentative: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
     ) -> ForwardBatch:
-        """The next tokens of sequences that have ``past`` tokens in the caches already."""
+        """The next tokens of sequences with ``past`` tokens in the caches."""
         lengths = [len(piece) for piece in pieces]
         positions = [start + i for start, length in zip(past, lengths, strict=True) for i in range(length)]
         slots = [

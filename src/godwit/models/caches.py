@@ -1,18 +1,21 @@
-"""What a model remembers between steps: the specs it declares and the tensors that hold it.
+"""What a model keeps between steps: the specs of its caches and the tensors that hold them.
 
 Attention layers keep keys and values in blocks of :data:`~godwit.models.batch.BLOCK_SIZE` tokens. Delta
 layers keep a window of convolution inputs and a float32 state per sequence. A state cannot be cropped, so the
 tokens of a step that may be undone are written to a journal (decay, key and written row of each) and only
-enter the state when the next step begins: :meth:`Caches.rollback` then just forgets journal entries.
+enter the state when the next step begins: :meth:`Caches.rollback` drops journal entries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 
+from godwit.config import AttentionSpec, GatedDeltaNetSpec, MixerSpec
 from godwit.errors import UsageError
 from godwit.models.batch import BLOCK_SIZE
 from godwit.pages import zeros
@@ -25,10 +28,19 @@ class PagedKVSpec:
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    state_bytes: ClassVar[int] = 0
+    conv_bytes: ClassVar[int] = 0
+    bytes_per_sequence: ClassVar[int] = 0
 
     @property
     def bytes_per_token(self) -> int:
         return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    def allocate(
+        self, num_blocks: int, num_rows: int, max_rollback: int, device: torch.device | str
+    ) -> PagedKV:
+        """Zeroed blocks; sequences need no rows of their own."""
+        return PagedKV(self, num_blocks, device)
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,7 @@ class RecurrentSpec:
     head_k_dim: int
     head_v_dim: int
     conv_dtype: torch.dtype
+    bytes_per_token: ClassVar[int] = 0
 
     @property
     def state_bytes(self) -> int:
@@ -54,8 +67,33 @@ class RecurrentSpec:
     def bytes_per_sequence(self) -> int:
         return self.state_bytes + self.conv_bytes
 
+    def allocate(
+        self, num_blocks: int, num_rows: int, max_rollback: int, device: torch.device | str
+    ) -> RecurrentState:
+        """Zeroed rows; no blocks."""
+        return RecurrentState(self, num_rows, max_rollback, device)
+
 
 CacheSpec = PagedKVSpec | RecurrentSpec
+
+
+def _paged(spec: AttentionSpec, dtype: torch.dtype) -> PagedKVSpec:
+    return PagedKVSpec(spec.num_kv_heads, spec.head_dim, dtype)
+
+
+def _recurrent(spec: GatedDeltaNetSpec, dtype: torch.dtype) -> RecurrentSpec:
+    window = spec.conv_kernel - 1
+    return RecurrentSpec(spec.conv_dim, window, spec.num_v_heads, spec.head_k_dim, spec.head_v_dim, dtype)
+
+
+_SPEC_OF: Mapping[type, Callable[[Any, torch.dtype], CacheSpec]] = MappingProxyType(
+    {AttentionSpec: _paged, GatedDeltaNetSpec: _recurrent}
+)
+
+
+def cache_spec(mixer: MixerSpec, dtype: torch.dtype) -> CacheSpec:
+    """The cache of a layer with this mixer; ``dtype`` of keys and values or of the convolution window."""
+    return _SPEC_OF[type(mixer)](mixer, dtype)
 
 
 class PagedKV:
@@ -114,12 +152,7 @@ class Caches:
         device: torch.device | str = "cpu",
     ) -> Caches:
         """Zeroed caches for ``specs`` (of which the last ``num_mtp`` belong to the MTP module)."""
-        made: list[PagedKV | RecurrentState] = [
-            PagedKV(spec, num_blocks, device)
-            if isinstance(spec, PagedKVSpec)
-            else RecurrentState(spec, num_rows, max_rollback, device)
-            for spec in specs
-        ]
+        made = [spec.allocate(num_blocks, num_rows, max_rollback, device) for spec in specs]
         split = len(made) - num_mtp
         mtp = [cache for cache in made[split:] if isinstance(cache, PagedKV)]
         return Caches(made[:split], mtp, max_rollback, [0] * num_rows)
@@ -136,7 +169,7 @@ class Caches:
             cache.state[row].zero_()
 
     def rollback(self, row: int, num_tokens: int) -> None:
-        """Forget the last ``num_tokens`` tokens of the sequence in ``row``.
+        """Undo the last ``num_tokens`` tokens of the sequence in ``row``.
 
         Paged keys and values need no work: a shorter sequence never reads them.
 
@@ -145,13 +178,13 @@ class Caches:
         """
         if not 0 <= num_tokens <= self.pending[row]:
             raise UsageError(
-                f"cannot undo {num_tokens} tokens: the last step kept {self.pending[row]} undoable"
+                f"cannot undo {num_tokens} tokens: the last step declared {self.pending[row]} tentative"
             )
         if num_tokens == 0:
             return
         self.pending[row] -= num_tokens
         for cache in self.recurrent():
-            if cache.conv.device.type == "cpu":  # each refused draft comes here, and torch takes long
+            if cache.conv.device.type == "cpu":  # runs for each rejected draft; torch.roll is slow
                 window = cache.conv.view(torch.uint8).numpy()[row]
                 window[num_tokens:] = window[:-num_tokens]
             else:

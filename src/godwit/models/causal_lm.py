@@ -14,7 +14,7 @@ from godwit.config import LayerSpec, ModelConfig
 from godwit.errors import UsageError
 from godwit.kernels import ops
 from godwit.models.batch import ForwardBatch
-from godwit.models.caches import Caches, CacheSpec, PagedKV, RecurrentState
+from godwit.models.caches import Caches, CacheSpec, PagedKV, RecurrentState, cache_spec
 from godwit.models.layers import Embedding, Experts, Linear, build_ffn, build_norm
 from godwit.models.mixers import GatedDeltaNet, build_mixer
 from godwit.qtensor import QuantTensor
@@ -25,6 +25,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, spec: LayerSpec, config: ModelConfig) -> None:
         super().__init__()
+        self.spec = spec
         self.input_norm = build_norm(config.hidden_size, config)
         self.mixer = build_mixer(spec.mixer, config)
         self.ffn_norm = build_norm(config.hidden_size, config)
@@ -42,9 +43,13 @@ class DecoderLayer(nn.Module):
         out: Tensor = x + self.ffn(self.ffn_norm(x), router_logits)
         return out
 
+    def cache_spec(self, dtype: torch.dtype) -> CacheSpec:
+        """What the layer keeps, in ``dtype`` unless its mixer has a dtype of its own for it."""
+        return cache_spec(self.spec.mixer, self.mixer.cache_dtype or dtype)
+
 
 class Stack(Protocol):
-    """A way to run decoder layers and the norm after them other than one module after the other."""
+    """Runs decoder layers and the norm after them in place of the modules' own ``forward``."""
 
     def __call__(
         self,
@@ -61,7 +66,7 @@ class Stack(Protocol):
 class MTPHead(nn.Module):
     """Predicts one token further: the trunk's normed state joined with the next embedding, one layer, a norm.
 
-    Embedding and head are the trunk's. DeepSeek-V3 (2024) describes the module; sizes follow Qwen3-Next.
+    It uses the trunk's embedding and head. DeepSeek-V3 (2024) describes the module; sizes follow Qwen3-Next.
     """
 
     stack: Stack | None = None
@@ -101,7 +106,7 @@ class CausalLM(nn.Module):
         num_mtp: MTP layers; None takes the config's count (0 where it states none).
 
     Attributes:
-        stack: runs the layers of a model of packed weights; None: its modules do.
+        stack: runs the layers of a model with packed weights; None: the modules run themselves.
     """
 
     stack: Stack | None = None
@@ -117,8 +122,13 @@ class CausalLM(nn.Module):
         self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size)
 
     @property
+    def num_mtp(self) -> int:
+        """MTP layers: 0 or 1."""
+        return int(self.mtp is not None)
+
+    @property
     def dtype(self) -> torch.dtype:
-        """Of the activations; packed weights are multiplied with float32."""
+        """Of the activations; float32 with packed weights."""
         weight = _held(self.embedding)
         return torch.float32 if isinstance(weight, QuantTensor) else weight.dtype
 
@@ -129,18 +139,21 @@ class CausalLM(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """``[V, H]``, the embedding's where they are tied, of a model whose weights are not packed."""
+        """``[V, H]``, the embedding's if they are tied; only without packed weights."""
         return self.embedding.weight if self.head is None else self.head.weight
 
     def forward(
         self, batch: ForwardBatch, caches: Caches | None = None, *, router_logits: list[Tensor] | None = None
     ) -> Tensor:
-        """Normed hidden states ``[T, H]`` of the packed tokens; ``caches=None`` is training or scoring.
+        """Normed hidden states ``[T, H]`` of the packed tokens; ``caches=None`` for training and scoring.
 
         Args:
             batch: the tokens; see :class:`ForwardBatch`.
             caches: advanced in place.
-            router_logits: collects one ``[T, E]`` tensor per sparse layer when given.
+            router_logits: receives one ``[T, E]`` tensor per sparse layer.
+
+        Raises:
+            UsageError: more tentative tokens than the step has, or than the caches can undo.
         """
         if caches is not None:
             self._check_tentative(batch, caches)
@@ -167,7 +180,11 @@ class CausalLM(nn.Module):
         *,
         router_logits: list[Tensor] | None = None,
     ) -> Tensor:
-        """States ``[T, H]`` whose logits predict the token after ``next_ids [T]``; ``batch`` counts slots."""
+        """States ``[T, H]`` whose logits predict the token after ``next_ids [T]``.
+
+        Raises:
+            UsageError: the model has no MTP module.
+        """
         if self.mtp is None:
             raise UsageError("this model has no MTP module")
         out: Tensor = self.mtp(hidden, self.embedding(next_ids), batch, caches, router_logits)
@@ -181,22 +198,22 @@ class CausalLM(nn.Module):
         )
 
     def cache_specs(self) -> list[CacheSpec]:
-        """One spec a layer, the MTP layers' last."""
-        return [layer.mixer.cache_spec(self.dtype) for layer in self._all_layers()]
+        """One spec per layer, the MTP layer's last."""
+        return [layer.cache_spec(self.dtype) for layer in self.all_layers()]
 
     def allocate_caches(self, num_blocks: int, num_rows: int = 1, max_rollback: int = 0) -> Caches:
         """Zeroed caches for this model on its device."""
-        num_mtp = len(self.mtp.layers) if self.mtp is not None else 0
         return Caches.allocate(
             self.cache_specs(),
             num_blocks,
             num_rows,
-            num_mtp=num_mtp,
+            num_mtp=self.num_mtp,
             max_rollback=max_rollback,
             device=self.device,
         )
 
-    def _all_layers(self) -> list[DecoderLayer]:
+    def all_layers(self) -> list[DecoderLayer]:
+        """The decoder layers, the MTP module's last."""
         layers = [*self.layers, *(self.mtp.layers if self.mtp is not None else ())]
         return [layer for layer in layers if isinstance(layer, DecoderLayer)]
 
@@ -204,12 +221,13 @@ class CausalLM(nn.Module):
         for count, length in zip(batch.num_tentative, batch.lengths, strict=True):
             if not 0 <= count <= min(length, caches.max_rollback):
                 raise UsageError(
-                    f"{count} tentative tokens: a step of {length} may undo {caches.max_rollback}"
+                    f"{count} tentative tokens in a step of {length}; "
+                    f"the caches can undo {caches.max_rollback}"
                 )
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Fresh weights: normal with the config's deviation, neutral norms, decays from U(0.01, 16)."""
+        """New weights: normal with the config's deviation, neutral norms, decays from U(0.01, 16)."""
         std = self.config.initializer_range
         for module in self.modules():
             if isinstance(module, Linear | Embedding):
@@ -224,7 +242,7 @@ class CausalLM(nn.Module):
 
 
 def _held(module: Embedding | Linear) -> Tensor | QuantTensor:
-    """A module's weight, which in a packed model is no parameter."""
+    """A module's weight; in a packed model it is not a parameter."""
     held: Tensor | QuantTensor = module.weight
     return held
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -52,8 +56,8 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, spec: RotarySpec) -> None:
         super().__init__()
         self.scale = spec.attention_factor
-        # a plain attribute: no module-wide cast may ever round the frequencies
-        with torch.device("cpu"):  # real numbers also where the model is being laid out on the meta device
+        # a plain attribute, so that casting the module never rounds the frequencies
+        with torch.device("cpu"):  # also when the model is built on the meta device
             self.frequencies = ops.rotary_frequencies(spec)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -80,7 +84,7 @@ class SwiGLU(nn.Module):
 class Experts(nn.Module):
     """Stacked experts: ``w13 [E, 2 I, H]`` (gate rows, then up rows) and ``w2 [E, H, I]``.
 
-    In a model of packed weights both are in ``packed``, and the parameters are gone.
+    In a model with packed weights both are in ``packed`` and the parameters do not exist.
     """
 
     packed: QuantExperts | None = None
@@ -121,15 +125,22 @@ class SparseMoeBlock(nn.Module):
 class DenseMlp(SwiGLU):
     """The SwiGLU of a layer without experts; takes the same arguments as the sparse block."""
 
+    def __init__(self, spec: DenseSpec, hidden: int) -> None:
+        super().__init__(hidden, spec.intermediate, spec.bias)
+
     def forward(self, x: Tensor, router_logits: list[Tensor] | None = None) -> Tensor:
         return super().forward(x)
 
 
-def build_ffn(spec: FfnSpec, config: ModelConfig) -> DenseMlp | SparseMoeBlock:
+Ffn = DenseMlp | SparseMoeBlock
+_MODULE_OF: Mapping[type, Callable[[Any, int], Ffn]] = MappingProxyType(
+    {DenseSpec: DenseMlp, MoeSpec: SparseMoeBlock}
+)
+
+
+def build_ffn(spec: FfnSpec, config: ModelConfig) -> Ffn:
     """The feed-forward part that ``spec`` describes."""
-    if isinstance(spec, DenseSpec):
-        return DenseMlp(config.hidden_size, spec.intermediate, spec.bias)
-    return SparseMoeBlock(spec, config.hidden_size)
+    return _MODULE_OF[type(spec)](spec, config.hidden_size)
 
 
 def build_norm(size: int, config: ModelConfig) -> RMSNorm:

@@ -17,7 +17,7 @@ from godwit.checkpoint.spelling import EMBEDDING, HEAD, canonical_name
 from godwit.config import ModelConfig
 from godwit.errors import CheckpointError
 from godwit.models.causal_lm import CausalLM
-from godwit.models.names import Alternatives, Entry, Piece, name_map
+from godwit.models.names import Alternatives, Entry, Placement, name_map
 from godwit.safe_files import read_bounded
 
 _MTP_LAYER = re.compile(r"mtp\.layers\.(\d+)\.")
@@ -107,7 +107,7 @@ def _allocate(model: nn.Module, device: torch.device | str) -> None:
             setattr(module, name, nn.Parameter(real, requires_grad=False))
 
 
-def _widen(model: CausalLM, pieces: Sequence[Piece], stored: Mapping[str, torch.dtype]) -> None:
+def _widen(model: CausalLM, pieces: Sequence[Placement], stored: Mapping[str, torch.dtype]) -> None:
     """Give each parameter of a model without data the dtype that holds all its tensors exactly."""
     dtypes: dict[str, torch.dtype] = {}
     for piece in pieces:
@@ -117,7 +117,7 @@ def _widen(model: CausalLM, pieces: Sequence[Piece], stored: Mapping[str, torch.
         parameter.data = parameter.data.to(dtypes[name])
 
 
-def plan(checkpoint: Checkpoint) -> tuple[list[Piece], dict[str, str], int]:
+def plan(checkpoint: Checkpoint) -> tuple[list[Placement], dict[str, str], int]:
     """The pieces to read, canonical to actual names, and the number of MTP layers found.
 
     Raises:
@@ -151,8 +151,8 @@ def plan(checkpoint: Checkpoint) -> tuple[list[Piece], dict[str, str], int]:
     return pieces, actual, num_mtp
 
 
-def _choose(entry: Entry, present: Mapping[str, str]) -> tuple[Piece, ...]:
-    if isinstance(entry, Piece):
+def _choose(entry: Entry, present: Mapping[str, str]) -> tuple[Placement, ...]:
+    if isinstance(entry, Placement):
         return (entry,)
     for option in entry.options:
         if any(piece.source in present for piece in option):
@@ -163,7 +163,7 @@ def _choose(entry: Entry, present: Mapping[str, str]) -> tuple[Piece, ...]:
 @dataclass(frozen=True)
 class _Part:
     parameter: Tensor
-    piece: Piece
+    piece: Placement
 
     def copy_from(self, tensor: Tensor) -> None:
         with torch.no_grad():
@@ -182,7 +182,7 @@ class _Part:
         return part.detach().reshape(self.piece.shape)
 
 
-def _part(parameter: Tensor, piece: Piece) -> _Part:
+def _part(parameter: Tensor, piece: Placement) -> _Part:
     return _Part(parameter, piece)
 
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from godwit.config import AttentionSpec, GatedDeltaNetSpec, ModelConfig
+from godwit.config import AttentionSpec, GatedDeltaNetSpec, MixerSpec, ModelConfig
 from godwit.kernels import ops
 from godwit.models.batch import ForwardBatch
-from godwit.models.caches import Caches, CacheSpec, PagedKV, PagedKVSpec, RecurrentSpec, RecurrentState
+from godwit.models.caches import Caches, PagedKV, RecurrentState
 from godwit.models.layers import Linear, RotaryEmbedding, build_norm
 
 
 class Attention(nn.Module):
     """Causal grouped-query attention, optionally with q/k norms and a sigmoid gate on its output.
 
-    The input projection is one matrix with rows query | gate | key | value; gate rows exist where the family
-    has one.
+    The input projection is one matrix with rows query | gate | key | value; the gate's rows are optional.
     """
 
     cache_dtype: torch.dtype | None = None  # of keys and values; None: that of the weights
@@ -32,9 +35,6 @@ class Attention(nn.Module):
         self.k_norm = build_norm(spec.head_dim, config) if spec.qk_norm else None
         self.rotary = RotaryEmbedding(spec.rotary)
 
-    def cache_spec(self, dtype: torch.dtype) -> CacheSpec:
-        return PagedKVSpec(self.spec.num_kv_heads, self.spec.head_dim, self.cache_dtype or dtype)
-
     def forward(self, x: Tensor, batch: ForwardBatch, caches: Caches | None, cache: object | None) -> Tensor:
         """``x [T, H]`` normalised hidden states to ``[T, H]``."""
         heads = (-1, self.spec.head_dim)
@@ -44,25 +44,22 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = self.rotary(batch.positions, q.dtype)
         q, k = ops.apply_rotary_emb(q, cos, sin), ops.apply_rotary_emb(k, cos, sin)
-        keys, values = self._context(k, v, batch, cache)
-        out = ops.attention(q, keys, values, batch.lengths, self.spec.head_dim**-0.5).flatten(1)
+        out = self._attend(q, k, v, batch, cache).flatten(1)
         if self.spec.output_gate:
             out = out * gate.sigmoid()
         result: Tensor = self.out_proj(out)
         return result
 
-    def _context(
-        self, k: Tensor, v: Tensor, batch: ForwardBatch, cache: object | None
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values of each whole sequence; new ones are stored first."""
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, batch: ForwardBatch, cache: object | None) -> Tensor:
+        """``q [T, heads, D]`` over each whole sequence; new keys and values are stored in the cache first."""
+        scale = self.spec.head_dim**-0.5
         if not isinstance(cache, PagedKV) or batch.slot_mapping is None or batch.block_tables is None:
-            return list(torch.split(k, batch.lengths)), list(torch.split(v, batch.lengths))
+            keys, values = torch.split(k, batch.lengths), torch.split(v, batch.lengths)
+            return ops.attention(q, keys, values, batch.lengths, scale)
         ops.store_kv(cache.k, k, batch.slot_mapping)
         ops.store_kv(cache.v, v, batch.slot_mapping)
-        tables = list(zip(batch.block_tables, batch.seq_lens, strict=True))
-        return (
-            [ops.gather_kv(cache.k, table, length) for table, length in tables],
-            [ops.gather_kv(cache.v, table, length) for table, length in tables],
+        return ops.paged_attention(
+            q, cache.k, cache.v, batch.block_tables, batch.lengths, batch.seq_lens, scale
         )
 
 
@@ -86,17 +83,6 @@ class GatedDeltaNet(nn.Module):
         self.dt_bias = nn.Parameter(torch.ones(spec.num_v_heads))
         self.norm_weight = nn.Parameter(torch.ones(spec.head_v_dim))
         self.out_proj = Linear(spec.value_dim, config.hidden_size)
-
-    def cache_spec(self, dtype: torch.dtype) -> CacheSpec:
-        spec = self.spec
-        return RecurrentSpec(
-            spec.conv_dim,
-            spec.conv_kernel - 1,
-            spec.num_v_heads,
-            spec.head_k_dim,
-            spec.head_v_dim,
-            self.cache_dtype or dtype,
-        )
 
     def forward(self, x: Tensor, batch: ForwardBatch, caches: Caches | None, cache: object | None) -> Tensor:
         """``x [T, H]`` normalised hidden states to ``[T, H]``."""
@@ -185,7 +171,7 @@ class GatedDeltaNet(nn.Module):
             out, final = ops.chunk_gated_delta_rule(q, k, v, g, beta, [length], state[None])
             cache.state[row] = final[0]
             return out
-        # few tokens go one by one, so that a verified draft leaves the very state that plain decoding leaves
+        # few tokens go one by one, so that a verified draft leaves the same state, bit for bit, as decoding
         out, final, delta = ops.recurrent_gated_delta_rule(q, k, v, g, beta, [length], state[None])
         if not tentative:
             cache.state[row] = final[0]
@@ -199,8 +185,12 @@ class GatedDeltaNet(nn.Module):
         return out
 
 
-def build_mixer(spec: AttentionSpec | GatedDeltaNetSpec, config: ModelConfig) -> Attention | GatedDeltaNet:
+Mixer = Attention | GatedDeltaNet
+_MODULE_OF: Mapping[type, Callable[[Any, ModelConfig], Mixer]] = MappingProxyType(
+    {AttentionSpec: Attention, GatedDeltaNetSpec: GatedDeltaNet}
+)
+
+
+def build_mixer(spec: MixerSpec, config: ModelConfig) -> Mixer:
     """The mixer that ``spec`` describes."""
-    if isinstance(spec, AttentionSpec):
-        return Attention(spec, config)
-    return GatedDeltaNet(spec, config)
+    return _MODULE_OF[type(spec)](spec, config)

@@ -1,14 +1,16 @@
 """How checkpoint tensors map to the model's parameters, per family, in both directions.
 
-A :class:`Piece` says: this checkpoint tensor is that part of that parameter. Loading writes the tensor there,
+A :class:`Placement` maps a checkpoint tensor to a part of a parameter. Loading writes the tensor there,
 saving reads it from there; packed and interleaved layouts are undone here and nowhere else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ Index = tuple[slice | int | Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Piece:
+class Placement:
     """Checkpoint tensor ``source`` of ``shape`` is ``parameter[index]`` (reshaped)."""
 
     source: str
@@ -32,51 +34,41 @@ class Piece:
 
 @dataclass(frozen=True)
 class Alternatives:
-    """One group of parameters with several layouts on disk; the first whose names are present is meant."""
+    """Parameters with several layouts on disk; the first option whose names are present applies."""
 
-    options: tuple[tuple[Piece, ...], ...]
+    options: tuple[tuple[Placement, ...], ...]
 
 
-Entry = Piece | Alternatives
+Entry = Placement | Alternatives
 
 
 def name_map(config: ModelConfig, num_mtp: int) -> Iterator[Entry]:
     """Every tensor a checkpoint of ``config`` holds, with canonical names (see :func:`canonical_name`)."""
     hidden, vocab = config.hidden_size, config.vocab_size
-    yield Piece(EMBEDDING, (vocab, hidden), "embedding.weight")
+    yield Placement(EMBEDDING, (vocab, hidden), "embedding.weight")
     for index, layer in enumerate(config.layers):
         yield from _layer(f"model.layers.{index}.", f"layers.{index}.", layer, config)
-    yield Piece("model.norm.weight", (hidden,), "norm.weight")
+    yield Placement("model.norm.weight", (hidden,), "norm.weight")
     if not config.tie_embeddings:
-        yield Piece(HEAD, (vocab, hidden), "head.weight")
+        yield Placement(HEAD, (vocab, hidden), "head.weight")
     if num_mtp:
-        yield Piece("mtp.pre_fc_norm_embedding.weight", (hidden,), "mtp.embedding_norm.weight")
-        yield Piece("mtp.pre_fc_norm_hidden.weight", (hidden,), "mtp.hidden_norm.weight")
-        yield Piece("mtp.fc.weight", (hidden, 2 * hidden), "mtp.fc.weight")
-        yield Piece("mtp.norm.weight", (hidden,), "mtp.norm.weight")
-        for index in range(num_mtp):
-            yield from _layer(f"mtp.layers.{index}.", f"mtp.layers.{index}.", config.mtp_layer, config)
+        yield Placement("mtp.pre_fc_norm_embedding.weight", (hidden,), "mtp.embedding_norm.weight")
+        yield Placement("mtp.pre_fc_norm_hidden.weight", (hidden,), "mtp.hidden_norm.weight")
+        yield Placement("mtp.fc.weight", (hidden, 2 * hidden), "mtp.fc.weight")
+        yield Placement("mtp.norm.weight", (hidden,), "mtp.norm.weight")
+        yield from _layer("mtp.layers.0.", "mtp.layers.0.", config.mtp_layer, config)
 
 
 def _layer(source: str, target: str, layer: LayerSpec, config: ModelConfig) -> Iterator[Entry]:
     hidden = config.hidden_size
-    yield Piece(source + "input_layernorm.weight", (hidden,), target + "input_norm.weight")
-    yield Piece(source + "post_attention_layernorm.weight", (hidden,), target + "ffn_norm.weight")
-    if isinstance(layer.mixer, AttentionSpec):
-        yield from _attention(source + "self_attn.", target + "mixer.", layer.mixer, hidden)
-    elif config.family.gdn_packing == "interleaved":
-        yield from _delta_interleaved(source + "linear_attn.", target + "mixer.", layer.mixer, hidden)
-        yield from _delta_common(source + "linear_attn.", target + "mixer.", layer.mixer, hidden)
-    else:
-        yield from _delta_split(source + "linear_attn.", target + "mixer.", layer.mixer, hidden)
-        yield from _delta_common(source + "linear_attn.", target + "mixer.", layer.mixer, hidden)
-    if isinstance(layer.ffn, DenseSpec):
-        yield from _swiglu(source + "mlp.", target + "ffn.", layer.ffn.intermediate, hidden, layer.ffn.bias)
-    else:
-        yield from _moe(source, target + "ffn.", layer.ffn, config)
+    yield Placement(source + "input_layernorm.weight", (hidden,), target + "input_norm.weight")
+    yield Placement(source + "post_attention_layernorm.weight", (hidden,), target + "ffn_norm.weight")
+    yield from _ENTRIES[type(layer.mixer)](source, target + "mixer.", layer.mixer, config)
+    yield from _ENTRIES[type(layer.ffn)](source, target + "ffn.", layer.ffn, config)
 
 
-def _attention(source: str, target: str, spec: AttentionSpec, hidden: int) -> Iterator[Piece]:
+def _attention(layer: str, target: str, spec: AttentionSpec, config: ModelConfig) -> Iterator[Placement]:
+    source, hidden = layer + "self_attn.", config.hidden_size
     query, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     gates = query if spec.output_gate else 0
     rows: dict[str, Tensor | slice] = {
@@ -86,15 +78,15 @@ def _attention(source: str, target: str, spec: AttentionSpec, hidden: int) -> It
     }
     sizes = {"q_proj": query + gates, "k_proj": kv, "v_proj": kv}
     for name, index in rows.items():
-        yield Piece(f"{source}{name}.weight", (sizes[name], hidden), target + "in_proj.weight", (index,))
+        yield Placement(f"{source}{name}.weight", (sizes[name], hidden), target + "in_proj.weight", (index,))
         if spec.bias:
-            yield Piece(f"{source}{name}.bias", (sizes[name],), target + "in_proj.bias", (index,))
-    yield Piece(source + "o_proj.weight", (hidden, query), target + "out_proj.weight")
+            yield Placement(f"{source}{name}.bias", (sizes[name],), target + "in_proj.bias", (index,))
+    yield Placement(source + "o_proj.weight", (hidden, query), target + "out_proj.weight")
     if spec.output_bias:
-        yield Piece(source + "o_proj.bias", (hidden,), target + "out_proj.bias")
+        yield Placement(source + "o_proj.bias", (hidden,), target + "out_proj.bias")
     if spec.qk_norm:
-        yield Piece(source + "q_norm.weight", (spec.head_dim,), target + "q_norm.weight")
-        yield Piece(source + "k_norm.weight", (spec.head_dim,), target + "k_norm.weight")
+        yield Placement(source + "q_norm.weight", (spec.head_dim,), target + "q_norm.weight")
+        yield Placement(source + "k_norm.weight", (spec.head_dim,), target + "k_norm.weight")
 
 
 @lru_cache(maxsize=4)  # the same for all layers of a model
@@ -104,14 +96,25 @@ def _query_and_gate_rows(spec: AttentionSpec) -> Tensor:
     return torch.cat((heads, heads + spec.num_heads * spec.head_dim), 1).flatten()
 
 
-def _delta_interleaved(source: str, target: str, spec: GatedDeltaNetSpec, hidden: int) -> Iterator[Piece]:
+def _delta(layer: str, target: str, spec: GatedDeltaNetSpec, config: ModelConfig) -> Iterator[Placement]:
+    source, hidden = layer + "linear_attn.", config.hidden_size
+    packed = {"interleaved": _delta_interleaved, "split": _delta_split}[config.family.gdn_packing]
+    yield from packed(source, target, spec, hidden)
+    yield Placement(source + "conv1d.weight", (spec.conv_dim, 1, spec.conv_kernel), target + "conv_weight")
+    yield Placement(source + "A_log", (spec.num_v_heads,), target + "A_log")
+    yield Placement(source + "dt_bias", (spec.num_v_heads,), target + "dt_bias")
+    yield Placement(source + "norm.weight", (spec.head_v_dim,), target + "norm_weight")
+    yield Placement(source + "out_proj.weight", (hidden, spec.value_dim), target + "out_proj.weight")
+
+
+def _delta_interleaved(source: str, target: str, spec: GatedDeltaNetSpec, hidden: int) -> Iterator[Placement]:
     total = spec.conv_dim + spec.value_dim
-    yield Piece(
+    yield Placement(
         source + "in_proj_qkvz.weight", (total, hidden), target + "in_proj_qkvz.weight", (_qkvz_rows(spec),)
     )
     pairs = torch.arange(spec.num_v_heads).view(spec.num_k_heads, -1)
     both = torch.cat((pairs, pairs + spec.num_v_heads), 1).flatten()
-    yield Piece(
+    yield Placement(
         source + "in_proj_ba.weight", (2 * spec.num_v_heads, hidden), target + "in_proj_ba.weight", (both,)
     )
 
@@ -125,39 +128,35 @@ def _qkvz_rows(spec: GatedDeltaNetSpec) -> Tensor:
     return torch.cat((q, q + key, v, v + value), 1).flatten()
 
 
-def _delta_split(source: str, target: str, spec: GatedDeltaNetSpec, hidden: int) -> Iterator[Piece]:
+def _delta_split(source: str, target: str, spec: GatedDeltaNetSpec, hidden: int) -> Iterator[Placement]:
     conv, value, heads = spec.conv_dim, spec.value_dim, spec.num_v_heads
     qkvz, ba = target + "in_proj_qkvz.weight", target + "in_proj_ba.weight"
-    yield Piece(source + "in_proj_qkv.weight", (conv, hidden), qkvz, (slice(0, conv),))
-    yield Piece(source + "in_proj_z.weight", (value, hidden), qkvz, (slice(conv, conv + value),))
-    yield Piece(source + "in_proj_b.weight", (heads, hidden), ba, (slice(0, heads),))
-    yield Piece(source + "in_proj_a.weight", (heads, hidden), ba, (slice(heads, 2 * heads),))
+    yield Placement(source + "in_proj_qkv.weight", (conv, hidden), qkvz, (slice(0, conv),))
+    yield Placement(source + "in_proj_z.weight", (value, hidden), qkvz, (slice(conv, conv + value),))
+    yield Placement(source + "in_proj_b.weight", (heads, hidden), ba, (slice(0, heads),))
+    yield Placement(source + "in_proj_a.weight", (heads, hidden), ba, (slice(heads, 2 * heads),))
 
 
-def _delta_common(source: str, target: str, spec: GatedDeltaNetSpec, hidden: int) -> Iterator[Piece]:
-    yield Piece(source + "conv1d.weight", (spec.conv_dim, 1, spec.conv_kernel), target + "conv_weight")
-    yield Piece(source + "A_log", (spec.num_v_heads,), target + "A_log")
-    yield Piece(source + "dt_bias", (spec.num_v_heads,), target + "dt_bias")
-    yield Piece(source + "norm.weight", (spec.head_v_dim,), target + "norm_weight")
-    yield Piece(source + "out_proj.weight", (hidden, spec.value_dim), target + "out_proj.weight")
+def _dense(layer: str, target: str, spec: DenseSpec, config: ModelConfig) -> Iterator[Placement]:
+    return _swiglu(layer + "mlp.", target, spec.intermediate, config.hidden_size, spec.bias)
 
 
-def _swiglu(source: str, target: str, width: int, hidden: int, bias: bool) -> Iterator[Piece]:
+def _swiglu(source: str, target: str, width: int, hidden: int, bias: bool) -> Iterator[Placement]:
     parts = {"gate_proj": slice(0, width), "up_proj": slice(width, 2 * width)}
     for name, rows in parts.items():
-        yield Piece(f"{source}{name}.weight", (width, hidden), target + "w13.weight", (rows,))
+        yield Placement(f"{source}{name}.weight", (width, hidden), target + "w13.weight", (rows,))
         if bias:
-            yield Piece(f"{source}{name}.bias", (width,), target + "w13.bias", (rows,))
-    yield Piece(source + "down_proj.weight", (hidden, width), target + "w2.weight")
+            yield Placement(f"{source}{name}.bias", (width,), target + "w13.bias", (rows,))
+    yield Placement(source + "down_proj.weight", (hidden, width), target + "w2.weight")
     if bias:
-        yield Piece(source + "down_proj.bias", (hidden,), target + "w2.bias")
+        yield Placement(source + "down_proj.bias", (hidden,), target + "w2.bias")
 
 
 def _moe(layer: str, target: str, spec: MoeSpec, config: ModelConfig) -> Iterator[Entry]:
     hidden = config.hidden_size
     mixtral = config.family.expert_names == "mixtral"
     source = layer + ("block_sparse_moe." if mixtral else "mlp.")
-    yield Piece(source + "gate.weight", (spec.num_experts, hidden), target + "router.weight")
+    yield Placement(source + "gate.weight", (spec.num_experts, hidden), target + "router.weight")
     names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
     yield Alternatives(
         (
@@ -168,23 +167,28 @@ def _moe(layer: str, target: str, spec: MoeSpec, config: ModelConfig) -> Iterato
     if spec.shared_intermediate:
         shared = source + "shared_expert."
         yield from _swiglu(shared, target + "shared_expert.", spec.shared_intermediate, hidden, False)
-        yield Piece(source + "shared_expert_gate.weight", (1, hidden), target + "shared_gate.weight")
+        yield Placement(source + "shared_expert_gate.weight", (1, hidden), target + "shared_gate.weight")
 
 
 def _experts_apart(
     source: str, target: str, spec: MoeSpec, hidden: int, names: tuple[str, str, str]
-) -> Iterator[Piece]:
+) -> Iterator[Placement]:
     width = spec.intermediate
     gate, up, down = names
     w13, w2 = target + "experts.w13", target + "experts.w2"
     for expert in range(spec.num_experts):
         prefix = f"{source}experts.{expert}."
-        yield Piece(f"{prefix}{gate}.weight", (width, hidden), w13, (expert, slice(0, width)))
-        yield Piece(f"{prefix}{up}.weight", (width, hidden), w13, (expert, slice(width, 2 * width)))
-        yield Piece(f"{prefix}{down}.weight", (hidden, width), w2, (expert,))
+        yield Placement(f"{prefix}{gate}.weight", (width, hidden), w13, (expert, slice(0, width)))
+        yield Placement(f"{prefix}{up}.weight", (width, hidden), w13, (expert, slice(width, 2 * width)))
+        yield Placement(f"{prefix}{down}.weight", (hidden, width), w2, (expert,))
 
 
-def _experts_fused(source: str, target: str, spec: MoeSpec, hidden: int) -> Iterator[Piece]:
+def _experts_fused(source: str, target: str, spec: MoeSpec, hidden: int) -> Iterator[Placement]:
     count, width = spec.num_experts, spec.intermediate
-    yield Piece(source + "experts.gate_up_proj", (count, 2 * width, hidden), target + "experts.w13")
-    yield Piece(source + "experts.down_proj", (count, hidden, width), target + "experts.w2")
+    yield Placement(source + "experts.gate_up_proj", (count, 2 * width, hidden), target + "experts.w13")
+    yield Placement(source + "experts.down_proj", (count, hidden, width), target + "experts.w2")
+
+
+_ENTRIES: Mapping[type, Callable[[str, str, Any, ModelConfig], Iterator[Entry]]] = MappingProxyType(
+    {AttentionSpec: _attention, GatedDeltaNetSpec: _delta, DenseSpec: _dense, MoeSpec: _moe}
+)

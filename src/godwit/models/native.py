@@ -1,35 +1,36 @@
-"""Models of packed weights: the same :class:`CausalLM`, its layers run by the native CPU kernels.
+"""Models with packed weights: the same :class:`CausalLM`, its layers run by the native CPU kernels.
 
-Packing replaces each matrix by a :class:`QuantTensor` (and an expert stack by :class:`QuantExperts`); what is
-left as parameters is float32. One native call does a mixer or a feed-forward part with its norm and residual.
+Packing replaces each matrix by a :class:`QuantTensor` and each stack of experts by :class:`QuantExperts`; the
+other parameters are float32. One native call runs all layers of a step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from godwit import _native
 from godwit.checkpoint.packed import PackedFile
+from godwit.config import AttentionSpec, DenseSpec, GatedDeltaNetSpec, MoeSpec
 from godwit.errors import CheckpointError, UsageError
 from godwit.kernels import native
 from godwit.models.batch import BLOCK_SIZE, ForwardBatch
 from godwit.models.caches import Caches, PagedKV, RecurrentState
-from godwit.models.causal_lm import CausalLM, DecoderLayer, MTPHead
+from godwit.models.causal_lm import CausalLM, DecoderLayer
+from godwit.models.inventory import EXACT, count_mtp, parameters
 from godwit.models.layers import DenseMlp, Experts, Linear, RMSNorm, SparseMoeBlock, SwiGLU
 from godwit.models.mixers import Attention, GatedDeltaNet
 from godwit.qtensor import QuantExperts, QuantTensor, expert_layout, quantize
 
 Value = Tensor | QuantTensor | QuantExperts
-#: Matrices that no recipe rounds: routers choose among hundreds of experts by small differences, and the
-#: decay and write strength of a delta layer act on its state for thousands of tokens. Both are small.
-EXACT = ("router.weight", "in_proj_ba.weight")
-_PIECE = 1 << 20  # weights whose rounding is looked at in one go
+_ROUNDED_AT_ONCE = 1 << 20  # weights
 
 
 def load_packed(source: str | Path | PackedFile) -> CausalLM:
@@ -40,9 +41,8 @@ def load_packed(source: str | Path | PackedFile) -> CausalLM:
     """
     file = source if isinstance(source, PackedFile) else PackedFile.open(source)
     names = list(file.names())
-    num_mtp = int(any(name.startswith("mtp.") for name in names))
     with torch.device("meta"):
-        model = CausalLM(file.config, num_mtp)
+        model = CausalLM(file.config, count_mtp(names))
     _assign_all(model, ((name, file.tensor(name)) for name in names), str(source))
     return _finish(model)
 
@@ -53,11 +53,12 @@ def pack_model(model: CausalLM, format: str | Callable[[str], str], *, release: 
     Args:
         model: with ordinary parameters on the CPU.
         format: one of :data:`godwit.qtensor.FORMATS`, with routers and gate projections in bf16; or a
-            function that gives the format of each matrix by its name.
-        release: free each parameter of ``model`` once it is packed, which spares a second copy of it.
+            function from the name of a matrix to its format.
+        release: free each parameter of ``model`` once it is packed, so that there are never two copies.
     """
     with torch.device("meta"):
-        packed = CausalLM(model.config, int(model.mtp is not None))
+        packed = CausalLM(model.config, model.num_mtp)
+    matrices = {p.name for p in parameters(model.config, model.num_mtp) if p.is_matrix}
 
     def format_of(name: str) -> str:
         if callable(format):
@@ -72,7 +73,7 @@ def pack_model(model: CausalLM, format: str | Callable[[str], str], *, release: 
             else:
                 for leaf, param in module.named_parameters(recurse=False):
                     name = f"{module_name}.{leaf}"
-                    packs = _is_matrix(name, param)
+                    packs = name in matrices
                     yield name, quantize(param, format_of(name)) if packs else param.detach().float()
             if release:
                 for param in module.parameters(recurse=False):
@@ -84,10 +85,10 @@ def pack_model(model: CausalLM, format: str | Callable[[str], str], *, release: 
 
 @dataclass
 class Rounding:
-    """What packing as bf16 does to matrices of other dtypes.
+    """The effect of packing matrices of other dtypes as bf16.
 
-    ``dtypes`` are their names; ``exact`` of the ``matrices`` lose nothing; ``error``
-    is the root mean square of all changes over that of the weights.
+    ``dtypes`` are their names; ``exact`` of the ``matrices`` lose nothing; ``error`` is the root mean square
+    of all changes over that of the weights.
     """
 
     dtypes: set[str] = field(default_factory=set)
@@ -101,11 +102,11 @@ class Rounding:
         return math.sqrt(self.change / self.size) if self.size else 0.0
 
     def add(self, matrix: Tensor) -> None:
-        """Count ``matrix [rows, cols]``; what lies beyond the range of bf16 changes without bound."""
+        """Count ``matrix [rows, cols]``; a weight beyond the range of bf16 makes the error infinite."""
         self.dtypes.add(str(matrix.dtype).removeprefix("torch."))
         self.matrices += 1
         before = self.change
-        for rows in torch.split(matrix.detach(), max(1, _PIECE // max(1, matrix.shape[1]))):
+        for rows in torch.split(matrix.detach(), max(1, _ROUNDED_AT_ONCE // max(1, matrix.shape[1]))):
             whole = rows.float()
             self.size += float(whole.square().sum(dtype=torch.float64))
             self.change += float((whole - whole.bfloat16().float()).square().sum(dtype=torch.float64))
@@ -113,32 +114,21 @@ class Rounding:
 
 
 def rounding_to_bf16(model: CausalLM) -> Rounding:
-    """What :func:`pack_model` with "bf16" would change; matrices that are bf16 already do not count."""
+    """The effect of :func:`pack_model` with "bf16"; matrices that are bf16 already do not count."""
     found = Rounding()
-    for name, param in model.named_parameters():
-        stack = param.dim() == 3
-        if param.dtype != torch.bfloat16 and (stack or _is_matrix(name, param)):
-            for matrix in param if stack else (param,):
+    for listed in parameters(model.config, model.num_mtp):
+        if not listed.is_matrix and not listed.top_k:
+            continue
+        param = model.get_parameter(listed.name)
+        if param.dtype != torch.bfloat16:
+            for matrix in param if listed.top_k else (param,):
                 found.add(matrix)
     return found
 
 
-def _is_matrix(name: str, param: Tensor) -> bool:
-    """Whether a parameter is packed; what is not stays float32."""
-    return param.dim() == 2 and name.endswith(".weight") and not name.endswith("shared_gate.weight")
-
-
 def count_parameters(model: CausalLM) -> int:
     """Weights of a model, packed or not; padding does not count."""
-    total = sum(param.numel() for param in model.parameters())
-    for module in model.modules():
-        packed = getattr(module, "packed", None)
-        if isinstance(packed, QuantExperts):
-            total += 3 * packed.num_experts * packed.hidden * packed.intermediate
-        weight = vars(module).get("weight")
-        if isinstance(weight, QuantTensor):
-            total += weight.shape[0] * weight.shape[1]
-    return total
+    return sum(listed.count for listed in parameters(model.config, model.num_mtp))
 
 
 def formats(model: CausalLM) -> list[str]:
@@ -164,17 +154,13 @@ def _pack_experts(experts: Experts, format13: str, format2: str) -> QuantExperts
 
 
 def _assign_all(model: CausalLM, values: Iterable[tuple[str, Value]], source: str) -> None:
-    """Put ``values`` where their names say.
+    """Assign ``values`` by name.
 
     Raises:
-        CheckpointError: names or shapes that are not the model's, or parameters that got none.
+        CheckpointError: names or shapes that are not the model's, or parameters without a value.
     """
-    wanted = {name: tuple(param.shape) for name, param in model.named_parameters()}
-    for name, module in model.named_modules():
-        if isinstance(module, Experts):
-            hidden, double = wanted[f"{name}.w13"][2], wanted[f"{name}.w13"][1]
-            wanted[name] = (wanted.pop(f"{name}.w13")[0], hidden, double // 2)
-            del wanted[f"{name}.w2"]
+    # A stack of experts is one value, known by the shape of its w2: [experts, hidden, intermediate].
+    wanted = {p.packed_name: p.shape for p in parameters(model.config, model.num_mtp)}
     problems = []
     for name, value in values:
         shape = tuple(value.shape) if not isinstance(value, QuantExperts) else (
@@ -208,25 +194,28 @@ def _assign(model: CausalLM, name: str, value: Value) -> None:
 
 
 def _finish(model: CausalLM) -> CausalLM:
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.cache_dtype = torch.bfloat16
-        elif isinstance(module, GatedDeltaNet):
-            module.cache_dtype = torch.float32
-        elif isinstance(module, CausalLM | MTPHead):
-            layers = [layer for layer in module.layers if isinstance(layer, DecoderLayer)]
-            module.stack = NativeStack(layers, module.norm)
+    layers = model.all_layers()
+    for layer in layers:
+        layer.mixer.cache_dtype = _CACHE_DTYPE[layer.spec.mixer.part]
+    trunk = len(model.config.layers)
+    model.stack = NativeStack(layers[:trunk], model.norm)
+    if model.mtp is not None:
+        model.mtp.stack = NativeStack(layers[trunk:], model.mtp.norm)
     return model.requires_grad_(False)
 
 
+#: Of keys and values, and of the window of the convolution, in the native kernels.
+_CACHE_DTYPE = MappingProxyType({"attention": torch.bfloat16, "delta": torch.float32})
+
+
 class NativeStack:
-    """Runs decoder layers of packed weights and a norm; a :class:`~godwit.models.causal_lm.Stack`."""
+    """Runs decoder layers with packed weights and a norm; a :class:`~godwit.models.causal_lm.Stack`."""
 
     def __init__(self, layers: Sequence[DecoderLayer], norm: RMSNorm) -> None:
         self.layers = layers
-        self.stack = _native.Stack(
-            [_mixer(layer) for layer in layers], [_ffn(layer) for layer in layers], _factor(norm), norm.eps
-        )
+        mixers = [_BUILDERS[type(layer.spec.mixer)](layer.mixer, layer.input_norm) for layer in layers]
+        ffns = [_BUILDERS[type(layer.spec.ffn)](layer.ffn, layer.ffn_norm) for layer in layers]
+        self.stack = _native.Stack(mixers, ffns, _factor(norm), norm.eps)
 
     def __call__(
         self,
@@ -236,7 +225,7 @@ class NativeStack:
         pending: Sequence[int],
         router_logits: list[Tensor] | None,
     ) -> Tensor:
-        """``x [T, H]`` through all layers and normed; without caches in ones made for this call."""
+        """``x [T, H]`` through all layers and the norm; without caches, in caches made for this call."""
         x = x.float().clone(memory_format=torch.contiguous_format)
         if caches is None:
             batch, caches, pending = self._own_caches(batch)
@@ -248,14 +237,13 @@ class NativeStack:
 
     @staticmethod
     def _logits(layer: DecoderLayer, num_tokens: int) -> Tensor | None:
-        if not isinstance(layer.ffn, SparseMoeBlock):
-            return None
-        return torch.empty(num_tokens, layer.ffn.spec.num_experts)
+        num_experts = layer.spec.ffn.num_experts
+        return torch.empty(num_tokens, num_experts) if num_experts else None
 
     def _own_caches(
         self, batch: ForwardBatch
     ) -> tuple[ForwardBatch, list[PagedKV | RecurrentState], list[int]]:
-        """Caches for whole sequences that nothing follows: training's view of a batch, for scoring."""
+        """A batch of whole sequences, and caches for this call only: scoring without caches."""
         needed = [-(-length // BLOCK_SIZE) for length in batch.lengths]
         first = 0
         tables = []
@@ -265,7 +253,7 @@ class NativeStack:
         pieces = [piece.tolist() for piece in torch.split(batch.input_ids, batch.lengths)]
         numbers = list(range(len(pieces)))
         own = ForwardBatch.cached(pieces, [0] * len(pieces), tables, numbers)
-        specs = [layer.mixer.cache_spec(torch.float32) for layer in self.layers]
+        specs = [layer.cache_spec(torch.float32) for layer in self.layers]
         caches = Caches.allocate(specs, max(first, 1), max(len(pieces), 1))
         return own, caches.layers, [0] * len(pieces)
 
@@ -289,7 +277,7 @@ def _step(batch: ForwardBatch, pending: Sequence[int]) -> _native.Batch:
 
 
 def _view(cache: PagedKV | RecurrentState) -> _native.PagedCache | _native.RecurrentCache:
-    """The native view of a layer's cache; made once and kept with it."""
+    """The native view of a layer's cache, made once and stored with it."""
     view = cache.native
     if isinstance(view, _native.PagedCache | _native.RecurrentCache):
         return view
@@ -303,14 +291,8 @@ def _view(cache: PagedKV | RecurrentState) -> _native.PagedCache | _native.Recur
     return view
 
 
-def _mixer(layer: DecoderLayer) -> _native.GatedDeltaNet | _native.Attention:
-    if isinstance(layer.mixer, GatedDeltaNet):
-        return _delta(layer.mixer, _factor(layer.input_norm))
-    return _attention(layer.mixer, _factor(layer.input_norm), layer.input_norm.eps)
-
-
 def _factor(norm: RMSNorm) -> Tensor:
-    """What a normed vector is multiplied with."""
+    """The factor of a normalised vector."""
     weight = norm.weight.detach().float()
     return (1.0 + weight if norm.zero_centered else weight).contiguous()
 
@@ -326,10 +308,10 @@ def _vector(param: Tensor | None) -> Tensor | None:
     return None if param is None else param.detach().float().flatten().contiguous()
 
 
-def _delta(mixer: GatedDeltaNet, norm: Tensor) -> _native.GatedDeltaNet:
+def _delta(mixer: GatedDeltaNet, norm: RMSNorm) -> _native.GatedDeltaNet:
     spec = mixer.spec
     return _native.GatedDeltaNet(
-        norm,
+        _factor(norm),
         _packed(mixer.in_proj_qkvz),
         _packed(mixer.in_proj_ba),
         _packed(mixer.out_proj),
@@ -345,10 +327,10 @@ def _delta(mixer: GatedDeltaNet, norm: Tensor) -> _native.GatedDeltaNet:
     )
 
 
-def _attention(mixer: Attention, norm: Tensor, eps: float) -> _native.Attention:
+def _attention(mixer: Attention, norm: RMSNorm) -> _native.Attention:
     spec = mixer.spec
     return _native.Attention(
-        norm,
+        _factor(norm),
         _packed(mixer.in_proj),
         _packed(mixer.out_proj),
         _vector(mixer.in_proj.bias),
@@ -360,7 +342,7 @@ def _attention(mixer: Attention, norm: Tensor, eps: float) -> _native.Attention:
         spec.num_kv_heads,
         spec.head_dim,
         spec.output_gate,
-        eps,
+        norm.eps,
         mixer.rotary.scale,
     )
 
@@ -371,17 +353,17 @@ def _mlp(module: SwiGLU) -> _native.Mlp:
     )
 
 
-def _ffn(layer: DecoderLayer) -> _native.Ffn:
-    norm, eps = _factor(layer.ffn_norm), layer.ffn_norm.eps
-    ffn = layer.ffn
-    if isinstance(ffn, DenseMlp):
-        return _native.Ffn(norm, eps, _mlp(ffn), None, None, None, 0, 0, "q4", "q4", 0, 0, 0, False)
-    if not isinstance(ffn, SparseMoeBlock) or ffn.experts.packed is None:
-        raise UsageError("the experts of a packed model are not packed")
+def _dense(ffn: DenseMlp, norm: RMSNorm) -> _native.Ffn:
+    return _native.Ffn(_factor(norm), norm.eps, _mlp(ffn))
+
+
+def _sparse(ffn: SparseMoeBlock, norm: RMSNorm) -> _native.Ffn:
     experts, spec = ffn.experts.packed, ffn.spec
+    if experts is None:
+        raise UsageError("the experts of a packed model are not packed")
     return _native.Ffn(
-        norm,
-        eps,
+        _factor(norm),
+        norm.eps,
         None if ffn.shared_expert is None else _mlp(ffn.shared_expert),
         None if ffn.shared_gate is None else _vector(ffn.shared_gate.weight),
         _packed(ffn.router),
@@ -395,3 +377,9 @@ def _ffn(layer: DecoderLayer) -> _native.Ffn:
         spec.intermediate,
         spec.renormalize,
     )
+
+
+#: Type of a mixer's or feed-forward part's spec -> builder of its native form from module and norm.
+_BUILDERS: Mapping[type, Callable[[Any, RMSNorm], Any]] = MappingProxyType(
+    {AttentionSpec: _attention, GatedDeltaNetSpec: _delta, DenseSpec: _dense, MoeSpec: _sparse}
+)

@@ -1,7 +1,7 @@
-"""How much each column of a matrix matters: the mean square of its input over some text.
+"""The importance of each column of a matrix: the mean square of its input over a text.
 
-An error in a weight is multiplied with the input of its column, so the squared error of an output is, on
-average, that of the weights weighted with these numbers. :func:`godwit.qtensor.quantize` takes them.
+The error of a weight is multiplied by the input of its column, so these numbers weight the squared errors of
+weights in the mean squared error of an output. :func:`godwit.qtensor.quantize` takes them.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from godwit.models.causal_lm import CausalLM
 from godwit.models.layers import Experts, Linear, SwiGLU
 
 WINDOW = 1024  # tokens of the text read together, as if nothing were before them
-#: Of a file of importances; that of a model with 512 experts in 48 layers has 250 MB.
+#: Of a file of importances; the file of a model with 512 experts in 48 layers has 250 MB.
 MAX_BYTES = 4 << 30
-MAX_VALUE = 1e30  # sums of many must be finite too
-#: Tokens that an expert's prior counts for: what an expert saw outweighs it once there are as many.
+MAX_VALUE = 1e30  # so that sums stay finite
+#: Weight of an expert's prior, in tokens: with more tokens than this its own inputs count more.
 PRIOR = 32
-#: The gate of a shared expert is no matrix, and the head is multiplied without its module.
+#: The gate of a shared expert is not packed, and the head's product does not go through its module.
 _UNWATCHED = ("shared_gate", "head")
 
 
 @dataclass(frozen=True)
 class Importance:
-    """What a text says of a model.
+    """The importances of a model's columns over a text.
 
     Attributes:
         values: matrix name -> ``[cols]``, for experts ``[num_experts, cols]``, float32, as
             :func:`godwit.shrink.quantize.quantize_checkpoint` takes them.
-        tokens: that were read.
-        experts: of all layers.
-        rare: experts that saw fewer tokens than :data:`PRIOR`, and so go mostly by the prior.
+        tokens: number of tokens read.
+        experts: of all layers together.
+        rare: experts that got fewer tokens than :data:`PRIOR`, so that the prior dominates.
     """
 
     values: Mapping[str, Tensor]
@@ -58,7 +58,7 @@ def collect_importance(
     window: int = WINDOW,
     progress: Callable[[int, int], None] | None = None,
 ) -> Importance:
-    """Run ``model`` over a text and look at what goes into its matrices.
+    """Run ``model`` over a text and record the inputs of its matrices.
 
     Args:
         model: with ordinary parameters.
@@ -71,9 +71,9 @@ def collect_importance(
         CheckpointError: the model's states are not finite numbers.
     """
     if model.stack is not None:
-        raise UsageError("inputs can only be watched in a model whose weights are not packed")
+        raise UsageError("a packed model cannot be calibrated; use the original checkpoint")
     if len(ids) < 2:
-        raise UsageError("a text to calibrate with must have two tokens at least")
+        raise UsageError("the text to calibrate with needs at least two tokens")
     with _Watch(model) as watch:
         for begin in range(0, len(ids), window):
             text = torch.tensor(ids[begin : begin + window], dtype=torch.long, device=model.device)
@@ -90,7 +90,7 @@ def collect_importance(
 
 
 def write_importance(path: Path, found: Importance, metadata: Mapping[str, str]) -> None:
-    """Write importances to a safetensors file, with ``metadata`` for people.
+    """Write importances to a safetensors file; ``metadata`` is informative only.
 
     Raises:
         CheckpointError: the file exists or cannot be written.
@@ -99,11 +99,11 @@ def write_importance(path: Path, found: Importance, metadata: Mapping[str, str])
 
 
 def read_importance(path: Path) -> dict[str, Tensor]:
-    """Importances from a safetensors file; whether they fit a model is checked where it is packed.
+    """Importances from a safetensors file; whether they fit a model is checked when it is packed.
 
     Raises:
-        CheckpointError: the file is missing, damaged, very large or in another format, or a tensor of it does
-            not hold one finite number from 0 up for each column.
+        CheckpointError: the file is missing, damaged, too large or in another format, or a tensor does not
+            hold one finite non-negative number for each column.
     """
     file = SafetensorsFile(path)
     size = sum(entry.nbytes for entry in file.entries.values())
@@ -123,7 +123,7 @@ def _checked(values: Tensor, name: str, path: Path) -> Tensor:
     found = values.float()
     if not bool(((found >= 0) & (found <= MAX_VALUE)).all()):
         raise CheckpointError(
-            f"{path}: {shown(name)} has values that are negative, not numbers or larger than {MAX_VALUE:g}; "
+            f"{path}: {shown(name)} has values that are negative, NaN or larger than {MAX_VALUE:g}; "
             "run 'godwit calibrate' again"
         )
     return values
@@ -138,7 +138,7 @@ def _read(model: CausalLM, text: Tensor, watch: _Watch) -> None:
 
 
 class _Watch:
-    """Hooks that add up squares while a model runs; they are gone after the ``with`` statement."""
+    """Hooks that sum squares while a model runs; leaving the ``with`` statement removes them."""
 
     def __init__(self, model: CausalLM) -> None:
         self.model = model
@@ -159,7 +159,7 @@ class _Watch:
             found[f"{name}.w13"], found[f"{name}.w2"] = stack.means()
         for name, value in found.items():
             if not bool(torch.isfinite(value).all()):
-                raise CheckpointError(f"the inputs of {name} are not finite numbers; the weights are damaged")
+                raise CheckpointError(f"the inputs of {name} are not finite; the weights are damaged")
         return found
 
     def dense(self, name: str, x: Tensor) -> None:
@@ -199,7 +199,7 @@ class _Watch:
 
 
 def _between(x: Tensor, w13: Tensor, bias: Tensor | None) -> Tensor:
-    """What goes into ``w2``."""
+    """The input of ``w2``."""
     gate, up = linear(x, w13, bias).chunk(2, -1)
     return silu(gate) * up
 
@@ -209,7 +209,7 @@ def _squares(x: Tensor) -> Tensor:
 
 
 class _Sums:
-    """Of a matrix that all tokens meet."""
+    """Of a matrix that every token uses."""
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
@@ -222,12 +222,12 @@ class _Sums:
 
     def mean(self) -> Tensor:
         if self.total is None:
-            raise RuntimeError("nothing was added up")
+            raise RuntimeError("mean of no inputs")
         return (self.total / self.count).float()
 
 
 class _ExpertSums:
-    """Of a stack of experts, each of which meets some of the tokens."""
+    """Of a stack of experts, each of which gets some of the tokens."""
 
     def __init__(self, num_experts: int, hidden: int, intermediate: int) -> None:
         self.total13 = torch.zeros(num_experts, hidden, dtype=torch.float64)
@@ -240,10 +240,10 @@ class _ExpertSums:
         self.count[index] += x.shape[0]
 
     def means(self) -> tuple[Tensor, Tensor]:
-        """Means with priors: of ``w13`` the layer's inputs, of ``w2`` equal columns.
+        """Means with a prior: for ``w13`` the mean over the layer's inputs, for ``w2`` equal columns.
 
-        The inputs of all ``w13`` are the same states, but column 5 of one expert's ``w2`` has nothing to do
-        with column 5 of another's. Only the proportions within an expert matter.
+        All ``w13`` read the same states, but a column of one expert's ``w2`` is unrelated to that column of
+        another's. Only the proportions within an expert matter.
         """
         seen = self.count[:, None]
         prior13 = (self.total13.sum(0) / self.count.sum().clamp(min=1)).expand_as(self.total13)

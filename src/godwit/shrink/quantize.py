@@ -22,9 +22,9 @@ from godwit.checkpoint.packed_layout import ExpertStack, Matrix, Plain, TensorBl
 from godwit.checkpoint.packed_writer import PackedWriter
 from godwit.errors import CheckpointError, UsageError
 from godwit.models.loader import plan, read_companions
-from godwit.models.names import Piece
+from godwit.models.names import Placement
 from godwit.qtensor import join_expert, quantize
-from godwit.shrink.recipe import Recipe, tensor_blobs
+from godwit.shrink.recipe import QuantRecipe, tensor_blobs
 
 Progress = Callable[[int, int], None]
 Item = TypeVar("Item")
@@ -55,7 +55,7 @@ class Report:
 def quantize_checkpoint(
     source: str | Path | Checkpoint,
     out: str | Path,
-    recipe: Recipe,
+    recipe: QuantRecipe,
     *,
     importance: Mapping[str, Tensor] | None = None,
     progress: Progress | None = None,
@@ -157,7 +157,7 @@ class _Work:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        pieces: Mapping[str, list[Piece]],
+        pieces: Mapping[str, list[Placement]],
         actual: Mapping[str, str],
         importance: Mapping[str, Tensor],
         counter: _Counter,
@@ -217,18 +217,20 @@ class _Work:
             self.counter.add(blob.num_weights // blob.num_experts)
             self._release(p for p in (*pieces13, *pieces2) if not p.index or p.index[0] == index)
 
-    def _expert_reader(self, pieces: list[Piece], shape: tuple[int, int]) -> Callable[[int], Tensor]:
+    def _expert_reader(self, pieces: list[Placement], shape: tuple[int, int]) -> Callable[[int], Tensor]:
         """A function from an expert's number to its matrix."""
         if len(pieces) == 1 and not pieces[0].index:
             stack = self.checkpoint.tensor(self.actual[pieces[0].source])
             return lambda index: stack[index]
-        own = defaultdict[int, list[Piece]](list)
+        own = defaultdict[int, list[Placement]](list)
         for piece in pieces:
             if isinstance(piece.index[0], int):
-                own[piece.index[0]].append(Piece(piece.source, piece.shape, piece.target, piece.index[1:]))
+                own[piece.index[0]].append(
+                    Placement(piece.source, piece.shape, piece.target, piece.index[1:])
+                )
         return lambda index: self._assembled(own[index], shape)
 
-    def _assembled(self, pieces: list[Piece], shape: tuple[int, ...]) -> Tensor:
+    def _assembled(self, pieces: list[Placement], shape: tuple[int, ...]) -> Tensor:
         """A parameter from its pieces, in their dtype; a view of the file where it is a single plain one."""
         tensors = [self.checkpoint.tensor(self.actual[piece.source]) for piece in pieces]
         if len(pieces) == 1 and not pieces[0].index:
@@ -243,13 +245,13 @@ class _Work:
         found = self.importance.get(name)
         return found[index] if found is not None and found.dim() == 2 else found
 
-    def _release(self, pieces: Iterable[Piece]) -> None:
+    def _release(self, pieces: Iterable[Placement]) -> None:
         for piece in pieces:
             self.checkpoint.release(self.actual[piece.source])
 
 
-def _by_target(pieces: Iterable[Piece]) -> dict[str, list[Piece]]:
-    found = defaultdict[str, list[Piece]](list)
+def _by_target(pieces: Iterable[Placement]) -> dict[str, list[Placement]]:
+    found = defaultdict[str, list[Placement]](list)
     for piece in pieces:
         found[piece.target].append(piece)
     return found

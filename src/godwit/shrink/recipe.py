@@ -1,4 +1,4 @@
-"""Which weights are stored in which format: built-in recipes, and files that change them."""
+"""Quantisation recipes: which weights are stored in which format, built in or from a file."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import torch
-
 from godwit.checkpoint.packed_layout import ExpertStack, Matrix, Plain, TensorBlob
 from godwit.config import ModelConfig
-from godwit.errors import CheckpointError, UsageError
-from godwit.models.causal_lm import CausalLM
-from godwit.models.native import EXACT
+from godwit.errors import UsageError
+from godwit.models.inventory import EXACT, parameters
 from godwit.qtensor import FORMATS
 
 MAX_RECIPE_BYTES = 1 << 20
@@ -30,10 +27,10 @@ BUILT_IN: Mapping[str, Rules] = {
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Rules (pattern, format) for the names of matrices: the first that matches decides.
+class QuantRecipe:
+    """Rules (pattern, format) for the names of matrices; the first match decides.
 
-    The first ``num_own`` rules are a user's own and have to match something.
+    The first ``num_own`` rules are the user's own and must match something.
     """
 
     name: str
@@ -41,36 +38,37 @@ class Recipe:
     num_own: int = 0
 
     @staticmethod
-    def find(name: str) -> Recipe:
-        """A built-in recipe by its name, or the recipe in a TOML file.
+    def find(name: str) -> QuantRecipe:
+        """A built-in recipe by name, or a recipe from a TOML file.
 
         Raises:
-            UsageError: neither of them, or a file that is no recipe.
+            UsageError: neither, or the file is not a recipe.
         """
         if name in BUILT_IN:
-            return Recipe(name, BUILT_IN[name])
+            return QuantRecipe(name, BUILT_IN[name])
         path = Path(name)
         if not path.is_file():
             known = ", ".join(BUILT_IN)
-            raise UsageError(f"{name}: neither a recipe of Godwit ({known}) nor a file; name one of them")
-        return Recipe.from_file(path)
+            raise UsageError(f"{name}: neither a built-in recipe ({known}) nor a file; name one of them")
+        return QuantRecipe.from_file(path)
 
     @staticmethod
-    def from_file(path: Path) -> Recipe:
+    def from_file(path: Path) -> QuantRecipe:
         """Read ``base = "q4"`` and a table ``[formats]`` of ``"pattern" = "format"``, tried in order.
 
         Raises:
-            UsageError: unreadable, or not of this form.
+            UsageError: the file cannot be read or has another form.
         """
         try:
             if path.stat().st_size > MAX_RECIPE_BYTES:
-                raise UsageError(f"{path}: larger than {MAX_RECIPE_BYTES >> 20} MiB, so it is no recipe")
+                raise UsageError(f"{path}: larger than {MAX_RECIPE_BYTES >> 20} MiB; it cannot be a recipe")
             content = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise UsageError(f"{path}: cannot be read as TOML ({error}); mend the recipe") from None
+            raise UsageError(f"{path}: cannot be read as TOML ({error}); fix the recipe") from None
         unknown = content.keys() - {"base", "formats"}
         if unknown:
-            raise UsageError(f"{path}: a recipe has base and formats, and not {', '.join(sorted(unknown))}")
+            names = ", ".join(sorted(unknown))
+            raise UsageError(f"{path}: unknown: {names}; a recipe has only base and formats")
         base, formats = content.get("base", "q4"), content.get("formats", {})
         if not isinstance(base, str) or base not in BUILT_IN:
             raise UsageError(f"{path}: base must be one of {', '.join(BUILT_IN)}, not {base!r:.40}")
@@ -82,57 +80,46 @@ class Recipe:
                     f"{path}: the format of {pattern!r:.80} must be one of {', '.join(FORMATS)}, "
                     f"not {format!r:.40}"
                 )
-        return Recipe(str(path), (*formats.items(), *BUILT_IN[base]), len(formats))
+        return QuantRecipe(str(path), (*formats.items(), *BUILT_IN[base]), len(formats))
 
     def format_of(self, name: str) -> str:
         """The format of the matrix ``name``; experts are asked for as ``...experts.w13`` and ``...w2``."""
         return next(format for pattern, format in self.rules if fnmatchcase(name, pattern))
 
     def check(self, names: list[str]) -> None:
-        """Refuse rules of the user's own that none of the matrices ``names`` comes under.
+        """Check that each of the user's own rules matches one of the matrices ``names``.
 
         Raises:
-            UsageError: naming the first such rule.
+            UsageError: one does not.
         """
         for pattern, _ in self.rules[: self.num_own]:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise UsageError(
-                    f"{self.name}: no matrix of this model is called {pattern!r:.80}; it has names such as "
+                    f"{self.name}: {pattern!r:.80} matches no matrix of this model; their names are like "
                     f"{', '.join(names[1:4])}"
                 )
 
 
-def tensor_blobs(config: ModelConfig, num_mtp: int, recipe: Recipe) -> dict[str, TensorBlob]:
-    """What a packed file of this model holds, under the names of ``CausalLM``'s parameters.
+def tensor_blobs(config: ModelConfig, num_mtp: int, recipe: QuantRecipe) -> dict[str, TensorBlob]:
+    """The tensors of a packed file of this model, by the names of ``CausalLM``'s parameters.
 
-    Linear maps and embeddings become matrices, the experts of a layer one stack; all else (norms,
-    convolutions, decays, biases, the gate of a shared expert) stays plain float32.
+    Linear maps and embeddings become matrices, the experts of a layer one stack; everything else (norms,
+    convolutions, decays, biases, the gate of a shared expert) stays float32.
 
     Raises:
         UsageError: a rule of the recipe that matches nothing.
-        CheckpointError: the config describes tensors that no machine can address.
+        CheckpointError: the config describes tensors too large for any machine.
     """
-    try:
-        with torch.device("meta"):
-            model = CausalLM(config, num_mtp)
-    except (RuntimeError, OverflowError):
-        raise CheckpointError(
-            "the config describes tensors too large for any machine; fetch it again"
-        ) from None
+    listed = parameters(config, num_mtp)
+    formats = {p.name: recipe.format_of(p.name) for p in listed if p.top_k or p.is_matrix}
     blobs: dict[str, TensorBlob] = {}
-    matrices: list[str] = []
-    for name, parameter in model.named_parameters():
-        shape = tuple(parameter.shape)
-        stack, _, last = name.rpartition(".")
-        if len(shape) == 3:
-            matrices.append(name)
-            if last == "w13":
-                first, second = (recipe.format_of(f"{stack}.{part}") for part in ("w13", "w2"))
-                blobs[stack] = ExpertStack(first, second, shape[0], shape[2], shape[1] // 2)
-        elif len(shape) == 2 and last == "weight" and not name.endswith(".shared_gate.weight"):
-            matrices.append(name)
-            blobs[name] = Matrix(recipe.format_of(name), (shape[0], shape[1]))
-        else:
-            blobs[name] = Plain("F32", shape)
-    recipe.check(matrices)
+    for p in listed:
+        if p.name not in formats:
+            blobs[p.name] = Plain("F32", p.shape)
+        elif not p.top_k:
+            blobs[p.name] = Matrix(formats[p.name], (p.shape[0], p.shape[1]))
+        elif p.name.endswith(".w13"):
+            first, second = (formats[f"{p.packed_name}.{name}"] for name in ("w13", "w2"))
+            blobs[p.packed_name] = ExpertStack(first, second, p.shape[0], p.shape[2], p.shape[1] // 2)
+    recipe.check(list(formats))
     return blobs

@@ -1,15 +1,15 @@
-"""Random models of true width, made in packed form: for measuring speed and memory before weights are there.
+"""Random models of full width in packed form, to measure speed and memory without the weights.
 
-Codes are drawn directly, which is as fast as a disk writes. Matrices keep the size of what they are given,
-and layers add little to the hidden states, so that activations and logits stay in the usual range through any
+Codes are drawn directly, about as fast as a disk writes. Matrices preserve the magnitude of their inputs and
+layers add little to the hidden states, so that activations and logits stay in the usual range through any
 number of layers.
 
-Random routers choose experts almost uniformly, real ones do not. With ``skew`` every expert of a layer has a
-popularity of its own: the first 32 hidden dimensions carry the same constant for every token (the embedding
-puts it there, no layer writes to them, and only routers read them), so that the routers' weights for them act
-as a bias per expert. Popularities are normal with :data:`POPULARITY` times the deviation of the tokens' own
-part of the logits. That fits how often experts recur in real text, but not in which order: recent experts
-are not repeated, topics do not switch, and all layers are alike.
+Random routers choose experts almost uniformly; real ones do not. With ``skew`` every expert of a layer has
+its own popularity: the first 32 hidden dimensions carry the same constant for every token (the embedding sets
+it, no layer writes there, and only routers read it), so that the routers' weights for them act as a bias per
+expert. Popularities are normal with :data:`POPULARITY` times the deviation of the token-dependent part of the
+logits. This matches how often experts recur in real text but not in which order: recent experts are not
+repeated, topics do not change, and all layers are alike.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 import godwit
 from godwit.checkpoint.packed_layout import ExpertStack, Matrix, Plain, TensorBlob
 from godwit.checkpoint.packed_writer import PackedWriter
-from godwit.config import AttentionSpec, ModelConfig
+from godwit.config import ModelConfig
 from godwit.errors import UsageError
 from godwit.qtensor import (
     CODE_BYTES,
@@ -44,17 +44,17 @@ from godwit.qtensor import (
     weight_bytes,
 )
 from godwit.shrink.quantize import Report
-from godwit.shrink.recipe import Recipe, tensor_blobs
+from godwit.shrink.recipe import QuantRecipe, tensor_blobs
 
-#: With 0.45, 300 tokens touch 440 of 512 experts, ten each; the 64 most used carry 45 %, and a cache of the
-#: experts used last with room for 18, 36, 54 or 73 % of them holds 35, 60, 75 or 83 % of those asked for.
+#: With 0.45, 300 tokens of ten experts each use 440 of 512; the 64 most used get 45 % of the choices, and an
+#: LRU cache of 18, 36, 54 or 73 % of the experts hits 35, 60, 75 or 83 % of the time.
 POPULARITY = 0.45
 _ROWS = 8192  # of a matrix drawn at a time; a multiple of the tile's 16
-_CONSTANT = 3.0  # the constant's square, summed over its dimensions, over that of the embedding's other ones
-_OUT = 0.5  # outputs over inputs in size, of the maps whose outputs are added to the hidden states
-_OUT_SKEWED = 0.15  # less, so that the constant keeps its share through many layers
+_CONSTANT = 3.0  # squared norm of the constant's dimensions over that of the embedding's other dimensions
+_OUT = 0.5  # magnitude of outputs over inputs, for the maps whose outputs are added to the hidden states
+_OUT_SKEWED = 0.15  # smaller, so that the constant keeps its share through many layers
 _GAINS = (("router.weight", 2.0), ("head.weight", 2.5))
-_RMS = {"q4": 58.5, "q8": 73.61}  # of uniform codes, in q4 times the sizes of steps
+_RMS = {"q4": 58.5, "q8": 73.61}  # of uniform codes; for q4 multiplied by the steps
 
 
 def synthesize(
@@ -73,21 +73,21 @@ def synthesize(
     Args:
         raw_config: the config of the model to imitate.
         out: the packed file to create.
-        num_layers: its first layers only; None is all.
+        num_layers: only its first layers; None: all.
         format: a built-in recipe's name, or a recipe file.
         seed: the same seed gives the same bytes.
-        skew: make some experts more popular than others, see above.
-        progress: called with (weights done, weights in all).
-        restart: begin anew where a partial file is of something else.
+        skew: make some experts more popular than others; see above.
+        progress: called with (weights done, weights in total).
+        restart: start over if a partial file is of something else.
 
     Raises:
-        UsageError: more layers than there are, or an unknown recipe.
-        CheckpointError: the file exists or cannot be written; or a config that makes no sense.
+        UsageError: more layers than the model has, or an unknown recipe.
+        CheckpointError: the file exists or cannot be written, or the config is invalid.
     """
     started = time.monotonic()
     raw = first_layers(raw_config, num_layers)
     config = ModelConfig.from_dict(raw)
-    blobs = tensor_blobs(config, config.num_mtp_layers or 0, Recipe.find(format))
+    blobs = tensor_blobs(config, config.num_mtp_layers or 0, QuantRecipe.find(format))
     source = f"synthetic, seed {seed}, {'skewed' if skew else 'uniform'} routing"
     with PackedWriter(
         out,
@@ -99,7 +99,7 @@ def synthesize(
         restart=restart,
     ) as writer:
         missing = writer.missing()
-        counter = _Counter(blobs, missing, progress)
+        counter = _WeightCounter(blobs, missing, progress)
         for name in missing:
             parts = _Maker(config, name, seed, skew).parts(blobs[name])
             writer.write(name, counter.counted(parts, blobs[name]))
@@ -114,14 +114,14 @@ def synthesize(
 
 
 def first_layers(raw_config: Mapping[str, Any], num_layers: int | None) -> dict[str, Any]:
-    """The config of a model of the first ``num_layers`` layers.
+    """The config of the first ``num_layers`` layers.
 
     Raises:
-        UsageError: there are not as many.
+        UsageError: the model has fewer.
     """
     whole = ModelConfig.from_dict(raw_config)
     if num_layers is not None and not 1 <= num_layers <= len(whole.layers):
-        raise UsageError(f"--layers {num_layers}: this model has 1 to {len(whole.layers)} of them")
+        raise UsageError(f"--layers {num_layers}: give a number from 1 to {len(whole.layers)}")
     raw = {key: value for key, value in raw_config.items() if key != "quantization_config"}
     if num_layers is None:
         return raw
@@ -130,14 +130,14 @@ def first_layers(raw_config: Mapping[str, Any], num_layers: int | None) -> dict[
     text["num_hidden_layers"] = num_layers
     if isinstance(text.get("layer_types"), list):
         text["layer_types"] = text["layer_types"][:num_layers]
-    if not any(isinstance(layer.mixer, AttentionSpec) for layer in whole.layers[:num_layers]):
-        # The module for further tokens is an attention layer like the model's own.
+    if all(layer.mixer.part != "attention" for layer in whole.layers[:num_layers]):
+        # The MTP module copies an attention layer.
         text |= {name: 0 for name in ("mtp_num_hidden_layers", "num_nextn_predict_layers") if text.get(name)}
     return {**raw, "text_config": text} if nested else text
 
 
-class _Counter:
-    """Tells the weights that are done from the bytes that come by."""
+class _WeightCounter:
+    """Reports the weights done, from the bytes that pass through."""
 
     def __init__(
         self, blobs: Mapping[str, TensorBlob], missing: list[str], progress: Callable[[int, int], None] | None
@@ -157,11 +157,11 @@ class _Counter:
 
 
 class _Maker:
-    """Draws one tensor; its numbers depend on the seed and its name alone."""
+    """Draws one tensor, whose numbers depend only on the seed and its name."""
 
     def __init__(self, config: ModelConfig, name: str, seed: int, skew: bool) -> None:
         self.config, self.name = config, name
-        # The constant needs dimensions of its own, and a module for further tokens would not pass it on.
+        # The constant needs dimensions of its own, and an MTP module would not pass it on.
         self.skew = skew and config.hidden_size >= 4 * GROUP and not name.startswith("mtp.")
         self.out = _OUT_SKEWED if self.skew else _OUT
         self.random = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
@@ -180,7 +180,7 @@ class _Maker:
         normal = torch.from_numpy(self.random.standard_normal(blob.shape, dtype=np.float32))
         if last == "conv_weight":
             return normal / math.sqrt(blob.shape[1])
-        if last == "A_log":  # states that forget within a few to some thousand tokens
+        if last == "A_log":  # states decay within a few to a few thousand tokens
             return torch.from_numpy(self.random.uniform(math.log(1e-3), 0.0, blob.shape))
         if last == "bias":
             return torch.zeros(blob.shape)
@@ -221,9 +221,9 @@ class _Maker:
             yield join_expert(QuantTensor(blob.format13, shape13, w13), QuantTensor(blob.format2, shape2, w2))
 
     def _random(self, format: str, rows: int, cols: int, gain: float, *, reads: bool = False) -> Tensor:
-        """Packed random weights that give outputs ``gain`` times the size of their inputs.
+        """Packed random weights whose outputs have ``gain`` times the magnitude of the inputs.
 
-        ``reads``: from a norm, of which the constant takes its share where there is one.
+        ``reads``: the input comes from a norm, part of which is the constant (with skew).
         """
         size = gain / math.sqrt(cols) * (math.sqrt(1 + _CONSTANT) if reads and self.skew else 1.0)
         if format == "bf16" or rows % TILE_ROWS or cols % (2 * GROUP):
@@ -236,7 +236,7 @@ class _Maker:
         view = _View(data, format, cols)
         if format == "q8":
             view.codes[view.codes == 0] = 128
-        else:  # zeros on both sides of the middle, so that the mean is zero
+        else:  # zero points on both sides of the middle, so that the mean is zero
             shape = tuple(view.steps.shape)
             steps = self.random.integers(10, 16, shape) + 16 * self.random.integers(7, 9, shape)
             view.steps.copy_(torch.from_numpy(steps))
@@ -250,7 +250,7 @@ class _Maker:
         rows, cols = blob.shape
         weights = self.random.standard_normal((rows, cols), dtype=np.float32)
         weights *= gain / math.sqrt(cols) * math.sqrt(1 + _CONSTANT)
-        # A norm turns the constant into about this much of each of its dimensions.
+        # The constant in each of its dimensions after a norm, approximately.
         constant = math.sqrt(_CONSTANT / (1 + _CONSTANT) * cols / GROUP)
         popularity = self.random.standard_normal((rows, 1)) * POPULARITY * gain
         weights[:, :GROUP] = popularity / (GROUP * constant)
@@ -258,7 +258,7 @@ class _Maker:
 
 
 class _View:
-    """Views of packed bytes, to be changed.
+    """Writable views of packed bytes.
 
     Codes ``[tiles, groups, bytes]``, steps ``[tiles, groups, 16]`` of q4, and scales ``[tiles, n, 16]`` with
     n groups of q8 or spans of q4.
@@ -277,7 +277,7 @@ class _View:
         self.scales = scales.view(torch.float16).view(len(tiles), num_scales, TILE_ROWS)
 
     def clear_first_group(self) -> None:
-        """Make columns 0 to 31 zero."""
+        """Set columns 0 to 31 to zero."""
         if self.format == "bf16":
             self.codes[:, 0] = 0
         elif self.format == "q8":
@@ -286,20 +286,20 @@ class _View:
             self.steps[:, 0] = 0x80
 
     def clear_first_rows(self) -> None:
-        """Make rows 0 to 31 zero."""
+        """Set rows 0 to 31 to zero."""
         if self.format == "bf16":
             self.codes[:2] = 0
         else:
             self.scales[:2] = 0
 
     def fill_first_group(self, value: float) -> None:
-        """Make all of columns 0 to 31 ``value``."""
+        """Set columns 0 to 31 to ``value``."""
         if self.format == "bf16":
             self.codes[:, 0].view(torch.bfloat16)[:] = value
         elif self.format == "q8":  # the code of 4
             self.codes[:, 0] = 132
             self.scales[:, 0] = value / 4
-        else:  # 15 - 8 times 15; what shares the scale keeps about its size
+        else:  # (15 - 8) x 15; the groups that share the scale keep about their magnitude
             steps, scales = self.steps[:, 1:SPAN], self.scales[:, :1]
             scale = torch.full_like(scales, value / 105)
             sizes = ((steps & 15) * scales.float().abs() / scale.float()).round().clamp(1, 15)
