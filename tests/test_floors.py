@@ -70,10 +70,10 @@ def test_the_package_itself_imports_nothing() -> None:
 def test_planted_breaches_are_caught() -> None:
     planted = {
         "import godwit.engine": "godwit.models.moe",
-        "def f():\n    from godwit.cli.main import main": "godwit.engine.session",
+        "def f():\n    from godwit.cli.main import main": "godwit.engine.stream",
         "if TYPE_CHECKING:\n    from ..models import CausalLM": "godwit.kernels.ops",
         "from .. import engine": "godwit.models.moe",
-        "from godwit import train": "godwit.engine.session",
+        "from godwit import train": "godwit.engine.stream",
         "from godwit.kernels.ops import linear": "godwit.checkpoint.reader",
         "from godwit.text.tokenizer import Tokenizer": "godwit.config",
         "from . import config": "godwit.errors",

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from godwit.engine import Piece, SamplingParams, Session, ToolCall, parse_answer
+from godwit.cli.reply import ToolCall, parse_reply
+from godwit.engine import Engine, GenerationRequest, SamplingParams
 from godwit.kernels.training import LinearCrossEntropy
 from godwit.measure.report import result_row, write_json
 from godwit.models.batch import ForwardBatch
@@ -78,19 +79,18 @@ def mtp_agreement(model: CausalLM, data: str, documents: int = 60) -> float:
 
 def tool_calls(model: CausalLM, tokenizer: Tokenizer, data: str, documents: int) -> dict[str, Any]:
     """At each place where a held-out dialogue calls a tool: did the model, and the right one, and exactly so?"""
-    session = Session(model, tokenizer, 4096)
     counts = {"places": 0, "called": 0, "right_tool": 0, "exact": 0}
     source = Source.open(data, "heldout_dialogues")
-    for index in range(min(documents, source.num_docs)):
-        for prompt, wanted in call_places(source.document(index)[0].tolist(), tokenizer):
-            events = session.stream(prompt, SamplingParams(temperature=0.0, max_tokens=200))
-            answer = parse_answer("".join(event.text for event in events if isinstance(event, Piece)))
-            counts["places"] += 1
-            if answer.tool_calls:
-                call = answer.tool_calls[0]
-                counts["called"] += 1
-                counts["right_tool"] += call.name == wanted.name
-                counts["exact"] += call == wanted
+    params = SamplingParams(temperature=0.0, max_tokens=200)
+    with Engine(model, tokenizer, max_context=4096, max_sequences=1) as engine:
+        for index in range(min(documents, source.num_docs)):
+            for prompt, wanted in call_places(source.document(index)[0].tolist(), tokenizer):
+                answer, _ = engine.submit(GenerationRequest(tuple(prompt), params)).result()
+                counts["places"] += 1
+                if calls := parse_reply(answer).calls:
+                    counts["called"] += 1
+                    counts["right_tool"] += calls[0].name == wanted.name
+                    counts["exact"] += calls[0] == wanted
     return counts
 
 
@@ -101,9 +101,9 @@ def call_places(ids: list[int], tokenizer: Tokenizer) -> Iterator[tuple[list[int
     for place, token in enumerate(ids):
         if token == call and ids[place - len(header) : place] == header and end in ids[place:]:
             answer = ids[place : ids.index(end, place)]
-            said = parse_answer(tokenizer.decode(answer, skip_special=False))
-            if said.tool_calls:
-                yield ids[:place], said.tool_calls[0]
+            said = parse_reply(tokenizer.decode(answer, skip_special=False))
+            if said.calls:
+                yield ids[:place], said.calls[0]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ from typing import Any
 
 from godwit.cli import common
 from godwit.cli.options import SamplingOptions
-from godwit.engine import Piece, Session, parse_answer
+from godwit.cli.reply import parse_reply
+from godwit.cli.responder import Responder
+from godwit.engine import ChatRenderer, Piece
 
 TODAY = "You are Godwit, a helpful assistant. Today is 2026-11-23."
 MAX_CALLS = 3  # tool calls after one message, should the model not stop
@@ -189,7 +191,7 @@ TALKS = [
 
 def main() -> None:
     opened = common.open_model(None)
-    session = opened.start(threads=None, dtype="auto")
+    responder = opened.start(threads=None, dtype="auto")
     params = common.sampling_params(SamplingOptions(), opened.tokenizer.generation_defaults)
     print("# Ten conversations with the default model\n")
     print(
@@ -200,10 +202,11 @@ def main() -> None:
         print(f"\n## {number}. {talk.title}\n")
         if talk.tools:
             print("Tools: " + ", ".join(f"`{entry['function']['name']}`" for entry in talk.tools) + "\n")
-        hold(session, talk, replace(params, seed=number))
+        hold(responder, talk, replace(params, seed=number))
+    responder.close()
 
 
-def hold(session: Session, talk: Talk, params: Any) -> None:
+def hold(responder: Responder, talk: Talk, params: Any) -> None:
     """Hold one conversation and print it."""
     messages: list[dict[str, Any]] = [{"role": "system", "content": TODAY}]
     results = list(talk.results)
@@ -211,22 +214,24 @@ def hold(session: Session, talk: Talk, params: Any) -> None:
         messages.append({"role": "user", "content": said})
         show("You", said)
         for _ in range(MAX_CALLS):
-            answer = reply(session, messages, talk.tools, params)
+            answer = reply(responder, messages, talk.tools, params)
             show("Godwit", answer)
-            parsed = parse_answer(answer)
+            parsed = parse_reply(answer)
             messages.append(parsed.as_message())
-            if not parsed.tool_calls:
+            if not parsed.calls:
                 break
-            for call in parsed.tool_calls:
+            for call in parsed.calls:
                 content = json.dumps(results.pop(0) if results else {"success": False}, separators=(",", ":"))
                 messages.append({"role": "tool", "name": call.name, "content": content})
                 show("Tool", content)
 
 
-def reply(session: Session, messages: list[dict[str, Any]], tools: list[dict[str, Any]], params: Any) -> str:
+def reply(
+    responder: Responder, messages: list[dict[str, Any]], tools: list[dict[str, Any]], params: Any
+) -> str:
     """The model's next answer."""
-    ids = session.tokenizer.encode_chat(messages, tools=tools or None)
-    return "".join(event.text for event in session.stream(ids, params) if isinstance(event, Piece))
+    prompt = ChatRenderer(responder.tokenizer, tools).prompt(messages)
+    return "".join(event.text for event in responder.answer(prompt, params) if isinstance(event, Piece))
 
 
 def show(who: str, said: str) -> None:

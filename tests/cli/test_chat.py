@@ -14,12 +14,12 @@ import pytest
 from typer.testing import CliRunner
 
 from godwit.cli import common, doctor
-from godwit.cli.chat import Chat, save_text
+from godwit.cli.chat import TerminalChat, save_text
 from godwit.cli.main import app
 from godwit.cli.terminal import Terminal, harmless
 from godwit.engine import SamplingParams
 from godwit.errors import UsageError
-from tests.cli.conftest import Models
+from tests.cli.conftest import CALLS, Models
 from tests.cli.console import Console
 from tests.engine.tiny import CALL
 
@@ -29,6 +29,13 @@ CALL_MESSAGE = {
     "content": "",
     "tool_calls": [{"type": "function", "function": CALL}],
 }
+
+
+#: As Qwen's templates do: thinking is opened in the prompt, and that of earlier turns is left out.
+THINKING = """
+{%- for m in messages %}{{- '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{% endif %}
+"""
 
 
 def talk(*lines: str, args: list[str]) -> Any:
@@ -140,7 +147,7 @@ def test_commands(models: Models, file: Path, tools: Path) -> None:
     )  # fmt: skip
     for sentence in (
         "/save FILE     write the conversation",
-        "/nonsense is no command; /help lists them",
+        "unknown command /nonsense; /help lists them",
         "There is no message to answer yet.",
         "No system message.",
         "The system message: Be kind.",
@@ -201,10 +208,10 @@ def test_a_call_that_is_cut_off_is_not_asked_about(models: Models, file: Path) -
 
 def test_a_stopped_answer_asks_for_no_results(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("Time?\nno result\n"))
-    session = common.open_model(models("tool")).start(threads=1, dtype="float32")
-    monkeypatch.setattr(Terminal, "call", lambda self, name, arguments: session.cancel())
-    chat = Chat(session, SamplingParams(), Terminal(), name="tool")
-    chat.talk()
+    with common.open_model(models("tool")).start(threads=1, dtype="float32") as responder:
+        monkeypatch.setattr(Terminal, "call", lambda self, name, arguments: responder.cancel())
+        chat = TerminalChat(responder, SamplingParams(), Terminal(), name="tool")
+        chat.talk()
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
     assert chat.messages[1] == CALL_MESSAGE
 
@@ -215,13 +222,88 @@ def test_thinking_is_no_part_of_the_answer(models: Models, file: Path) -> None:
     assert saved(file)["messages"][1] == {"role": "assistant", "content": "Yes.", "reasoning_content": "hm"}
 
 
+HEAD = """
+{%- for m in messages %}
+    {{- '<|im_start|>' ~ m.role ~ '\\n' ~ (m.content or '') }}
+    {%- for call in m.tool_calls or [] %}{% set f = call.function %}{{ CALL }}{% endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if tools %}{{ TOOLS }}{% endif %}
+{{- '<|im_start|>assistant' ~ (':' if messages[-1].role == 'tool' else '\\n') }}"""
+
+
+@pytest.mark.parametrize("dialect", ["hermes", "xml", "llama", "mistral", "mistral_args"])
+def test_calls_of_every_dialect_make_a_round_trip(
+    models: Models, file: Path, tools: Path, dialect: str
+) -> None:
+    city = {"type": "object", "properties": {"city": {"type": "string"}}}
+    tools.write_text(json.dumps([{"name": "get_time", "parameters": city}]))
+    told, written, _ = CALLS[dialect]
+    model = models(dialect, template=HEAD.replace("{{ CALL }}", written).replace("{{ TOOLS }}", told))
+    result = talk("Time?", "10:04", f"/save {file}", args=[model, "--tools", str(tools)])
+    assert result.stdout == 'call get_time {"city": "Oslo"}\nDone.\n'
+    assert saved(file)["messages"] == [
+        {"role": "user", "content": "Time?"},
+        CALL_MESSAGE,
+        {"role": "tool", "name": "get_time", "content": "10:04"},
+        {"role": "assistant", "content": "Done."},
+    ]
+    report = json.loads(
+        CliRunner()
+        .invoke(app, ["generate", model, "--tools", str(tools), "--json", "-p", "Time?"])
+        .stdout.splitlines()[-1]
+    )
+    assert report["tool_calls"] == [CALL] and report["text"] == "" and report["finish_reason"] == "stop"
+
+
+def test_a_template_for_single_calls_ends_the_answer_with_the_first(models: Models, file: Path) -> None:
+    told, written, _ = CALLS["hermes"]
+    single = "{% if false %}{{ raise_exception('This model only supports single tool-calls') }}{% endif %}"
+    model = models(
+        "calls", template=HEAD.replace("{{ CALL }}", written).replace("{{ TOOLS }}", told) + single
+    )
+    result = talk("Time?", "10:04", f"/save {file}", args=[model, "--max-tokens", "60"])
+    assert result.stdout == 'call get_time {"city": "Oslo"}\nDone.\n'
+    assert "stopped" not in result.stderr
+    assert saved(file)["messages"][1] == CALL_MESSAGE
+
+
+def test_a_turn_after_thinking_reuses_the_prompt_before(models: Models) -> None:
+    model = models("thinking_aloud", template=THINKING)
+    result = talk("x" * 300, "Ho", args=[model])
+    shown = [line for line in result.stderr.splitlines() if "prompt tokens" in line]
+    assert result.stdout == "Yes.\nYes.\n" and result.stderr.count("hm\n") == 2
+    # <|im_start|>, "user\n", the text, <|im_end|>, "\n", <|im_start|>, "assistant\n"; then <think>, "\n"
+    prompt = 1 + 5 + 300 + 2 + 1 + 10
+    assert shown[0].startswith(f"{prompt + 2} prompt tokens (0 cached)")
+    assert f"({prompt} cached)" in shown[1]
+
+
 # what goes wrong
+
+
+def test_a_fault_of_the_engine_ends_the_chat(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> None:
+        raise RuntimeError("the roof fell in")
+
+    monkeypatch.setattr("godwit.engine.runner.ModelRunner.run", broken)
+    result = CliRunner().invoke(app, ["chat", models("hello")], input="Hi\n")
+    assert result.exit_code == 1 and result.stdout == ""
+    assert "godwit: unexpected RuntimeError: the roof fell in" in result.stderr
+    assert "Traceback" not in result.stderr
+    monkeypatch.setattr("godwit.engine.runner.ModelRunner.run", _no_memory)
+    result = CliRunner().invoke(app, ["chat", models("hello")], input="Hi\n")
+    assert result.exit_code == 5 and "godwit: memory ran out" in result.stderr
+
+
+def _no_memory(*args: Any) -> None:
+    raise MemoryError
 
 
 def test_an_error_ends_the_answer_and_not_the_chat(models: Models, file: Path) -> None:
     result = talk("Hi", "x" * 5000, "Ho", f"/save {file}", args=[models("hello")])
     assert result.stdout == "Hello there.\n" * 2
-    assert "the context only 4096" in result.stderr and "/reset forgets" in result.stderr
+    assert "and the context 4096, so there is no room" in result.stderr and "/reset forgets" in result.stderr
     texts = [message["content"] for message in saved(file)["messages"]]
     assert texts == ["Hi", "Hello there.", "Ho", "Hello there."]
 

@@ -72,7 +72,7 @@ def test_options_reach_the_verb(generate: Verb) -> None:
     given = "generate m -p hi --raw --json --no-stream --temperature 0 --top-k 5 --top-p 0.9 --min-p 0.1 "
     given += "--repetition-penalty 1.1 --presence-penalty 1 --frequency-penalty -1 --seed 7 --max-tokens 3 "
     given += "--stop a --stop b --logit-bias 4=-2.5 --logit-bias 5=1 --threads 2 --dtype float32 "
-    given += "--reasoning-effort low --thinking-budget 9 --context 64"
+    given += "--reasoning-effort low --thinking-budget 9 --context 64 --no-speculate"
     result = invoke(*given.split())
     assert (result.exit_code, result.stdout, result.stderr) == (0, "answer\n", "")
     assert generate.args == ()
@@ -99,6 +99,7 @@ def test_options_reach_the_verb(generate: Verb) -> None:
         ),
         "thinking": ThinkingOptions(reasoning_effort="low", thinking_budget=9),
         "context": 64,
+        "speculate": False,
         "threads": 2,
         "dtype": "float32",
         "quantize": None,

@@ -1,4 +1,4 @@
-"""What ends an answer, and from where on it may, in sessions and in the engine."""
+"""What ends an answer, and from where on it may."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from godwit.engine import Engine, GenerationRequest, SamplingParams, Session
+from godwit.engine import Engine, GenerationRequest, SamplingParams
 from godwit.engine.ending import Ending
+from tests.engine.alone import answer_alone
 from tests.engine.tiny import tiny_model, tiny_tokenizer
 
 
@@ -36,17 +37,16 @@ def test_a_form_that_has_ended_ends_the_answer() -> None:
     assert ending.allowed(0, only_end) is only_end
 
 
-def test_an_engine_and_a_session_end_alike() -> None:
+def test_the_engine_ends_an_answer_as_one_alone_ends() -> None:
     model, tokenizer = tiny_model("hybrid"), tiny_tokenizer()
     ids = tuple(tokenizer.encode("Hello"))
 
     def made(**more: Any) -> tuple[str, tuple[int, ...]]:
         params = SamplingParams(temperature=3.0, seed=5, max_tokens=12, **more)
-        *_, alone = Session(model, tokenizer, 64).stream(ids, params)
-        *_, served = engine.submit(GenerationRequest(ids, params))
-        ends: list[Any] = [alone, served]
-        assert ends[0].reason == ends[1].reason and ends[0].token_ids == ends[1].token_ids
-        return ends[0].reason, ends[0].token_ids
+        alone = answer_alone(model, tokenizer, ids, params, max_context=64)
+        _, served = engine.submit(GenerationRequest(ids, params)).result()
+        assert alone.reason == served.reason and alone.token_ids == served.token_ids
+        return served.reason, served.token_ids
 
     with Engine(model, tokenizer, max_context=64, max_bytes=16 << 20, max_sequences=2) as engine:
         _, tokens = made(ignore_eos=True)

@@ -1,4 +1,4 @@
-"""The engine as its users see it: threads, streams, refusals, and the same answers as a session's."""
+"""The engine as its users see it: threads, streams, refusals, and the same answers as one alone."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from godwit import engine as package
 from godwit.config import ModelConfig
 from godwit.engine import (
     CacheSize,
     Engine,
     GenerationRequest,
     SamplingParams,
-    Session,
     TokenLogprobs,
 )
 from godwit.engine.stream import Event, Finish, Piece, Started, Stream
@@ -29,6 +27,7 @@ from godwit.errors import MemoryBudgetError, UsageError
 from godwit.models.causal_lm import CausalLM
 from godwit.models.native import pack_model
 from godwit.text.tokenizer import Tokenizer
+from tests.engine.alone import answer_alone, logits_after
 from tests.engine.tiny import CONFIGS, VOCAB, tiny_model, tiny_tokenizer, tokenizer_json
 
 TOKENIZER = tiny_tokenizer()
@@ -102,7 +101,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 @ALL
-def test_answers_are_those_of_a_session(make: Make, model: CausalLM) -> None:
+def test_answers_are_those_of_one_alone(make: Make, model: CausalLM) -> None:
     engine = make(model, chunk_size=24)
     special: list[dict[str, Any]] = [
         {},
@@ -120,13 +119,10 @@ def test_answers_are_those_of_a_session(make: Make, model: CausalLM) -> None:
     for _ in range(2):  # the second time nearly all is reused
         answers = [pieces_of(stream) for stream in [engine.submit(one) for one in requests]]
         for asked, (pieces, finish) in zip(requests, answers, strict=True):
-            *wanted, end = Session(model, TOKENIZER, 256).stream(asked.prompt_ids, asked.params)
-            assert isinstance(end, package.Finish)
-            assert [p.text for p in pieces if p.text] == [
-                p.text for p in wanted if isinstance(p, package.Piece)
-            ]
+            end = answer_alone(model, TOKENIZER, asked.prompt_ids, asked.params)
+            assert [p.text for p in pieces if p.text] == end.pieces
             assert (finish.token_ids, finish.reason, finish.stop) == (end.token_ids, end.reason, end.stop)
-            assert finish.seed == end.seed and finish.prompt_tokens == end.prompt_tokens
+            assert finish.seed == end.seed and finish.prompt_tokens == len(asked.prompt_ids)
     stats = engine.stats()
     assert stats.cached_tokens > 0 and stats.num_finished == 10
     assert stats.completion_tokens == 2 * sum(len(finish.token_ids) for _, finish in answers)
@@ -137,8 +133,8 @@ def test_pytorch_kernels_work_too(make: Make) -> None:
     engine = make(model)
     streams = [engine.submit(request(PROMPT[:length])) for length in (20, 33, 45)]
     for length, stream in zip((20, 33, 45), streams, strict=True):
-        *_, end = Session(model, TOKENIZER, 256).stream(PROMPT[:length], GREEDY)
-        assert isinstance(end, package.Finish) and stream.result()[1].token_ids == end.token_ids
+        end = answer_alone(model, TOKENIZER, PROMPT[:length], GREEDY)
+        assert stream.result()[1].token_ids == end.token_ids
 
 
 def test_a_stop_token_ends_the_answer(make: Make) -> None:
@@ -173,11 +169,8 @@ def test_logprobs_are_those_of_the_model_itself(make: Make) -> None:
     params = SamplingParams(seed=3, max_tokens=6, logprobs=4, logit_bias={7: 50.0}, temperature=0.5)
     pieces, finish = pieces_of(make().submit(request(params=params)))
     logprobs = [one for piece in pieces for one in piece.logprobs or ()]
-    session = Session(HYBRID, TOKENIZER, 256)
     for index, one in enumerate(logprobs):
-        session.reset()
-        session.feed([*PROMPT, *finish.token_ids[:index]])
-        wanted = session._logits[:VOCAB].log_softmax(0)
+        wanted = logits_after(HYBRID, [*PROMPT, *finish.token_ids[:index]])[:VOCAB].log_softmax(0)
         values, ids = wanted.sort(descending=True, stable=True)
         assert one == TokenLogprobs(
             7, wanted[7].item(), tuple(zip(ids.tolist(), values.tolist(), strict=True))[:4]
@@ -318,10 +311,9 @@ def test_a_stream_can_be_awaited(make: Make) -> None:
         return list(await asyncio.gather(read(1), read(2)))
 
     for seed, events in enumerate(asyncio.run(both()), 1):
-        *_, end = Session(HYBRID, TOKENIZER, 256).stream(PROMPT, SamplingParams(seed=seed, max_tokens=10))
+        end = answer_alone(HYBRID, TOKENIZER, PROMPT, SamplingParams(seed=seed, max_tokens=10))
         finish = events[-1]
-        assert isinstance(finish, Finish) and isinstance(end, package.Finish)
-        assert finish.token_ids == end.token_ids
+        assert isinstance(finish, Finish) and finish.token_ids == end.token_ids
 
 
 def test_waiting_for_an_event_can_end(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

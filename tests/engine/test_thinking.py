@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from godwit.engine import Finish, SamplingParams, Segmenter, Session, ThinkingRules
-from godwit.engine.answer import Kind, StopMatcher
-from godwit.engine.stream import Piece
+from godwit.engine import Piece, SamplingParams, ThinkingRules
+from godwit.engine.stop_matcher import StopMatcher
 from godwit.engine.thinking import DEFAULT_MESSAGE, MAX_OVERRUN, ThinkingGuide, shown
 from godwit.errors import UsageError
 from godwit.models.causal_lm import CausalLM
 from godwit.text.tokenizer import Tokenizer
+from tests.engine.alone import answer_alone
 from tests.engine.speculation.test_speculator import eager
 from tests.engine.steps import TOKENIZER, Core, Run
 from tests.engine.test_core import ALL, HYBRID, text
@@ -150,17 +150,6 @@ def test_stop_texts_are_looked_for_in_the_answer_alone() -> None:
     assert shown(guide, matcher, "<tool_call>{}</tool_call> x", complete=True) == "<tool_call>{}"
 
 
-def test_a_second_closing_tag_is_left_out_on_the_terminal() -> None:
-    told = "a</think>\n</think>\n\nYes </think>"
-    for pieces in ([told], list(told)):
-        segmenter, parts = Segmenter(thinking=True), list[tuple[Kind, str]]()
-        for piece in pieces:
-            parts += segmenter.push(piece)
-        parts += segmenter.flush()
-        assert "".join(part for kind, part in parts if kind == "thinking") == "a"
-        assert "".join(part for kind, part in parts if kind == "text").strip() == "Yes </think>"
-
-
 # the same in any company
 
 LINES = {10: 6.0, 32: 8.0, 97: 8.5, 98: 8.0, CLOSE: 5.0, END: 5.0}  # a text of few letters in short lines
@@ -178,11 +167,9 @@ def params(seed: int, length: int = 50) -> SamplingParams:
 
 
 def alone(model: CausalLM, ids: list[int], number: int, length: int = 50) -> tuple[Any, ...]:
-    session = Session(model, TOKENIZER, 1000)
-    *pieces, finish = session.stream(ids, params(number, length), thinking=RULES[number])
-    assert isinstance(finish, Finish)
-    told = "".join(piece.text for piece in pieces if not isinstance(piece, Finish))
-    return told, finish.reason, finish.token_ids, finish.thinking_tokens, finish.thinking_ended
+    asked = params(number, length)
+    end = answer_alone(model, TOKENIZER, ids, asked, max_context=1000, thinking=RULES[number])
+    return end.text, end.reason, end.token_ids, end.thinking_tokens, end.thinking_ended
 
 
 def came(run: Run) -> tuple[Any, ...]:

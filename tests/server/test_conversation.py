@@ -11,6 +11,7 @@ import httpx
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from godwit.engine.chat_prompt import Prompt
 from godwit.server.anthropic.schemas import MessagesRequest, MessageTool
 from godwit.server.errors import ApiError
 from godwit.server.fields import BodyContext, FunctionSpec
@@ -18,7 +19,7 @@ from godwit.server.json_body import parse_object
 from godwit.server.limits import Limits
 from godwit.server.openai.response_schemas import ResponsesRequest
 from godwit.server.openai.schemas import ChatRequest
-from godwit.server.prompts import Conversation, Prompt, PromptMaker
+from godwit.server.prompts import Conversation, PromptMaker
 from godwit.text.chat_template import ChatTemplate
 from godwit.text.tokenizer import Tokenizer
 from tests.engine.tiny import tokenizer_json

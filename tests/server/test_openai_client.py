@@ -9,7 +9,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from godwit.engine import Session
+from tests.engine.alone import logits_after
 from tests.engine.tiny import CALL
 from tests.server.conftest import Running, Servers
 from tests.server.openai_steps import FIND, HELLO, SAN_JOSE, TOOL, client_of
@@ -134,11 +134,10 @@ def test_the_probabilities_of_a_prompt(client: OpenAI, real: Running) -> None:
     text = "The capital of France is Paris, and \u2603 snows."
     tokenizer = real.service.tokenizer
     ids = tokenizer.encode(text)
-    session = Session(real.engine.model, tokenizer, 64)
     wanted = []
     for place, token in enumerate(ids[1:], 1):
-        session.feed(ids[:place])
-        wanted.append(session._logits[: tokenizer.vocab_size].float().log_softmax(-1)[token].item())
+        logits = logits_after(real.engine.model, ids[:place])[: tokenizer.vocab_size]
+        wanted.append(logits.float().log_softmax(-1)[token].item())
     asked: Any = {"model": "godwit", "echo": True, "logprobs": 2, "temperature": 0}
     for prompt in (text, ids, [ids, ids]):
         answer = client.completions.create(**asked, prompt=prompt, max_tokens=0)

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,9 @@ from godwit.cli.terminal import Terminal, harmless
 from godwit.errors import GodwitError, TemplateError, UsageError
 
 if TYPE_CHECKING:
-    from godwit.engine import Answer, Finish, SamplingParams, Segmenter, Session, ThinkingRules, ToolCall
-    from godwit.text.tokenizer import Tokenizer
+    from godwit.cli.reply import Reply, TextPart, ToolCall
+    from godwit.cli.responder import Responder
+    from godwit.engine import Finish, Piece, SamplingParams
 
 HELP = '''\
 Type a message and press Enter. A line that ends with \\ goes on in the next one, and \
@@ -49,6 +50,7 @@ def run(
     threads: int | None,
     dtype: DtypeName,
     quantize: QuantizeName | None,
+    speculate: bool = True,
 ) -> None:
     """Talk until the input ends.
 
@@ -60,28 +62,30 @@ def run(
         raise TemplateError("this model has no chat template; use godwit generate --raw for plain texts")
     params = common.sampling_params(sampling, opened.tokenizer.generation_defaults)
     opened.check_context(context)
-    session = opened.start(context=context, threads=threads, dtype=dtype, quantize=quantize)
-    chat = Chat(
-        session,
-        params,
-        Terminal(),
-        name=opened.name,
-        system=opened.system(system),
-        tools=listed,
-        thinking=thinking,
-    )
-    chat.talk()
+    with opened.start(
+        context=context, threads=threads, dtype=dtype, quantize=quantize, speculate=speculate
+    ) as responder:
+        chat = TerminalChat(
+            responder,
+            params,
+            Terminal(),
+            name=opened.name,
+            system=opened.system(system),
+            tools=listed,
+            thinking=thinking,
+        )
+        chat.talk()
 
 
-class Chat:
+class TerminalChat:
     """The conversation and the commands that change it.
 
-    Messages are those of chat templates, without the system message, which is kept apart.
+    Messages have the shape that chat templates expect. The system message is kept apart from them.
     """
 
     def __init__(
         self,
-        session: Session,
+        responder: Responder,
         params: SamplingParams,
         terminal: Terminal,
         *,
@@ -90,7 +94,9 @@ class Chat:
         tools: list[dict[str, Any]] | None = None,
         thinking: ThinkingOptions | None = None,
     ) -> None:
-        self.session = session
+        from godwit.cli.reply import ReplyFormat
+
+        self.responder = responder
         self.params = params
         self.terminal = terminal
         self.name = name
@@ -98,11 +104,9 @@ class Chat:
         self.tools = tools or []
         self.thinking = thinking or ThinkingOptions()
         self.messages: list[dict[str, Any]] = []
+        self._format = ReplyFormat(responder.tokenizer)
         self._num_answers = 0
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.session.tokenizer
+        self._stopped = False  # Ctrl-C was pressed during this answer
 
     def talk(self) -> None:
         """Read and answer messages until the input ends or the user leaves."""
@@ -136,75 +140,84 @@ class Chat:
     def _attempt(self, messages: list[dict[str, Any]]) -> None:
         """Answer `messages`, asking for the results of tools that are called on the way.
 
-        If no answer comes of it, the conversation stays what it was.
+        If there is no answer, the conversation stays as it was.
         """
         count, before, self.messages = len(messages), self.messages, messages
         try:
-            while (answer := self._answer()) is not None:
-                if not answer.tool_calls or not self._ask_results(answer.tool_calls):
-                    break
+            while (calls := self._answer()) and self._ask_results(calls):
+                pass
         finally:
             if len(self.messages) == count:
                 self.messages = before
 
-    def _answer(self) -> Answer | None:
-        """Show one answer and keep it; None when none came, so that nothing follows from it."""
-        from godwit.engine import Segmenter, parse_answer
-
+    def _answer(self) -> list[ToolCall]:
+        """Show one answer and keep it; the calls in it, unless it was stopped."""
         try:
             with self._stoppable():
-                variables = common.thinking_variables(self.tokenizer, self.thinking)
-                ids = self.tokenizer.encode_chat(self._all_messages(), tools=self.tools or None, **variables)
-                thinking = common.thinking_open(self.tokenizer, ids)
-                rules = common.thinking_rules(self.thinking, opened=thinking)
-                text, finish = self._show_answer(ids, Segmenter(thinking=thinking), rules)
+                reply, finish = self._show_answer()
         except GodwitError as error:
             self.terminal.end_line()
             self.terminal.error(f"{error}{' (/reset forgets the conversation)' * bool(self.messages[:-1])}")
-            return None
+            return []
         self._num_answers += 1
         self._show_numbers(finish)
-        if not text:
-            return None
-        answer = parse_answer(text, thinking=thinking)
-        self.messages.append(answer.as_message())
-        stopped = finish is None or finish.reason == "cancelled"
-        return replace(answer, tool_calls=()) if stopped else answer
+        if reply.empty:
+            return []
+        self.messages.append(reply.as_message())
+        return [] if finish is None or finish.reason == "cancelled" else reply.calls
 
-    def _show_answer(
-        self, ids: list[int], segmenter: Segmenter, rules: ThinkingRules
-    ) -> tuple[str, Finish | None]:
-        """Stream an answer to the terminal; its whole text, and no Finish where it was broken off hard."""
-        from godwit.engine import Piece
+    def _show_answer(self) -> tuple[Reply, Finish | None]:
+        """Stream an answer to the terminal; no Finish where it was broken off hard."""
+        from godwit.cli.reply import with_call_ids
+        from godwit.engine import ChatRenderer
 
-        text, finish = "", None
+        tokenizer = self.responder.tokenizer
+        variables = common.thinking_variables(tokenizer, self.thinking)
+        prompt = ChatRenderer(tokenizer, self.tools, variables).prompt([*with_call_ids(self._all_messages())])
+        rules = common.thinking_rules(self.thinking, opened=prompt.thinking)
+        reply = self._format.reply(self.tools, thinking=prompt.thinking)
+        events = self.responder.answer(
+            prompt,
+            self._next_params(),
+            thinking=self._format.rules(rules, self.tools),
+            shown_ids=self._format.marks if self.tools else frozenset(),
+            progress=self._progress,
+        )
         self.terminal.begin_answer()
+        finish = None
         try:
-            params = self._next_params()
-            for event in self.session.stream(ids, params, progress=self._progress, thinking=rules):
-                if isinstance(event, Piece):
-                    text += event.text
-                    self._show(segmenter.push(event.text))
-                else:
-                    finish = event
+            finish = self._show_events(events, reply)
         except KeyboardInterrupt:
             if not self.terminal.interactive:
                 raise
-        self._show(segmenter.flush())
+        self._show(reply.flush())
         self.terminal.end_line()
-        return text, finish
+        return reply, finish
+
+    def _show_events(self, events: Iterator[Piece | Finish], reply: Reply) -> Finish | None:
+        from godwit.engine import Finish
+
+        for event in events if not self._stopped else ():
+            if isinstance(event, Finish):
+                return replace(event, reason="stop") if reply.ended and not self._stopped else event
+            self._show(reply.push(event.text))
+            if reply.ended:
+                self.responder.cancel()
+        return None
 
     @contextlib.contextmanager
     def _stoppable(self) -> Iterator[None]:
-        """While this lasts, the first Ctrl-C ends the answer at the next token, the second one at once."""
+        """Within this context, the first Ctrl-C ends the answer at the next token, a second one at once."""
+        self._stopped = False
         if not self.terminal.interactive:
             yield
             return
 
         def stop(number: int, frame: object) -> None:
-            if self.session.cancelled:
+            if self._stopped:
                 raise KeyboardInterrupt
-            self.session.cancel()
+            self._stopped = True
+            self.responder.cancel()
 
         previous = signal.signal(signal.SIGINT, stop)
         try:
@@ -213,7 +226,7 @@ class Chat:
             signal.signal(signal.SIGINT, previous)
 
     def _next_params(self) -> SamplingParams:
-        """Each answer has a seed of its own, also where one is given: the same again would say the same."""
+        """Each answer has its own seed; with a given one /regenerate would repeat the answer."""
         if self.params.seed is None or not self._num_answers:
             return self.params
         return replace(self.params, seed=(self.params.seed + self._num_answers) % 2**63)
@@ -222,19 +235,17 @@ class Chat:
         head = [{"role": "system", "content": self.system}] if self.system else []
         return [*head, *self.messages]
 
-    def _show(self, parts: list[tuple[Any, str]]) -> None:
-        from godwit.engine import parse_call
+    def _show(self, parts: Iterable[TextPart | ToolCall]) -> None:
+        from godwit.cli.reply import ToolCall
 
-        for kind, text in parts:
-            if kind != "tool_call":
-                self.terminal.part(kind, text)
-            elif (call := parse_call(text)) is not None:
-                self.terminal.call(call.name, call.arguments)
+        for part in parts:
+            if isinstance(part, ToolCall):
+                self.terminal.call(part.name, part.arguments)
             else:
-                self.terminal.part("text", f"<tool_call>{text}</tool_call>")
+                self.terminal.part(part.kind, part.text)
 
     def _progress(self, done: int, total: int) -> None:
-        self.terminal.progress(done, total, self.session.chunk_size)
+        self.terminal.progress(done, total, self.responder.chunk_size)
 
     def _show_numbers(self, finish: Finish | None) -> None:
         if finish is None:
@@ -252,7 +263,7 @@ class Chat:
             parts.append(REASONS[finish.reason])
         self.terminal.note("; ".join(parts))
 
-    def _ask_results(self, calls: tuple[ToolCall, ...]) -> bool:
+    def _ask_results(self, calls: Sequence[ToolCall]) -> bool:
         """Ask for what the tools return; False when the user gives none."""
         for call in calls:
             reply = self.terminal.read(f"result of {harmless(call.name)[:60]}> ")
@@ -263,7 +274,7 @@ class Chat:
         return True
 
     def _command(self, line: str) -> bool:
-        """Obey a command; False when the chat ends."""
+        """Run a command; False when the chat ends."""
         name, _, rest = line.partition(" ")
         commands = {
             "/help": lambda rest: self.terminal.note(HELP),
@@ -277,7 +288,7 @@ class Chat:
             return False
         if name not in commands:
             self.terminal.error(
-                f'{name[:40]} is no command; /help lists them, and """ before a message takes it as it is'
+                f'unknown command {name[:40]}; /help lists them, and a message within """ is never one'
             )
             return True
         try:
@@ -288,7 +299,7 @@ class Chat:
 
     def _reset(self, rest: str) -> None:
         self.messages = []
-        self.session.reset()
+        self.responder.forget()
         self.terminal.note("The conversation is forgotten.")
 
     def _regenerate(self, rest: str) -> None:
@@ -320,7 +331,7 @@ class Chat:
 
 
 def save_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all; an older one of the name is replaced.
+    """Write a file atomically, replacing an older one.
 
     Raises:
         UsageError: it cannot be written.

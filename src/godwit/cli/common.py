@@ -1,4 +1,4 @@
-"""Shared by the verbs: finding a model, its settings, and a session with it."""
+"""Shared by the verbs: finding a model, its settings, and an engine that answers with it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from godwit.measure.machine import memory
 
 if TYPE_CHECKING:
     from godwit.checkpoint import Checkpoint
+    from godwit.cli.responder import Responder
     from godwit.config import ModelConfig
-    from godwit.engine import CacheSize, SamplingParams, Session, ThinkingRules
+    from godwit.engine import CacheSize, SamplingParams, ThinkingRules
     from godwit.models.causal_lm import CausalLM
     from godwit.text.tokenizer import Tokenizer
 
@@ -92,26 +93,31 @@ class OpenedModel:
         threads: int | None,
         dtype: DtypeName,
         quantize: QuantizeName | None = None,
-    ) -> Session:
-        """Load the weights and make a session, with progress on stderr.
+        speculate: bool = True,
+        reuse: bool = True,
+    ) -> Responder:
+        """Load the weights and start an engine, with progress on stderr. Close it when done.
 
         Args:
             context: tokens of prompt and answer together; None: :data:`DEFAULT_CONTEXT`, or fewer where the
                 model is made for fewer or half of the free memory holds fewer.
-            threads, dtype, quantize: as for :func:`load_weights`.
+            threads: as for :func:`use_threads`.
+            dtype, quantize: as for :func:`load_weights`.
+            speculate, reuse: as for :class:`~godwit.cli.responder.Responder`.
 
         Raises: what loading raises; MemoryBudgetError where the context does not fit.
         """
-        from godwit.engine import Session
+        from godwit.cli.responder import Responder
 
         num_threads = use_threads(threads)
         with loading(self.name) as progress:
             model = load_weights(self.source, dtype, quantize, progress)
-        budget = memory()["available"]
+        available = memory()["available"]
         if context is None:
-            budget = None if budget is None else budget // 2
-            context = resolve_context(model, budget)
-        session = Session(model, self.tokenizer, context, max_bytes=budget)
+            context = resolve_context(model, None if available is None else available // 2)
+        responder = Responder(
+            model, self.tokenizer, context, max_bytes=available, speculate=speculate, reuse=reuse
+        )
         most = model.config.max_position
         limit = "" if context == most else f" of {most} (--context)"
         print(
@@ -119,7 +125,7 @@ class OpenedModel:
             f"{num_threads} thread{'s' * (num_threads > 1)}",
             file=sys.stderr,
         )
-        return session
+        return responder
 
 
 def open_model(model: str | None) -> OpenedModel:
@@ -349,10 +355,3 @@ def thinking_rules(options: ThinkingOptions, *, opened: bool) -> ThinkingRules:
         budget=options.thinking_budget,
         message=DEFAULT_MESSAGE if message is None else message,
     )
-
-
-def thinking_open(tokenizer: Tokenizer, ids: list[int]) -> bool:
-    """Whether the chat template has opened the thinking of the answer at the end of the prompt."""
-    from godwit.engine import opens_thinking
-
-    return opens_thinking(tokenizer.decode(ids[-16:], skip_special=False))

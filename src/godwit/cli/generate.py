@@ -14,7 +14,8 @@ from godwit.cli.terminal import harmless, tolerate_any_text
 from godwit.errors import TemplateError, UsageError
 
 if TYPE_CHECKING:
-    from godwit.engine import Answer, Event, Finish
+    from godwit.cli.reply import Reply
+    from godwit.engine import Finish, Piece, Prompt
     from godwit.text.tokenizer import Tokenizer
 
 
@@ -34,10 +35,11 @@ def run(
     threads: int | None,
     dtype: DtypeName,
     quantize: QuantizeName | None,
+    speculate: bool = True,
 ) -> None:
-    """Answer `prompt` (None: stdin) on stdout, with one line break at the end.
+    """Answer `prompt` (None: stdin) on stdout, ending with one line break.
 
-    Lengths are checked before weights are read.
+    Lengths are checked before the weights are read.
 
     Raises: GodwitError of any kind; UsageError for an empty prompt and for options that exclude each other.
     """
@@ -54,32 +56,39 @@ def run(
     opened.check_context(context)
     params = common.sampling_params(sampling, opened.tokenizer.generation_defaults, logit_bias)
     variables = common.thinking_variables(opened.tokenizer, thinking)
-    ids = encode(
+    asked = make_prompt(
         opened.tokenizer, text, raw=raw, system=opened.system(system), tools=listed, variables=variables
     )
-    opened.check_context(context, len(ids))
-    thinks = not raw and common.thinking_open(opened.tokenizer, ids)
-    rules = None if raw else common.thinking_rules(thinking, opened=thinks)
-    session = opened.start(context=context, threads=threads, dtype=dtype, quantize=quantize)
-    events = session.stream(ids, params, thinking=rules)
-    if not as_json:
-        write(events, at_once=not stream)
-        return
-    from godwit.engine import Answer, parse_answer
+    opened.check_context(context, len(asked.ids))
+    rules = None if raw else common.thinking_rules(thinking, opened=asked.thinking)
+    from godwit.cli.reply import Reply, ReplyFormat
 
-    text, finish = collect(events)
-    answer = Answer(text) if raw else parse_answer(text, thinking=thinks)
-    print(json.dumps(report(answer, finish, opened.name), ensure_ascii=False))
+    with opened.start(
+        context=context, threads=threads, dtype=dtype, quantize=quantize, speculate=speculate, reuse=False
+    ) as responder:
+        format = ReplyFormat(opened.tokenizer)
+        events = responder.answer(
+            asked,
+            params,
+            thinking=rules and format.rules(rules, listed),
+            shown_ids=format.marks if listed else frozenset(),
+        )
+        if not as_json:
+            write(events, at_once=not stream)
+            return
+        reply = Reply() if raw else format.reply(listed, thinking=asked.thinking)
+        finish = collect(events, reply)
+        print(json.dumps(report(reply, finish, opened.name), ensure_ascii=False))
 
 
 def read_prompt() -> str:
-    """The prompt from stdin, without the line break at its end."""
+    """The prompt from stdin, without its final line break."""
     if sys.stdin.isatty():
         print("Type the prompt; Ctrl-D on a line of its own ends it.", file=sys.stderr)
     return sys.stdin.read().removesuffix("\n")
 
 
-def encode(
+def make_prompt(
     tokenizer: Tokenizer,
     text: str,
     *,
@@ -87,23 +96,25 @@ def encode(
     system: str | None,
     tools: list[dict[str, Any]],
     variables: Mapping[str, Any],
-) -> list[int]:
-    """Ids of the prompt: a plain text, or a conversation of one message.
+) -> Prompt:
+    """The prompt: a plain text, or a conversation of one message.
 
     Raises:
         TemplateError: there is no chat template, or it fails.
     """
+    from godwit.engine import ChatRenderer, Prompt
+
     if raw:
-        return tokenizer.encode(text)
+        return Prompt(tuple(tokenizer.encode(text)))
     if tokenizer.chat_template is None:
         raise TemplateError("this model has no chat template; continue a plain text with --raw")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
-    return tokenizer.encode_chat(messages, tools=tools or None, **variables)
+    return ChatRenderer(tokenizer, tools, variables).prompt(messages, last=True)
 
 
-def write(events: Iterable[Event], *, at_once: bool) -> None:
-    """Write the text of an answer to stdout as it comes, or `at_once` when it is complete."""
+def write(events: Iterable[Piece | Finish], *, at_once: bool) -> None:
+    """Write the text of an answer to stdout as it comes, or `at_once` at the end."""
     from godwit.engine import Piece
 
     texts = (event.text for event in events if isinstance(event, Piece))
@@ -116,27 +127,29 @@ def write(events: Iterable[Event], *, at_once: bool) -> None:
         print()
 
 
-def collect(events: Iterable[Event]) -> tuple[str, Finish]:
-    """The whole text of an answer, and how it ended."""
+def collect(events: Iterable[Piece | Finish], reply: Reply) -> Finish:
+    """Read a whole answer into `reply`; how it ended."""
     from godwit.engine import Finish
 
-    *pieces, finish = events
-    if not isinstance(finish, Finish):
-        raise RuntimeError("an answer ended without saying why")
-    return "".join(piece.text for piece in pieces if not isinstance(piece, Finish)), finish
+    for event in events:
+        if isinstance(event, Finish):
+            reply.flush()
+            return event
+        reply.push(event.text)
+    raise RuntimeError("an answer ended without saying why")
 
 
-def report(answer: Answer, finish: Finish, model: str) -> dict[str, Any]:
-    """The object that --json writes; times are seconds, and a rate is null where nothing was measured."""
+def report(reply: Reply, finish: Finish, model: str) -> dict[str, Any]:
+    """The object that --json writes; times are in seconds, and a rate is null where nothing was measured."""
 
     def rounded(value: float | None) -> float | None:
         return None if value is None else round(value, 6)
 
     return {
         "model": model,
-        "text": answer.content,
-        "thinking": answer.thinking,
-        "tool_calls": [{"name": call.name, "arguments": call.arguments} for call in answer.tool_calls],
+        "text": reply.text,
+        "thinking": reply.thinking,
+        "tool_calls": [{"name": call.name, "arguments": call.arguments} for call in reply.calls],
         "finish_reason": finish.reason,
         "prompt_tokens": finish.prompt_tokens,
         "cached_tokens": finish.cached_tokens,

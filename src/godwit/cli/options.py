@@ -64,6 +64,7 @@ RecipeName = Annotated[
 Restart = Annotated[
     bool, typer.Option("--restart", help="Start over if OUT.partial was made from something else.")
 ]
+Speculate = Annotated[bool, typer.Option(help="Guess tokens ahead where that pays; answers stay the same.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")]
 
 

@@ -1,4 +1,4 @@
-"""How a verb ends: one sentence on stderr for what it raises, and an exit code."""
+"""How a command ends: one sentence on stderr for an exception, and an exit code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import typer
 from godwit.cli.stopping import Terminated
 from godwit.errors import GodwitError, MemoryBudgetError, UsageError
 
-# What a shell reports for a process that a signal ended: 128 + its number.
+# As shells report a process that ended by a signal: 128 + its number.
 INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143
 INSTRUCTION_SET = "GODWIT_INSTRUCTION_SET"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -23,7 +23,7 @@ _NO_MEMORY = "memory ran out; end other programs, or choose a smaller model, few
 
 @contextmanager
 def one_sentence(ctx: typer.Context) -> Iterator[None]:
-    """Turn what a verb raises into one sentence on stderr and an exit code; --debug adds the traceback."""
+    """Turn exceptions into one sentence on stderr and an exit code; --debug adds the traceback."""
     try:
         _check_instruction_set()
         yield
@@ -56,10 +56,10 @@ def one_sentence(ctx: typer.Context) -> Iterator[None]:
 
 
 def _check_instruction_set() -> None:
-    """Import the native module where the environment chooses its instruction set.
+    """Import the native module early where the environment chooses its instruction set.
 
     Raises:
-        UsageError: there is no such set, or this CPU lacks it.
+        UsageError: the set does not exist, or this CPU lacks it.
     """
     if not os.environ.get(INSTRUCTION_SET):
         return
@@ -71,7 +71,7 @@ def _check_instruction_set() -> None:
 
 
 def drop_output() -> None:
-    """Lead stdout nowhere: Python would flush it once more at exit, and complain."""
+    """Redirect stdout to the null device: Python flushes it again at exit and would report the error."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

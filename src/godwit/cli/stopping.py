@@ -1,4 +1,4 @@
-"""Being told to stop: Ctrl-C, or SIGTERM from whoever runs the program."""
+"""Stopping in good order on Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from contextlib import contextmanager
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came while it was taken like Ctrl-C."""
+    """SIGTERM came while it was being handled like Ctrl-C."""
 
 
 @contextmanager
 def tidy_stop(advice: str) -> Iterator[None]:
-    """While this lasts, SIGTERM leaves things in order as Ctrl-C does; the error of either says `advice`."""
+    """Within this context, SIGTERM raises like Ctrl-C does, and the exception of either carries `advice`."""
     own = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, _terminate) if own else None
     try:

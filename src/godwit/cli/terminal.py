@@ -14,25 +14,25 @@ from typing import IO, Any
 
 DIM, CYAN, RED, PLAIN = "\x1b[2m", "\x1b[36m", "\x1b[31m", "\x1b[0m"
 BLOCK = '"""'
-# A model may write any character; those that steer a terminal are shown and not obeyed.
+# A model may write any character; control characters are shown as such instead of reaching the terminal.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def harmless(text: str) -> str:
-    """`text` without characters that steer a terminal."""
+    """`text` with its control characters replaced."""
     return _CONTROL.sub("\ufffd", text)
 
 
 def tolerate_any_text() -> None:
-    """Let no character that a stream cannot encode or decode end the program."""
+    """Replace characters that the standard streams cannot encode or decode, instead of failing."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 @dataclass(frozen=True)
-class Message:
-    """What the user typed; `literal`: in a block, so it is no command whatever it begins with."""
+class TypedMessage:
+    """What the user typed; `literal`: in a block, so it is never a command."""
 
     text: str
     literal: bool = False
@@ -47,7 +47,7 @@ class Terminal:
     def __init__(self) -> None:
         tolerate_any_text()
         self.interactive = sys.stdin.isatty()
-        self._open: IO[str] | None = None  # the stream whose last line is not ended
+        self._open: IO[str] | None = None  # the stream whose last line has no end yet
         self._kind = ""
         self._after_tag = False
         self._progress = ""
@@ -55,21 +55,21 @@ class Terminal:
             with contextlib.suppress(ImportError):  # not in every build of Python
                 import readline  # noqa: F401 (gives input() editing and a history)
 
-    def read(self, prompt: str) -> Message | None:
+    def read(self, prompt: str) -> TypedMessage | None:
         r"""The next message, or None at the end of the input; raises KeyboardInterrupt.
 
-        A line that ends with ``\`` goes on in the next one; between two ``\"\"\"`` all is taken as it is.
+        A line that ends with ``\`` continues in the next one; text between two ``\"\"\"`` is taken literally.
         """
         line = self._line(prompt)
         if line is None:
             return None
         if line.lstrip().startswith(BLOCK):
-            return Message(self._block(line.lstrip().removeprefix(BLOCK)), literal=True)
+            return TypedMessage(self._block(line.lstrip().removeprefix(BLOCK)), literal=True)
         lines = []
         while line is not None and line.endswith("\\"):
             lines.append(line[:-1])
             line = self._line("... ")
-        return Message("\n".join([*lines, *([] if line is None else [line])]))
+        return TypedMessage("\n".join([*lines, *([] if line is None else [line])]))
 
     def _block(self, line: str | None) -> str:
         lines: list[str] = []
@@ -97,7 +97,7 @@ class Terminal:
         self._kind, self._after_tag = "", False
 
     def part(self, kind: str, text: str) -> None:
-        """A piece of the answer's "text", or of its "thinking", which is no part of the answer proper."""
+        """Show a part of the answer's "text", or of the "thinking" before it."""
         if kind != self._kind:
             self.end_line()
             self._after_tag = self._kind != "" or kind == "thinking"
@@ -111,28 +111,28 @@ class Terminal:
             self._say(sys.stdout, text)
 
     def call(self, name: str, arguments: Mapping[str, Any]) -> None:
-        """A tool call, on a line of its own."""
+        """Show a tool call on its own line."""
         self.end_line()
         self._kind = "call"
         self._say(sys.stdout, f"call {name} {json.dumps(arguments, ensure_ascii=False)}\n", CYAN)
 
     def end_line(self) -> None:
-        """End the line of the answer that is not ended yet, if there is one."""
+        """End the current line of the answer, if one is open."""
         if self._open is not None:
             self._say(self._open, "\n")
 
     def note(self, text: str) -> None:
-        """A remark of the program."""
+        """Show a remark of the program."""
         self._clear_progress()
         self._write(sys.stderr, _styled(sys.stderr, harmless_lines(text), DIM) + "\n")
 
     def error(self, text: str) -> None:
-        """What went wrong."""
+        """Show an error."""
         self._clear_progress()
         self._write(sys.stderr, _styled(sys.stderr, harmless_lines(text), RED) + "\n")
 
     def progress(self, done: int, total: int, step: int) -> None:
-        """How far a long prompt is read, where stderr is a terminal and it takes more than one step."""
+        """Show how far a prompt of several steps has been read, where stderr is a terminal."""
         if total > step and sys.stderr.isatty():
             self._clear_progress()
             self._progress = f"reading {done} of {total} tokens"
@@ -156,7 +156,7 @@ class Terminal:
 
 
 def harmless_lines(text: str) -> str:
-    """`text` for a remark: harmless, and without white space at its end."""
+    """`text` for a remark: harmless, and without trailing white space."""
     return harmless(text).rstrip()
 
 

@@ -1,16 +1,15 @@
-"""The engine: sampling, caches, sessions, and many requests at a time on top of a model."""
+"""The engine: sampling, caches, and many requests at a time on top of a model."""
 
-from godwit.engine.answer import Answer, Segmenter, ToolCall, opens_thinking, parse_answer, parse_call
 from godwit.engine.cache import CacheSize, HybridCache
+from godwit.engine.chat_prompt import ChatRenderer, Prompt
 from godwit.engine.engine import Engine, EngineStats, Health
 from godwit.engine.sampling import Sampler, SamplingParams, TokenLogprobs
-from godwit.engine.session import Event, Finish, Piece, Prefill, Session
-from godwit.engine.stream import Constraint, GenerationRequest, Stream
+from godwit.engine.stream import Constraint, Event, Finish, GenerationRequest, Piece, Stream
 from godwit.engine.thinking import ThinkingRules
 
 __all__ = [
-    "Answer",
     "CacheSize",
+    "ChatRenderer",
     "Constraint",
     "Engine",
     "EngineStats",
@@ -20,16 +19,10 @@ __all__ = [
     "Health",
     "HybridCache",
     "Piece",
-    "Prefill",
+    "Prompt",
     "Sampler",
     "SamplingParams",
-    "Segmenter",
-    "Session",
     "Stream",
     "ThinkingRules",
     "TokenLogprobs",
-    "ToolCall",
-    "opens_thinking",
-    "parse_answer",
-    "parse_call",
 ]

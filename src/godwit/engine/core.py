@@ -278,6 +278,8 @@ class EngineCore:
         self.runner.settle(work, len(work.tokens))
         if seq.is_cut(seq.num_computed):
             self.runner.remember(seq)
+        if (report := self._generations[seq].request.on_read) is not None:
+            report(seq.num_computed)
         return len(work.tokens)
 
     def _answer(self, work: Work, logits: Tensor, rows: Row, first: int) -> int:
@@ -341,16 +343,17 @@ class EngineCore:
         refused = isinstance(fault, UsageError)
         if not refused:
             self._report(fault)
-        self._end(generation, reason, client_message(fault), refused=refused)
+        self._end(generation, reason, fault, refused=refused)
 
     def _end(
-        self, generation: Generation, reason: Reason, error: str | None = None, *, refused: bool = False
+        self, generation: Generation, reason: Reason, fault: Exception | None = None, *, refused: bool = False
     ) -> None:
+        error = None if fault is None else client_message(fault)
         try:
-            generation.finish(reason, error, refused=refused)
-        except Exception as fault:
-            self._report(fault)
-            generation.finish("error", client_message(fault), flush=False)
+            generation.finish(reason, error, refused=refused, fault=fault)
+        except Exception as another:
+            self._report(another)
+            generation.finish("error", client_message(another), fault=another, flush=False)
 
     def _forget(self, seq: Sequence) -> None:
         """Remove a request and add up its counts."""
@@ -406,7 +409,7 @@ class EngineCore:
         if seq in self.scheduler.running or seq in self.scheduler.waiting:
             self.scheduler.remove(seq)
         self._forget(seq)
-        self._end(generation, "error", client_message(error))
+        self._end(generation, "error", error)
 
     def _recover(self, error: Exception) -> None:
         """End all requests but those that wait, and go on with new caches."""
@@ -416,7 +419,7 @@ class EngineCore:
             seq.restart()
             if seq not in self.scheduler.waiting:
                 self._forget(seq)
-                self._end(generation, "error", client_message(error))
+                self._end(generation, "error", error)
         self.runner.reset()
         if self.drafter is not None:
             with self._guard_drafter():

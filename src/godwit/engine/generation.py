@@ -7,13 +7,13 @@ from time import perf_counter
 
 from torch import Tensor
 
-from godwit.engine.answer import StopMatcher
 from godwit.engine.cache.prefix import Hit
 from godwit.engine.constraint.masks import MaskPool, Masks
 from godwit.engine.ending import Ending
 from godwit.engine.sampling import Row, Sampler, TokenLogprobs
 from godwit.engine.scheduler import Sequence
 from godwit.engine.scoring import PromptScores
+from godwit.engine.stop_matcher import StopMatcher
 from godwit.engine.stream import Channel, Finish, GenerationRequest, Piece, PromptScored, Reason, Started
 from godwit.engine.thinking import ThinkingGuide, shown
 from godwit.errors import GodwitError
@@ -154,7 +154,13 @@ class Generation:
         return "length" if len(self.sequence.ids) >= self.sequence.limit else None
 
     def finish(
-        self, reason: Reason, error: str | None = None, *, refused: bool = False, flush: bool = True
+        self,
+        reason: Reason,
+        error: str | None = None,
+        *,
+        refused: bool = False,
+        fault: Exception | None = None,
+        flush: bool = True,
     ) -> None:
         """Emit the remaining text, and the end; see :class:`Finish`. Without ``flush`` only the end."""
         if flush and self.masks is not None:
@@ -185,6 +191,7 @@ class Generation:
                 reuse_note=self._hit.note,
                 error=error,
                 refused=refused,
+                fault=fault,
                 stop_logprobs=self._stop_logprobs,
                 speedup=self._speedup(max(0.0, self._last - first)),
             )

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: requests, events, and the stream that carries the events."""
+"""The engine's input and output: requests, events, and the stream that carries the events."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from godwit.engine import session
 from godwit.engine.sampling import SamplingParams, TokenLogprobs
-from godwit.engine.thinking import ThinkingRules
+from godwit.engine.thinking import ThinkingEnd, ThinkingRules
 
 Reason = Literal["stop", "length", "cancelled", "error"]
 
@@ -50,6 +49,8 @@ class GenerationRequest:
             answer's; the whole prompt is read for that, whatever is cached.
         shown_ids: special tokens that are a part of the answer's text, as others are not.
         thinking: what holds for the thinking of the answer; None: its whole text is the answer.
+        on_read: called in the engine's thread after each step that does not reach the end of the prompt, with
+            the number of its tokens that are in the caches.
     """
 
     prompt_ids: tuple[int, ...]
@@ -61,6 +62,7 @@ class GenerationRequest:
     score_prompt: bool = False
     shown_ids: frozenset[int] = frozenset()
     thinking: ThinkingRules | None = None
+    on_read: Callable[[int], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,35 +80,55 @@ class PromptScored:
 
 
 @dataclass(frozen=True)
-class Piece(session.Piece):
+class Piece:
     """A part of the answer's text, with the tokens that are complete with it.
 
     The text is empty only where the last tokens of an answer have none.
     """
 
+    text: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 @dataclass(frozen=True)
-class Finish(session.Finish):
+class Finish:
     """The end of an answer.
 
     Attributes:
-        cached_tokens: ids of the prompt that needed no work thanks to earlier requests.
+        reason: "stop" (a stop token or text), "length" (max_tokens or the context), "cancelled" or "error".
+        token_ids: all tokens of the answer, a stop token included.
+        prompt_tokens, cached_tokens: tokens of the prompt, and how many of them an earlier request had left
+            in the caches.
         prefill_tokens, prefill_seconds: tokens read before the first token of the answer came, and the time.
+        decode_seconds: time for all tokens of the answer but the first.
+        seed: repeats the answer.
+        stop: the stop text that ended it, if one did.
+        thinking_tokens: tokens of the answer's thinking, without the tags.
+        thinking_ended: why its thinking ended; None: there was none, or it was cut off.
         queue_seconds: from the submission to the start of reading.
         drafted, accepted: tokens that were guessed ahead, and how many of them the model agreed with.
-        speedup: how many times as fast as without drafts the answer came, as it is estimated; None where
-            there were none, or nothing to compare them with.
         preemptions: how often the request had to make room for others.
         reuse_note: why not more of the prompt was reused; empty where nothing was left to reuse.
-        error: what went wrong, where the reason is "error".
+        error: what went wrong, in words for a client, where the reason is "error".
         refused: the error is the request's own fault: its form was too costly to follow, for example.
+        fault: the exception behind the error.
+        speedup: how many times as fast as without drafts the answer came, as it is estimated; None where
+            there were none, or nothing to compare them with.
         stop_logprobs: of the stop token that ended it, which is in no piece, where logprobs were asked for.
     """
 
-    reason: Reason  # type: ignore[assignment]
+    reason: Reason
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    cached_tokens: int
+    prefill_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    seed: int
+    stop: str | None
+    thinking_tokens: int = 0
+    thinking_ended: ThinkingEnd | None = None
     queue_seconds: float = 0.0
     drafted: int = 0
     accepted: int = 0
@@ -114,13 +136,30 @@ class Finish(session.Finish):
     reuse_note: str = ""
     error: str | None = None
     refused: bool = False
+    fault: Exception | None = None
     speedup: float | None = None
     stop_logprobs: TokenLogprobs | None = None
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def prefill_tokens_per_second(self) -> float | None:
+        return _rate(self.prefill_tokens, self.prefill_seconds)
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        return _rate(self.completion_tokens - 1, self.decode_seconds)
 
     @property
     def first_token_seconds(self) -> float:
         """From the submission to the first token."""
         return self.queue_seconds + self.prefill_seconds
+
+
+def _rate(count: int, seconds: float) -> float | None:
+    return count / seconds if count > 0 and seconds > 0 else None
 
 
 Event = Started | PromptScored | Piece | Finish
@@ -184,10 +223,10 @@ def _ignore(result: object) -> None:
 class Stream:
     """The answer to one request: an iterator of a :class:`Started`, pieces and, at last, one :class:`Finish`.
 
-    One that never got its place has no start.
+    A request that was never admitted has no :class:`Started`.
 
-    It can be read by a loop, by an ``async for``, or with :meth:`on_event`: in one of these ways. Whoever
-    drops it, cancels the request.
+    Read it with a loop, an ``async for``, or :meth:`on_event`, but only one of them. Dropping the stream
+    cancels the request.
     """
 
     def __init__(self, channel: Channel) -> None:

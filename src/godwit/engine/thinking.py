@@ -16,7 +16,7 @@ from godwit.dialect.dialect import Dialect, Schemas
 from godwit.dialect.hermes_calls import HERMES
 from godwit.dialect.tags import END_THINK
 from godwit.dialect.thinking import AnswerPlace, ThinkingTracker
-from godwit.engine.answer import StopMatcher
+from godwit.engine.stop_matcher import StopMatcher
 from godwit.errors import UsageError
 from godwit.text.tokenizer import Tokenizer
 

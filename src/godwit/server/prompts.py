@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any, TypeVar
 
 from anyio.to_thread import run_sync
@@ -14,8 +13,8 @@ from starlette.requests import Request
 from godwit.dialect.dialect import Dialect
 from godwit.dialect.mistral_calls import with_short_ids
 from godwit.dialect.tags import END_THINK, THINK
-from godwit.engine import opens_thinking
-from godwit.errors import GodwitError, TemplateError
+from godwit.engine.chat_prompt import ChatRenderer, Prompt, opens_thinking, rewrites_thinking
+from godwit.errors import GodwitError
 from godwit.server.connections.clients import in_turn
 from godwit.server.connections.fair_queue import FairQueue
 from godwit.server.errors import ApiError, bad_request, too_long
@@ -23,12 +22,8 @@ from godwit.server.limits import Limits
 from godwit.text.tokenizer import Tokenizer
 
 Message = dict[str, Any]
-#: Prefixes of a conversation that are rendered where its tokens do not show where messages end.
-MAX_RENDERED = 8
 PROMPT_WORKERS, PROMPTS_WAITING = 2, 256
 _Result = TypeVar("_Result")
-#: A boundary so close to the end of the prompt has only the header of the answer after it.
-NEAR_END = 16
 _THINKS = (
     "this model thinks before it answers, so a message can be continued only with thinking turned off (where "
     "the template can do that) or together with the thinking that came before it"
@@ -41,21 +36,6 @@ RESERVED = frozenset(
         *("range", "dict", "lipsum", "cycler", "joiner", "namespace", "raise_exception", "strftime_now"),
     }
 )
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A tokenized prompt.
-
-    Attributes:
-        ids: the whole prompt.
-        boundaries: positions at which a later prompt may diverge from this one.
-        thinking: the answer begins within ``<think>``.
-    """
-
-    ids: tuple[int, ...]
-    boundaries: tuple[int, ...] = ()
-    thinking: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,8 +104,7 @@ class PromptMaker:
         self.longest = max(len(tokenizer.id_to_token(id) or "") for id in range(tokenizer.vocab_size))
         self.max_chars = context * self.longest
         self.context = context
-        template = tokenizer.chat_template
-        self._rewrites = template is not None and THINK in template.source
+        self._rewrites = rewrites_thinking(tokenizer)
 
     def check_size(self, *texts: str) -> None:
         """Refuse texts that are too long whatever their tokens, before any work is done.
@@ -152,23 +131,24 @@ class PromptMaker:
             ApiError: it is too long, or its prefill cannot follow the prompt.
         """
         self._check_chars(num_chars(conversation))
-        ids, end = self._before_answer(conversation)
+        renderer, ids, end = self._before_answer(conversation)
         if conversation.prefill and not conversation.thoughts and opens_thinking(end):
             conversation = _without_thinking(conversation)
-            ids, end = self._before_answer(conversation)
+            renderer, ids, end = self._before_answer(conversation)
             if opens_thinking(end):
                 raise bad_request(_THINKS)
         if not self._rewrites or end.rstrip().endswith(END_THINK):  # the template leaves no room for thoughts
             conversation = replace(conversation, thoughts="")
         opened = opens_thinking(end)
         thinking = (opened or bool(conversation.thoughts)) and not conversation.prefill
-        boundaries = self._boundaries(conversation, ids)
+        boundaries = renderer.boundaries(conversation.messages, ids, begun=conversation.begun)
         return Prompt((*ids, *self._beginning(conversation, opened)), boundaries, thinking)
 
-    def _before_answer(self, conversation: Conversation) -> tuple[list[int], str]:
-        """(ids of the prompt up to where the answer begins, the last of its text)."""
-        ids = self._encode(conversation, conversation.messages, add_generation_prompt=True)
-        return ids, self.tokenizer.decode(ids[-16:], skip_special=False)
+    def _before_answer(self, conversation: Conversation) -> tuple[ChatRenderer, list[int], str]:
+        """(what renders the prompt, its ids up to where the answer begins, the text at their end)."""
+        renderer = ChatRenderer(self.tokenizer, conversation.tools, conversation.variables)
+        ids = renderer.encode(conversation.messages)
+        return renderer, ids, renderer.end_of(ids)
 
     def _beginning(self, conversation: Conversation, opened: bool) -> list[int]:
         """The given part of the answer; only the tags around the thoughts are control tokens."""
@@ -181,39 +161,6 @@ class PromptMaker:
 
     def _words(self, text: str, *, allow_special: bool = False) -> list[int]:
         return self.tokenizer.encode(text, allow_special=allow_special, add_special_tokens=False)
-
-    def _encode(self, conversation: Conversation, messages: Sequence[Message], **more: Any) -> list[int]:
-        tools = list(conversation.tools) or None
-        return self.tokenizer.encode_chat(messages, tools=tools, **more, **conversation.variables)
-
-    def _boundaries(self, conversation: Conversation, ids: list[int]) -> tuple[int, ...]:
-        """The ends of the messages, and where the prompt of the next turn will diverge from this one.
-
-        In most models a stop token ends each message; one that is spelled out in a message is not encoded as
-        a token. Where there are none, prefixes of the conversation are rendered and compared. Templates with
-        thinking drop the thoughts of earlier turns, so the next prompt is rendered too.
-        """
-        messages = conversation.messages
-        ends = {place + 1 for place, id in enumerate(ids) if id in self.tokenizer.stop_ids}
-        beginnings: list[Sequence[Message]] = []
-        if self._rewrites or not ends:
-            turn = [{"role": "assistant", "content": "."}, {"role": "user", "content": "."}]
-            beginnings.append([*messages, *turn])
-        if not ends:
-            sizes = range(1, len(messages))
-            chosen = [*islice(sizes, MAX_RENDERED // 2), *sizes[-(MAX_RENDERED // 2) :]]
-            beginnings += [messages[:size] for size in sorted(set(chosen))]
-        for beginning in beginnings:
-            try:
-                other = self._encode(conversation, beginning, add_generation_prompt=False)
-            except TemplateError:  # some templates require a certain order of roles
-                continue
-            ends.add(_common(ids, other))
-        found = sorted(end for end in ends if 0 < end < len(ids))
-        # The state at the end of the prompt is kept anyway.
-        near = [] if conversation.begun else [end for end in found if len(ids) - end < NEAR_END]
-        useful = near[-1:] if self._rewrites else []
-        return (*found[: len(found) - len(near)], *useful)
 
 
 class PromptQueue:
@@ -286,9 +233,3 @@ def _without_thinking(conversation: Conversation) -> Conversation:
     if conversation.variables.get("enable_thinking"):
         raise bad_request(_THINKS)
     return replace(conversation, variables={**conversation.variables, "enable_thinking": False})
-
-
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """The length of the common prefix."""
-    pairs = zip(first, second, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

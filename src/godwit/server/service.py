@@ -16,6 +16,7 @@ from godwit.dialect.lark import ThinkingBefore
 from godwit.dialect.parser import AnswerParser
 from godwit.dialect.tags import MARKS, THINK
 from godwit.engine import GenerationRequest, SamplingParams, Stream
+from godwit.engine.chat_prompt import Prompt, takes_one_call
 from godwit.errors import GodwitError, UsageError
 from godwit.server.answers import Answers
 from godwit.server.body import BodyReader
@@ -26,13 +27,11 @@ from godwit.server.log import Record
 from godwit.server.metrics import Metrics
 from godwit.server.openai.fim import Fim
 from godwit.server.openai.items import ItemStore
-from godwit.server.prompts import Conversation, Prompt, PromptMaker, PromptQueue
+from godwit.server.prompts import Conversation, PromptMaker, PromptQueue
 from godwit.server.settings import Settings
 from godwit.server.structured import NO_TOOLS, Calls, Form, FormMaker
 from godwit.server.thinking import ThinkingMaker, ThinkingWish
 
-#: The error of templates that allow one call in a message, such as those of Llama 3.
-SINGLE_CALL = "only supports single tool-calls"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +109,7 @@ class Service:
         self.started = int(time())
         self.fingerprint = fingerprint(engine.model.config)
         self.draining = False
-        self._one_call = SINGLE_CALL in source
+        self._one_call = takes_one_call(source)
         marks = map(engine.tokenizer.token_to_id, MARKS)
         self._marks = frozenset(id for id in marks if id is not None)
         self._knows_thinking = template is not None and THINK in template.source

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from godwit.cli.reply import parse_reply
 from godwit.dialect import xml_calls
 from godwit.dialect.grammar import MAX_CALLS
-from godwit.engine import Engine, GenerationRequest, SamplingParams, parse_answer
+from godwit.engine import Engine, GenerationRequest, SamplingParams
 from godwit.engine.constraint.constraints import Constraints, GrammarConstraint
 from godwit.engine.stream import Finish, Stream
 from godwit.errors import UsageError
@@ -285,12 +286,12 @@ def test_answers_are_calls_or_fit_another_form_in_a_batch_as_alone(
         return forms.tool_calls(TOOLS, "auto", otherwise=forms.rule("schema", FLAG))
 
     together = [stream.result() for stream in [ask(form(), params) for params in ways]]
-    answers = [parse_answer(text) for text, _ in together]
+    answers = [parse_reply(text) for text, _ in together]
     for answer, (_, finish) in zip(answers, together, strict=True):
-        assert finish.reason == "stop" and bool(answer.content) != bool(answer.tool_calls)
-        assert not answer.content or fits(json.loads(answer.content), FLAG)
-        assert all(fits(call.arguments, schemas[call.name]) for call in answer.tool_calls)
-    assert {bool(answer.tool_calls) for answer in answers} == {False, True}
+        assert finish.reason == "stop" and bool(answer.text) != bool(answer.calls)
+        assert not answer.text or fits(json.loads(answer.text), FLAG)
+        assert all(fits(call.arguments, schemas[call.name]) for call in answer.calls)
+    assert {bool(answer.calls) for answer in answers} == {False, True}
     assert [ask(form(), params).result()[0] for params in ways[:3]] == [text for text, _ in together[:3]]
 
 
@@ -358,10 +359,10 @@ def test_tools_are_called_as_their_schemas_say(choice: str, forms: Constraints, 
     for seed in range(3):
         form = forms.tool_calls(TOOLS, choice, parallel=choice == "required" and seed > 0)
         text, finish = ask(form, SamplingParams(seed=seed, max_tokens=800)).result()
-        answer = parse_answer(text)
-        assert finish.reason == "stop" and answer.content == "" and answer.tool_calls
-        assert len(answer.tool_calls) == text.count("<tool_call>")
-        for call in answer.tool_calls:
+        answer = parse_reply(text)
+        assert finish.reason == "stop" and answer.text == "" and answer.calls
+        assert len(answer.calls) == text.count("<tool_call>")
+        for call in answer.calls:
             assert choice in ("required", call.name)
             assert fits(call.arguments, schemas[call.name])
 

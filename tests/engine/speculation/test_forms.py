@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from godwit.engine import Engine, GenerationRequest, SamplingParams, ThinkingRules, parse_answer
+from godwit.cli.reply import parse_reply
+from godwit.engine import Engine, GenerationRequest, SamplingParams, ThinkingRules
 from godwit.engine.constraint.constraints import Constraints, GrammarConstraint
 from godwit.engine.speculation.speculator import MAX_DEPTH, Speculator
 from godwit.models.causal_lm import CausalLM
@@ -89,7 +90,7 @@ def test_drafts_change_no_answer_of_any_form(
         assert reason == "stop" and json.loads(text.partition("That will do.\n</think>\n\n")[2]).keys() >= {
             "ok"
         }
-    assert parse_answer(answers[1][10][0], thinking=True).tool_calls
+    assert parse_reply(answers[1][10][0], thinking=True).calls
     assert "<tool_call>" in answers[1][4][0] and answers[1][5][0] == "one two three " * 12
     stats = engines[1].stats()
     assert stats.drafted > 50 and stats.accepted > 10

@@ -77,14 +77,7 @@ class HybridCache:
             MemoryBudgetError: they do not fit.
         """
         size = CacheSize.of(model, max_rollback)
-        needed = size.total(max_tokens, num_sequences)
-        if max_bytes is not None and needed > max_bytes:
-            fitting = size.tokens_within(max_bytes, num_sequences, max_tokens)
-            raise MemoryBudgetError(
-                f"{num_sequences} x {max_tokens} tokens of context take {needed / 2**20:.1f} MiB "
-                f"({size.per_block / 2**10:.1f} KiB for {BLOCK_SIZE} tokens, {size.per_row / 2**10:.1f} KiB "
-                f"a sequence), but {max_bytes / 2**20:.1f} MiB may be used: ask for {fitting} tokens or fewer"
-            )
+        size.check(max_tokens, num_sequences, max_bytes)
         blocks = num_sequences * num_blocks(max_tokens)
         return HybridCache(model, blocks, num_sequences, max_rollback=max_rollback)
 

@@ -137,6 +137,21 @@ class CacheSize:
         """Bytes for ``num_rows`` sequences of ``num_tokens`` tokens each."""
         return num_rows * (self.per_row + num_blocks(num_tokens) * self.per_block)
 
+    def check(self, num_tokens: int, num_rows: int, max_bytes: int | None) -> None:
+        """Check that ``num_rows`` sequences of ``num_tokens`` tokens fit ``max_bytes``; None is no limit.
+
+        Raises:
+            MemoryBudgetError: they do not.
+        """
+        needed = self.total(num_tokens, num_rows)
+        if max_bytes is not None and needed > max_bytes:
+            fitting = self.tokens_within(max_bytes, num_rows, num_tokens)
+            raise MemoryBudgetError(
+                f"{num_rows} x {num_tokens} tokens of context take {needed / 2**20:.1f} MiB "
+                f"({self.per_block / 2**10:.1f} KiB for {BLOCK_SIZE} tokens, {self.per_row / 2**10:.1f} KiB "
+                f"a sequence), but {max_bytes / 2**20:.1f} MiB may be used: ask for {fitting} tokens or fewer"
+            )
+
     def tokens_within(self, num_bytes: int, num_rows: int, wanted: int) -> int:
         """How many of ``wanted`` tokens fit for each of ``num_rows`` sequences, perhaps 0."""
         if self.total(wanted, num_rows) <= num_bytes:

@@ -9,12 +9,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from godwit.engine import GenerationRequest
+from godwit.engine.chat_prompt import Prompt
 from godwit.server.errors import bad_request
 from godwit.server.openai.choices import Echo, chat_choice, chat_logprobs, text_choice, timings, usage_of
 from godwit.server.openai.chunks import ChatChunks, TextChunks
 from godwit.server.openai.schemas import ChatRequest
 from godwit.server.openai.text_schemas import CompletionRequest
-from godwit.server.prompts import Prompt
 from godwit.server.service import ChatJob, Service
 from godwit.server.sse import EventStream
 
