@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from godwit import qtensor
 from godwit.errors import UsageError
 from godwit.kernels import packing
 from godwit.qtensor import (

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from godwit.checkpoint import TensorInfo, open_checkpoint
 from godwit.cli import common, doctor
 from godwit.cli.generate import write
 from godwit.cli.main import app

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from godwit.text.chat_template import ChatTemplate
 from godwit.cli.reply import Reply, ReplyFormat, TextPart, ToolCall, parse_reply, with_call_ids
+from godwit.dialect.detect import detect
 from godwit.engine import ThinkingRules
 from godwit.engine.chat_prompt import opens_thinking
+from godwit.text.chat_template import ChatTemplate
 from godwit.text.tokenizer import Tokenizer
 from tests.engine.tiny import tiny_tokenizer, tokenizer_json
 
@@ -100,9 +101,10 @@ def test_a_template_that_takes_one_call_gets_one() -> None:
 
 
 def test_what_ends_thinking_depends_on_the_dialect() -> None:
-    hermes, xml, llama = (format_for(DIALECTS[name][0]).rules(ThinkingRules()) for name in [*DIALECTS][:3])
-    assert hermes == ThinkingRules() and not llama.calls
-    assert xml.calls and xml.closers == ("</think>", "<tool_call>\n<function=", "<tool_call><function=")
+    for template, _ in DIALECTS.values():
+        rules = format_for(template).rules(ThinkingRules(budget=7), [TOOL])
+        assert rules.dialect is detect(template) and rules.budget == 7
+        assert list(rules.schemas) == [OSLO.name]
 
 
 def test_an_answer_is_taken_apart() -> None:

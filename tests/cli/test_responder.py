@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from godwit.text.chat_template import ChatTemplate
 from godwit.cli.responder import Responder
 from godwit.config import ModelConfig
 from godwit.engine import ChatRenderer, Finish, Piece, Prompt, Sampler, SamplingParams
@@ -21,8 +20,9 @@ from godwit.errors import MemoryBudgetError, UsageError
 from godwit.models.causal_lm import CausalLM
 from godwit.models.generate import generate
 from godwit.models.native import pack_model
+from godwit.text.chat_template import ChatTemplate
 from godwit.text.tokenizer import Tokenizer
-from tests.engine.test_speculative import Eager
+from tests.engine.speculation.test_speculator import Eager
 from tests.engine.tiny import CONFIGS, VOCAB, masked_argmax, tiny_model, tiny_tokenizer, tokenizer_json
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)

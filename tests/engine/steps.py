@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+from godwit.engine.cache.disk import DiskCache
 from godwit.engine.core import CoreSettings, Drafter, EngineCore
 from godwit.engine.generation import Generation
 from godwit.engine.sampling import Sampler, SamplingParams
 from godwit.engine.scheduler import Sequence
-from godwit.engine.cache.disk import DiskCache
 from godwit.engine.stream import Channel, Event, Finish, GenerationRequest, Piece
 from godwit.models.causal_lm import CausalLM
 from tests.engine.tiny import VOCAB, tiny_tokenizer

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-from godwit.engine.answer import StopMatcher
 from godwit.engine.cache import BlockPool, HybridCache, StatePool
+from godwit.engine.cache.disk import DiskCache
+from godwit.engine.cache.prefix import PrefixIndex
+from godwit.engine.constraint.masks import Masks
 from godwit.engine.ending import Ending
 from godwit.engine.generation import Generation
-from godwit.engine.constraint.masks import Masks
-from godwit.engine.cache.prefix import PrefixIndex
 from godwit.engine.runner import ModelRunner
 from godwit.engine.sampling import Sampler
 from godwit.engine.scheduler import Scheduler, Sequence
 from godwit.engine.scoring import PromptScores
-from godwit.engine.cache.disk import DiskCache
+from godwit.engine.stop_matcher import StopMatcher
 from godwit.engine.stream import Channel
 from godwit.models.causal_lm import CausalLM
 from godwit.text.detokenizer import StreamDecoder

@@ -11,7 +11,7 @@ from torch import Tensor
 from godwit.config import ModelConfig
 from godwit.models.causal_lm import CausalLM
 from godwit.models.loader import _part, export_tensors
-from godwit.models.names import Placement, canonical_name, name_map
+from godwit.models.names import Alternatives, Placement, canonical_name, name_map
 
 NEXT: Mapping[str, Any] = {
     "model_type": "qwen3_next",
@@ -33,8 +33,10 @@ NEXT: Mapping[str, Any] = {
 
 def loaded(model: CausalLM, source: str) -> tuple[Placement, Tensor]:
     """The target parameter after loading ``source`` with row r holding the number r."""
-    for entry in name_map(model.config, 0):
-        if isinstance(entry, Placement) and entry.source == source:
+    entries = name_map(model.config, 0)
+    placements = (one for e in entries for one in (e.options[0] if isinstance(e, Alternatives) else (e,)))
+    for entry in placements:
+        if entry.source == source:
             parameter = dict(model.named_parameters())[entry.target]
             rows = torch.arange(entry.shape[0], dtype=torch.float32)
             _part(parameter, entry).copy_from(

@@ -33,6 +33,7 @@ from godwit.server.prompts import (
     check_variables,
     num_chars,
 )
+from godwit.text.chat_template import ChatTemplate
 from godwit.text.template_worker import build_environment
 from godwit.text.tokenizer import Tokenizer
 from tests.engine.tiny import tiny_tokenizer

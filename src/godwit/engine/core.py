@@ -169,7 +169,7 @@ class EngineCore:
         """End all requests without touching the caches; nothing can be run any more."""
         for generation in list(self._generations.values()):
             self._forget(generation.sequence)
-            self._end(generation, "error", error)
+            self._end(generation, "error", error=error)
 
     def check_integrity(self) -> None:
         """Every request, block, row and snapshot is accounted for.
@@ -346,9 +346,15 @@ class EngineCore:
         self._end(generation, reason, fault, refused=refused)
 
     def _end(
-        self, generation: Generation, reason: Reason, fault: Exception | None = None, *, refused: bool = False
+        self,
+        generation: Generation,
+        reason: Reason,
+        fault: Exception | None = None,
+        *,
+        error: str | None = None,
+        refused: bool = False,
     ) -> None:
-        error = None if fault is None else client_message(fault)
+        error = error if fault is None else client_message(fault)
         try:
             generation.finish(reason, error, refused=refused, fault=fault)
         except Exception as another:

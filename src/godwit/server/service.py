@@ -33,7 +33,6 @@ from godwit.server.structured import NO_TOOLS, Calls, Form, FormMaker
 from godwit.server.thinking import ThinkingMaker, ThinkingWish
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class ChatJob:
     """A request for answers to a conversation, whatever the API.

@@ -13,7 +13,6 @@ import torch
 from godwit.dialect.lark import MAX_REGEX_CHARS, MAX_SCHEMA_CHARS, json_rule
 from godwit.dialect.schema import MAX_DEPTH, MAX_VALUES
 from godwit.engine.constraint import constraints as module
-from godwit.engine.constraint import trials as trial
 from godwit.engine.constraint import worker
 from godwit.engine.constraint.constraints import (
     ANSWER_SECONDS,

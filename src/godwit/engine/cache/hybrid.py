@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from godwit.engine.cache.pools import BlockPool, CacheSize, StatePool, num_blocks
-from godwit.errors import MemoryBudgetError, UsageError
-from godwit.models.batch import BLOCK_SIZE, ForwardBatch
+from godwit.errors import UsageError
+from godwit.models.batch import ForwardBatch
 from godwit.models.caches import PagedKV
 from godwit.models.causal_lm import CausalLM
 
