@@ -51,16 +51,30 @@ inline void fit(const Lanes* q, const Lanes* x, const float* spread, Lanes& widt
   for (int64_t r = 0; r < kTileRows; ++r) width[r] *= inverse(square[r]);
 }
 
-inline void pack_group_q8(const Lanes* x, const float* spread, uint8_t* codes, uint16_t* scales) {
-  alignas(64) Lanes q[kGroup], extreme, most, width, square;
-  for (int64_t r = 0; r < kTileRows; ++r) extreme[r] = x[0][r], most[r] = std::fabs(x[0][r]);
+// The value of the largest size in each row, the first one where several have it.
+inline void find_extremes(const Lanes* x, Lanes& extreme) {
+  alignas(64) Lanes low, high;
+  std::memcpy(low, x[0], sizeof(Lanes));
+  std::memcpy(high, x[0], sizeof(Lanes));
   for (int64_t c = 1; c < kGroup; ++c) {
     for (int64_t r = 0; r < kTileRows; ++r) {
-      const float size = std::fabs(x[c][r]);
-      extreme[r] = size > most[r] ? x[c][r] : extreme[r];
-      most[r] = size > most[r] ? size : most[r];
+      low[r] = x[c][r] < low[r] ? x[c][r] : low[r];
+      high[r] = x[c][r] > high[r] ? x[c][r] : high[r];
     }
   }
+  for (int64_t r = 0; r < kTileRows; ++r) {
+    extreme[r] = high[r] > -low[r] ? high[r] : low[r];
+    int64_t c = 0;
+    if (high[r] == -low[r]) {
+      while (std::fabs(x[c][r]) != high[r]) ++c;
+      extreme[r] = x[c][r];
+    }
+  }
+}
+
+inline void pack_group_q8(const Lanes* x, const float* spread, uint8_t* codes, uint16_t* scales) {
+  alignas(64) Lanes q[kGroup], extreme, width, square;
+  find_extremes(x, extreme);
   for (int64_t r = 0; r < kTileRows; ++r) extreme[r] = inverse(extreme[r]) * -127.0F;
   for (int64_t c = 0; c < kGroup; ++c) {
     for (int64_t r = 0; r < kTileRows; ++r) {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +113,8 @@ def made(more: dict[str, Any]) -> dict[str, Any]:
     return {name: Fixed(list(value)) if name == "constraint" else value for name, value in more.items()}
 
 
-def run_all(folder: Path) -> tuple[Core, list[Run]]:
+@contextmanager
+def run_all(folder: Path) -> Iterator[tuple[Core, list[Run]]]:
     """All requests at a time and one that is cancelled, beside drafts, with too few blocks and a disk."""
     drafts = Drafts({number: one[2] for number, one in enumerate(wanted(), 2)}, 5)
     disk = DiskCache(folder, HYBRID, 1 << 20)
@@ -126,7 +129,7 @@ def run_all(folder: Path) -> tuple[Core, list[Run]]:
         cancelled.channel.cancel()
         core.run()
         assert cancelled.finish is not None
-        return core, runs
+        yield core, runs
     finally:
         disk.close()
 
@@ -157,9 +160,9 @@ def num_calls() -> dict[tuple[type, str], int]:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         broken = {place: Broken(*place, patch) for place in places({**OF_ONE, **OF_NONE})}
         broken |= {place: Broken(*place, patch) for place in places(OF_ALL)}
-        core, runs = run_all(Path(folder))
-        calls = {place: one.calls for place, one in broken.items()}
-        assert not core.counts.failures and check(core, runs) == 0
+        with run_all(Path(folder)) as (core, runs):
+            calls = {place: one.calls for place, one in broken.items()}
+            assert not core.counts.failures and check(core, runs) == 0
         assert core.scheduler.num_preemptions and core.counts.accepted
         return calls
 
@@ -178,9 +181,9 @@ def faults(owner: type, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     usual = num_calls()[owner, name]
     assert usual
     broken = Broken(owner, name, monkeypatch, max(2, usual // 2))
-    core, runs = run_all(tmp_path)
-    assert core.last_error == "RuntimeError: planted" and 1 <= core.counts.failures <= broken.raised
-    return broken.raised, check(core, runs)
+    with run_all(tmp_path) as (core, runs):
+        assert core.last_error == "RuntimeError: planted" and 1 <= core.counts.failures <= broken.raised
+        return broken.raised, check(core, runs)
 
 
 @pytest.mark.parametrize(("owner", "name"), planted(OF_ONE))
