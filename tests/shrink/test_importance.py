@@ -169,7 +169,7 @@ def test_what_cannot_be_watched() -> None:
     model: Any = tiny_model("hybrid")
     with pytest.raises(UsageError, match="two tokens"):
         collect_importance(model, [1])
-    with pytest.raises(UsageError, match="not packed"):
+    with pytest.raises(UsageError, match="a packed model cannot be calibrated"):
         collect_importance(pack_model(model, "q8"), text(5))
     model.layers[0].mixer.in_proj_qkvz.weight[:] = torch.nan
     with pytest.raises(CheckpointError, match="not finite"):
