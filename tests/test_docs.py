@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Iterator
-from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,11 +35,13 @@ _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
-def entries() -> set[str]:
-    """Files and folders of the repository, relative to its root; folders end with a slash."""
+@cache
+def entries() -> frozenset[str]:
+    """Files and folders of the repository, also by the ends of their paths; folders end with a slash."""
     below = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.name != "__pycache__")
-    found = {path.relative_to(ROOT).as_posix() + "/" * path.is_dir() for path in below}
-    return found | {f"{folder}/" for folder in FOLDERS}
+    found = [(*path.relative_to(ROOT).parts[:-1], path.name + "/" * path.is_dir()) for path in below]
+    ends = {"/".join(parts[start:]) for parts in found for start in range(len(parts))}
+    return frozenset(ends | {f"{folder}/" for folder in FOLDERS})
 
 
 def paths_in(text: str) -> set[str]:
@@ -48,10 +51,12 @@ def paths_in(text: str) -> set[str]:
     return (found | quoted) - FOREIGN
 
 
-def exists(path: str, known: set[str]) -> bool:
-    """Whether a path, or the end of one, is known."""
-    wanted = {path, path.rstrip("/") + "/"}
-    return any(fnmatch(entry, end) for name in wanted for end in (name, f"*/{name}") for entry in known)
+def exists(path: str) -> bool:
+    """Whether there is such a file or folder; `path` may be the end of its path, with * for any text."""
+    known = entries()
+    if "*" in path:
+        return bool(fnmatch.filter(known, path))
+    return path in known or path.rstrip("/") + "/" in known
 
 
 def headings(text: str) -> set[str]:
@@ -79,8 +84,8 @@ def names_in(text: str) -> set[str]:
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_paths_and_links_exist(name: str) -> None:
-    text, known = (ROOT / name).read_text(), entries()
-    assert not sorted(path for path in paths_in(text) if not exists(path, known))
+    text = (ROOT / name).read_text()
+    assert not sorted(path for path in paths_in(text) if not exists(path))
     assert not list(broken_links(ROOT / name, text))
 
 
@@ -91,12 +96,11 @@ def test_the_design_quotes_names_of_the_code() -> None:
 
 
 def test_what_is_gone_is_noticed() -> None:
-    known = entries()
     text = "`shrink/recipe.py` and `csrc/gone-*.h`, in `nowhere/`; `engine/core.py`, benchmarks/gone.json."
-    gone = {path for path in paths_in(text) if not exists(path, known)}
+    gone = {path for path in paths_in(text) if not exists(path)}
     assert gone == {"shrink/recipe.py", "csrc/gone-*.h", "nowhere/", "benchmarks/gone.json"}
     assert paths_in("~/.codex/other.py https://a.org/docs/x.py") == set()
-    assert exists("cache/disk.py", known) and exists("engine/cache/", known) and exists("csrc/*-inl.h", known)
+    assert exists("cache/disk.py") and exists("engine/cache/") and exists("csrc/*-inl.h")
     assert names_in("`Service.chat`, `a b`, `T`\n```\n`fenced`\n```") == {"chat", "T"}
     links = "[a](gone.md) [b](README.md#install) [c](README.md#gone) [d](https://a.org/x)"
     assert list(broken_links(ROOT / "CONTRIBUTING.md", links)) == ["gone.md", "README.md#gone"]
