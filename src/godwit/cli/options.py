@@ -64,7 +64,7 @@ RecipeName = Annotated[
 Restart = Annotated[
     bool, typer.Option("--restart", help="Start over if OUT.partial was made from something else.")
 ]
-Speculate = Annotated[bool, typer.Option(help="Guess tokens ahead where that pays; answers stay the same.")]
+Speculate = Annotated[bool, typer.Option(help="Draft tokens ahead where that pays; answers stay the same.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")]
 
 
@@ -167,9 +167,7 @@ class EngineOptions:
     self_check: Annotated[
         bool, typer.Option("--self-check", help="Check the engine's books whenever there is nothing to do.")
     ] = False
-    speculate: Annotated[
-        bool, typer.Option(help="Draft tokens ahead where that pays; answers stay the same.")
-    ] = True
+    speculate: Speculate = True
 
 
 def verb(module: str, function: str = "run") -> Callable[[Callable[..., Any]], Callable[..., None]]:
