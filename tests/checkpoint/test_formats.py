@@ -99,7 +99,7 @@ DIRECTORIES: list[tuple[dict[str, Any], type[GodwitError], tuple[str, ...]]] = [
     ({"weights.npz": b""}, UNSUPPORTED, ("NumPy",)),
     ({"config.json": {}, "model.safetensors.incomplete": b""}, DAMAGED, ("not finished",)),
     ({"config.json": {}}, DAMAGED, ("no weights",)),
-    ({"notes.txt": b""}, DAMAGED, ("holds no checkpoint",)),
+    ({"notes.txt": b""}, DAMAGED, ("not a checkpoint; give",)),
     ({"config.json": AWQ, "model.safetensors": WEIGHTS}, UNSUPPORTED, ("AWQ of 4 bits", FETCH)),
     (
         {"config.json": AWQ | {"_name_or_path": "org/base"}, "model.safetensors": WEIGHTS},

@@ -98,9 +98,9 @@ def failure(kind: type[Exception], *values: Any) -> Exception:
         (
             failure(hub_errors.RepositoryNotFoundError),
             CheckpointError,
-            "no such repository on the Hub for this user",
+            "no such repository on the Hub",
         ),
-        (failure(hub_errors.GatedRepoError), CheckpointError, "its licence has to be accepted first"),
+        (failure(hub_errors.GatedRepoError), CheckpointError, "its licence must be accepted first"),
         (failure(hub_errors.RevisionNotFoundError), CheckpointError, "no such revision"),
         (failure(hub_errors.RemoteEntryNotFoundError), CheckpointError, "has no config.json"),
         (hub_errors.HFValidationError("bad"), CheckpointError, "check the name"),

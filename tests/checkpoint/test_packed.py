@@ -326,7 +326,7 @@ def refused(path: Path) -> str:
     ("at", "value", "words"),
     [
         (0, b"G0DWIT", "not a packed model"),
-        (0, bytes(64), "never finished"),
+        (0, bytes(64), "an unfinished one"),
         (8, b"\x01", "reads version 2; quantize the model again"),
         (8, b"\x03", "reads version 2; update Godwit"),
         (12, b"\x01", "reserved"),

@@ -193,7 +193,7 @@ def test_packed_files_are_not_packed_again(random_model: Path, tmp_path: Path) -
     assert invoke("quantize", random_model, tmp_path / "m.godwit").exit_code == 0
     for words in (("quantize",), ("synth",)):
         result = invoke(*words, tmp_path / "m.godwit", tmp_path / "n")
-        assert result.exit_code == 3 and "packed already" in result.stderr
+        assert result.exit_code == 3 and "already packed" in result.stderr
 
 
 def test_an_original_that_does_not_fit_is_refused_first(

@@ -33,7 +33,7 @@ def open_source(source: str | Path, *, revision: str | None = None) -> Checkpoin
 
     Raises:
         CheckpointError: missing, damaged or incomplete.
-        UnsupportedModelError: quantised in a way that is not read.
+        UnsupportedModelError: quantised in an unsupported format.
         OfflineError: the Hub cannot be reached and its cache lacks the repository.
     """
     if is_packed(source):
