@@ -106,7 +106,7 @@ def failure(kind: type[Exception], *values: Any) -> Exception:
         (hub_errors.HFValidationError("bad"), CheckpointError, "check the name"),
         (OSError(errno.ENOSPC, "No space left on device"), CheckpointError, "No space left on device"),
         (PermissionError(errno.EACCES, "Permission denied"), CheckpointError, "could not be stored"),
-        (hub_errors.LocalEntryNotFoundError("x"), OfflineError, "give that directory instead"),
+        (hub_errors.LocalEntryNotFoundError("x"), OfflineError, "give that directory"),
         (hub_errors.OfflineModeIsEnabled("x"), OfflineError, "hf download org/name --local-dir DIR"),
         (ConnectionError("refused"), OfflineError, "the Hub cannot be reached (ConnectionError)"),
         (RuntimeError("whatever the HTTP library raises"), OfflineError, "RuntimeError"),

@@ -305,7 +305,7 @@ def test_a_disk_that_fills_up_is_a_sentence(tmp_path: Path, monkeypatch: pytest.
 
 def test_wrong_sizes_and_unfinished_files_are_our_own_errors(tmp_path: Path) -> None:
     with writer(tmp_path / "m") as out:
-        with pytest.raises(ValueError, match="announced"):
+        with pytest.raises(ValueError, match="instead of"):
             out.write("half", PARTS["norm.weight"])
         with pytest.raises(ValueError, match="not written"):
             out.finish()

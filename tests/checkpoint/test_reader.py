@@ -68,7 +68,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("index is a list", {ONE: A, INDEX: []}, "is not a JSON object"),
     ("index is empty", {ONE: A, INDEX: b""}, "is not JSON"),
     ("index nested", {ONE: A, INDEX: b"[" * 100_000}, "nested too deeply"),
-    ("index repeats", {ONE: A, INDEX: b'{"weight_map": {"a": "x", "a": "y"}}'}, "names 'a' twice"),
+    ("index repeats", {ONE: A, INDEX: b'{"weight_map": {"a": "x", "a": "y"}}'}, "has 'a' twice"),
     ("no map", {ONE: A, INDEX: {"metadata": {}}}, "no weight_map"),
     ("empty map", {ONE: A, INDEX: {"weight_map": {}}}, "no weight_map"),
     ("file is a number", {ONE: A, INDEX: index(a=1)}, "names the file 1"),  # type: ignore[arg-type]
@@ -131,12 +131,12 @@ def test_paths_that_are_no_directories(
         ("n" * 5000, "no such directory"),
         ("", "'': no such directory"),
         (directory / "config.json", "a config without weights"),
-        (directory / "model.safetensors", "weights without their config.json"),
+        (directory / "model.safetensors", "weights without a config.json"),
     ]
     for source, sentence in rows:
         with pytest.raises(CheckpointError, match=sentence.replace(".", r"\.")):
             open_checkpoint(source)
-    with pytest.raises(UsageError, match="a revision applies to a Hub repository"):
+    with pytest.raises(UsageError, match="a revision applies to Hub repositories"):
         open_checkpoint(directory, revision="main")
     for source in ("hf://nowhere", "hf://a/b/c", "hf://../x", "hf://"):
         with pytest.raises(UsageError, match="not a Hub repository"):

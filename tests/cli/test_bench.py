@@ -39,7 +39,7 @@ def test_a_table_of_all_cases(models: Models, monkeypatch: pytest.MonkeyPatch) -
     assert [row[0] for row in rows if len(row) == 6] == ["8", "20"]
     assert [row[:2] for row in rows if len(row) == 9] == [["0", "1"], ["16", "1"], ["0", "2"], ["16", "2"]]
     assert max(map(len, result.stdout.splitlines()[3:15])) <= 80
-    assert "GB/s" in result.stdout and "the reference itself ran" in result.stdout
+    assert "GB/s" in result.stdout and "the reference itself was measured" in result.stdout
     assert "round 2 of 2: decode at depth 16, batch 2\n" in result.stderr
     assert "warning: it was loud\n" in result.stderr
 
@@ -80,7 +80,7 @@ def test_ctrl_c_keeps_the_rounds_that_are_finished(
 
 def test_where_the_file_cannot_be(models: Models, tmp_path: Path) -> None:
     result = invoke(models("hello"), *FEW, "--output", tmp_path)
-    assert (result.exit_code, result.stdout) == (2, "") and "a directory; name a file" in result.stderr
+    assert (result.exit_code, result.stdout) == (2, "") and "a directory; give a file" in result.stderr
     (tmp_path / "file").touch()
     words = ("-p", "4", "-n", "0", "--repeats", "1", "--json", "--output", tmp_path / "file" / "row.json")
     result = invoke(models("hello"), *words)

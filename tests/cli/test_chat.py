@@ -127,7 +127,7 @@ def test_save_writes_what_was_said(models: Models, file: Path, tools: Path) -> N
 
 def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path, models: Models) -> None:
     result = talk("/save", f"/save {tmp_path}", "/save /nowhere/x", args=[models("hello")])
-    assert "Name the file" in result.stderr and "/nowhere/x: cannot be written" in result.stderr
+    assert "give a file name" in result.stderr and "/nowhere/x: cannot be written" in result.stderr
     assert list(tmp_path.iterdir()) == []
     old = tmp_path / "old"
     old.write_text("old")
@@ -148,13 +148,13 @@ def test_commands(models: Models, file: Path, tools: Path) -> None:
     for sentence in (
         "/save FILE     write the conversation",
         "unknown command /nonsense; /help lists them",
-        "There is no message to answer yet.",
+        "there is no message to answer yet",
         "No system message.",
         "The system message: Be kind.",
         "No tools.",
         "Tools: get_time",
         "/nowhere: cannot be read",
-        "The conversation is forgotten.",
+        "Conversation reset.",
     ):
         assert sentence in result.stderr
     assert result.stdout == "Hello there.\n" * 2
@@ -310,7 +310,7 @@ def test_an_error_ends_the_answer_and_not_the_chat(models: Models, file: Path) -
 
 def test_a_full_context_is_said(models: Models) -> None:
     result = talk("Sing", args=[models("endless", max_position=64)])
-    assert "cut off by the limit of its length" in result.stderr
+    assert "cut off at the length limit" in result.stderr
 
 
 def test_models_that_cannot_talk(models: Models) -> None:
@@ -398,7 +398,7 @@ def test_ctrl_c_stops_an_answer_and_the_talk_goes_on(
     words = song["content"].count("la ")
     assert f"({22 + words} cached)" in terminal.expect("stopped")
     terminal.expect("> ")
-    terminal.interrupt("Ctrl-C again or Ctrl-D ends the chat.")
+    terminal.interrupt("Press Ctrl-C again or Ctrl-D to end the chat.")
     terminal.type("/tools\n")
     terminal.expect("No tools.")
     terminal.expect("> ")
@@ -412,7 +412,7 @@ def test_ctrl_c_stops_an_answer_and_the_talk_goes_on(
 def test_a_talk_in_a_terminal(models: Models, console: list[Console], file: Path) -> None:
     terminal = Console("chat", models("tool"), TERM="xterm")
     console.append(terminal)
-    terminal.expect("/help shows")
+    terminal.expect("/help for commands")
     terminal.expect("> ")
     terminal.type("/help\n")
     terminal.expect("/regenerate")

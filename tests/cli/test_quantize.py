@@ -97,7 +97,7 @@ def test_what_a_token_reads(random_model: Path, tmp_path: Path) -> None:
 def test_people_get_tables(random_model: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text('[formats]\n"*.experts.w2" = "q8"\n')
     shown = invoke("quantize", random_model, tmp_path / "m", "--recipe", tmp_path / "recipe.toml")
-    assert shown.exit_code == 0 and "bits a weight" in shown.stdout and "written in" in shown.stdout
+    assert shown.exit_code == 0 and "bits per weight" in shown.stdout and "written in" in shown.stdout
     inspected = invoke("inspect", tmp_path / "m")
     assert inspected.exit_code == 0
     for words in ("bits", "q4/q8", "recipe.toml", "tokenizer.json", "packed weights"):
@@ -184,7 +184,7 @@ def test_a_tokenizer_is_looked_at_first(random_model: Path, tmp_path: Path) -> N
     (source / "tokenizer.json").unlink()
     result = invoke("quantize", source, tmp_path / "m")
     assert result.exit_code == 0 and result.stderr.startswith("warning: ")
-    assert "can be measured but not used for chat" in result.stderr
+    assert "can only be used with godwit bench" in result.stderr
     packed = PackedFile.open(tmp_path / "m")
     assert "tokenizer.json" not in packed.files()
 
