@@ -101,7 +101,9 @@ def test_a_bare_config_says_what_the_files_may_hold(tmp_path: Path) -> None:
     assert found["cache"]["mtp_kv_per_token_if_present"] == 256
     assert {**found, "model": ""} == {**report(tmp_path), "model": ""}
     shown = invoke(tmp_path)
-    assert "config alone" in shown.stdout and f"({found['parameters']['mtp_if_present']:,})" in shown.stdout
+    assert (
+        "only the config" in shown.stdout and f"({found['parameters']['mtp_if_present']:,})" in shown.stdout
+    )
 
 
 @pytest.mark.parametrize("broken", ["missing", "unexpected", "misshapen"])
@@ -265,7 +267,7 @@ def test_what_it_would_take_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found["q4"]["resident"] < found["q8"]["resident"]
     assert "Packed as q4 it takes " in invoke(tmp_path).stdout and "if_packed" not in report(tmp_path / "q4")
     monkeypatch.setattr(inspect, "memory", lambda: {"total": 1000, "available": 1000})
-    assert " too much." in said(tmp_path) and "To do: take a machine with more than" in said(tmp_path)
+    assert " too large." in said(tmp_path) and "To do: use a machine with more than" in said(tmp_path)
 
 
 def test_nothing_there(tmp_path: Path) -> None:

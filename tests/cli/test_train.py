@@ -60,7 +60,9 @@ def test_a_run_from_start_to_model(recipe_file: Path, tmp_path: Path) -> None:
     assert len(log_of(out)) == 8
 
 
-@pytest.mark.parametrize(("fast", "name"), [(True, "bfloat16, which is fast"), (False, "float32, as bfloat16 is slow")])
+@pytest.mark.parametrize(
+    ("fast", "name"), [(True, "bfloat16, which is fast"), (False, "float32, as bfloat16 is slow")]
+)
 def test_the_cpu_chooses_the_arithmetic_where_the_recipe_does_not(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, name: str
 ) -> None:

@@ -249,7 +249,7 @@ def test_plans_that_cannot_be(plan: BenchPlan, words: str) -> None:
 
 def test_caches_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_cases, "memory", lambda: {"total": 10**9, "available": 10**5})
-    with pytest.raises(MemoryBudgetError, match="ask for smaller depths or batches"):
+    with pytest.raises(MemoryBudgetError, match="use smaller depths or batches"):
         CaseRunner(tiny_model("attention"), [Case("decode", 8, 2000, 4)], 16)
 
 
