@@ -1,7 +1,7 @@
 // Products of q4 tiles with the tile unit, and the choice of the unit. Included after tiles_amx.h.
 
-// Two tiles at a time, span by span: the codes of the next span are unpacked while the unit works on this one,
-// and the sums of a block of rows are converted to floats while it works on the next block.
+// Two tiles at a time, span by span: the codes of the next span are unpacked while the unit works on this
+// one, and the sums of a block of rows are converted to floats while it works on the next block.
 
 constexpr int64_t kSpanBytes = kSpan * kGroup * kTileRows;  // of a tile's unpacked span
 constexpr int64_t kSpansAhead = 3;               // from the span that is unpacked to the one that is fetched
