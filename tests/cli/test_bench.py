@@ -68,7 +68,7 @@ def test_ctrl_c_keeps_the_rounds_that_are_finished(
         if call == 6:
             assert "medians of 2 rounds finished before Ctrl-C; " in result.stdout
             assert result.stderr.endswith(
-                "\ngodwit: interrupted; the figures are of 2 rounds finished before Ctrl-C\n"
+                "\ngodwit: interrupted; the results are from 2 rounds finished before Ctrl-C\n"
             )
         elif call == 4:
             row = json.loads(result.stdout)
@@ -116,21 +116,21 @@ def test_packing_before_measuring(models: Models) -> None:
 
 @pytest.mark.parametrize("text", ["", "x", "1,,2", "-1", "1.5", "1, 2", "99999999999"])
 def test_lists_that_are_none(text: str) -> None:
-    with pytest.raises(UsageError, match="-d takes whole numbers from 0 up, separated by commas"):
+    with pytest.raises(UsageError, match="-d takes whole numbers of at least 0, separated by commas"):
         verb.counts(text, "-d", 0)
 
 
 def test_lists_of_numbers() -> None:
     assert verb.counts("512,4096", "-p", 0) == (512, 4096)
     assert verb.counts("0", "-p", 0) == (0,)
-    with pytest.raises(UsageError, match="-b takes whole numbers from 1 up"):
+    with pytest.raises(UsageError, match="-b takes whole numbers of at least 1"):
         verb.counts("0", "-b", 1)
 
 
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["-b", "0"], "-b takes whole numbers from 1 up"),
+        (["-b", "0"], "-b takes whole numbers of at least 1"),
         (["-p", "0", "-n", "0"], "there is nothing to measure"),
         (["-p", "100000"], "100000 tokens is longer than the model's context of 4096"),
         (["-d", "4096", "-n", "1"], "4097 tokens"),

@@ -42,8 +42,8 @@ def test_what_is_missing_is_said_and_ends_with_1(
     assert doctor.run() == 1
     shown = capsys.readouterr().out
     assert "missing: The package numpy is not installed." in shown
-    assert "missing: The native module godwit._native was not built" in shown
-    assert "missing: PyTorch is installed but cannot be loaded" in shown
+    assert "missing: The native module godwit._native is not built" in shown
+    assert "missing: PyTorch is installed but cannot be imported" in shown
     assert "Nothing that is required" not in shown
 
 

@@ -121,7 +121,7 @@ def test_lengths_are_checked_before_weights_are_read(models: Models, monkeypatch
     assert result.exit_code == 2 and "raise --context (at most 4096)" in result.stderr
     monkeypatch.setattr(common, "DEFAULT_CONTEXT", 32)
     result = invoke(models("hello"), "-p", "x " * 30)
-    assert result.exit_code == 2 and "the context 32, so there is no room" in result.stderr
+    assert result.exit_code == 2 and "the context 32, which leaves no room" in result.stderr
     monkeypatch.setattr(common, "memory", lambda: {"total": 1000, "available": 1000})
     result = invoke(models("hello"), "-p", "x", "--context", "4096")
     assert result.exit_code == 5 and "GiB of memory are free; use fewer tokens" in result.stderr

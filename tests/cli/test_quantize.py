@@ -233,4 +233,4 @@ def test_a_file_of_another_model_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     opened.raw_config = {**CONFIGS["hybrid"], "hidden_size": 64}
     monkeypatch.setattr(PackedFile, "open", lambda path: opened)
     result = invoke("inspect", tmp_path / "m")
-    assert result.exit_code == 3 and "does not fit its config" in result.stderr
+    assert result.exit_code == 3 and "does not match its config" in result.stderr

@@ -92,7 +92,7 @@ def test_output_that_cannot_be_written(words: list[str]) -> None:
             [sys.executable, "-c", MAIN, *words], stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("godwit: the output cannot be written (No space left on device)")
+    assert done.stderr.startswith("godwit: cannot write the output (No space left on device)")
 
 
 def test_output_that_is_closed() -> None:

@@ -75,7 +75,7 @@ def test_the_cpu_chooses_the_arithmetic_where_the_recipe_does_not(
 def test_some_steps_and_the_rest(recipe_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = invoke(recipe_file, "--out", out, "--steps", 3)
-    assert f"Ended after step 3 of 8. To go on: godwit train {recipe_file} --out {out}" in first.stderr
+    assert f"Ended after step 3 of 8. To continue: godwit train {recipe_file} --out {out}" in first.stderr
     assert first.stdout == f"{out / 'model'}\n" and len(log_of(out)) == 3
     assert invoke(recipe_file, "--out", out, "--steps", 2).exit_code == 0
     assert len(log_of(out)) == 5
@@ -106,7 +106,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(recipe_file: Path, tmp_path: Path) -
         assert process.stdout.read() == "" and process.wait() == 130
     assert "Finishing this step, then saving" in rest and "Traceback" not in rest
     steps = len(log_of(out))
-    assert f"Saved after step {steps} of 100000. To go on: godwit train {recipe_file} --out {out}" in rest
+    assert f"Saved after step {steps} of 100000. To continue: godwit train {recipe_file} --out {out}" in rest
     assert torch.load(out / "state.pt", weights_only=True)["step"] == steps
     assert not (out / "model").exists()
 
