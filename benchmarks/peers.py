@@ -3,7 +3,7 @@
     python benchmarks/peers.py run --layers 8 --dir /tmp/peers --llama-python VENV/bin/python
     python benchmarks/peers.py table benchmarks/results/peers*.json --readme README.md
 
-    CXXFLAGS="-fno-tree-dse -fno-dse" pip install llama-cpp-python==0.3.36 gguf  # into a Python of its own
+    CXXFLAGS="-fno-tree-dse -fno-dse" pip install llama-cpp-python==0.3.36 gguf  # in a separate environment
 
 `run` makes a model of Qwen3-Next's width for each engine (and keeps it in --dir), starts each engine in its
 own process and lets them take turns, case by case and round by round, measuring the machine's limits between

@@ -55,7 +55,7 @@ async def request(
     headers: Mapping[str, str] | None = None,
     pause: float = 0.0,
 ) -> AsyncIterator[Reply]:
-    """Send a request; the connection is closed at the end, whatever was read by then.
+    """Send a request; the connection is closed at the end of the block, even if the response is unread.
 
     Args:
         url: of the server.

@@ -3,7 +3,7 @@
     python benchmarks/serve_load.py run --seconds 300
     python benchmarks/serve_load.py peer --llama-python VENV/bin/python --dir /tmp/peers
 
-    pip install llama-cpp-python[server]==0.3.36 gguf                           # into a Python of its own
+    pip install llama-cpp-python[server]==0.3.36 gguf                           # in a separate environment
 
 `run` starts `godwit serve` with the built-in model and 64 clients that send one request after another:
 short and long ones, to all APIs, with tools and schemas. In a tenth of them the client disconnects early, and
@@ -228,7 +228,7 @@ def show(row: Mapping[str, Any], args: argparse.Namespace) -> None:
         console.print(f"  {error}", markup=False)
 
 
-# beside llama.cpp
+# compared with llama.cpp
 
 
 def peer(args: argparse.Namespace) -> int:

@@ -1,8 +1,7 @@
-"""How fast a model runs, compared with what the machine can do at the same moment.
+"""How fast a model runs, compared with what the machine can do at the same time.
 
-The cases of a run take turns, round after round, and the machine's own ceilings are measured between rounds,
-so that a disturbance of the machine affects all of them alike. Each figure is a median with the smallest and
-largest beside it.
+The cases of a run take turns, round after round, and the machine's limits are measured between rounds, so
+that a disturbance affects all of them equally. Each result is a median with the minimum and maximum.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class Sizes:
 
     Attributes:
         parts: by the names of :data:`~godwit.models.inventory.PARTS`. A head tied to the embedding has no
-            parameters of its own but is read whole; the MTP module counts as inactive.
+            parameters but is read whole; the MTP module counts as inactive.
         kv_per_token: keys and values of the decoder layers.
         mtp_kv_per_token: the same for the MTP module.
         state, conv: per sequence, regardless of its length.

@@ -45,7 +45,7 @@ class PagedKVSpec:
 
 @dataclass(frozen=True)
 class RecurrentSpec:
-    """Convolution window and state of one delta layer; the state is float32 whatever ``conv_dtype`` is."""
+    """Convolution window and state of one delta layer; the state is always float32."""
 
     conv_dim: int
     conv_history: int
