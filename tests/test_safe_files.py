@@ -1,4 +1,4 @@
-"""Files of strangers: what is no regular file, is too large or leads elsewhere is refused at once."""
+"""Untrusted files: those that are not regular, too large or links to elsewhere are rejected at once."""
 
 from __future__ import annotations
 

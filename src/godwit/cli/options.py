@@ -35,7 +35,7 @@ Context = Annotated[
     int | None,
     typer.Option(
         min=2,
-        help="Maximum tokens of prompt and answer; default: 16384, or what fits half of the free memory.",
+        help="Maximum tokens of prompt and answer; default: 16384, or what fits in half of the free memory.",
         metavar="N",
     ),
 ]

@@ -16,7 +16,7 @@ def serve(
     model: Model = None,
     host: Annotated[
         str,
-        typer.Option(help="Address to listen on; 0.0.0.0 is all of this machine's.", metavar="ADDRESS"),
+        typer.Option(help="Address to listen on; 0.0.0.0: all interfaces.", metavar="ADDRESS"),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 8000,
     names: Annotated[
@@ -67,7 +67,7 @@ def serve(
     ],
     refuse_media: Annotated[
         bool,
-        typer.Option("--refuse-media", help="Reject images and files instead of omitting them."),
+        typer.Option("--refuse-media", help="Reject images and files instead of replacing them by a note."),
     ] = False,
     engine: EngineOptions,
     thinking: ServedThinkingOptions,
