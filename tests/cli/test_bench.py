@@ -101,7 +101,7 @@ def test_no_speed_while_the_kernels_are_red(models: Models, monkeypatch: pytest.
     monkeypatch.setattr(bench, "check_kernels", lambda *args: [KernelCheck("q4", 0.9, 0.1, True)])
     result = invoke(models("hello"), *FEW)
     assert result.exit_code == 8 and result.stdout == ""
-    assert "godwit: no speed is reported: with q4 weights" in result.stderr
+    assert "godwit: no speeds are reported: with q4 weights" in result.stderr
 
 
 def test_packing_before_measuring(models: Models) -> None:

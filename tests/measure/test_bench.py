@@ -193,7 +193,7 @@ def test_no_figure_while_the_kernels_are_red(monkeypatch: pytest.MonkeyPatch) ->
     red = [KernelCheck("q4", 0.5, 0.07, True)]
     monkeypatch.setattr(module, "check_kernels", lambda config, formats: red)
     monkeypatch.setattr(module, "measure", lambda *args: pytest.fail("it measured"))
-    with pytest.raises(KernelParityError, match="no speed is reported: with q4 weights"):
+    with pytest.raises(KernelParityError, match="no speeds are reported: with q4 weights"):
         bench(tiny_model("attention"), PLAN)
 
 

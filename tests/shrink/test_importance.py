@@ -169,7 +169,7 @@ def test_what_cannot_be_watched() -> None:
     model: Any = tiny_model("hybrid")
     with pytest.raises(UsageError, match="two tokens"):
         collect_importance(model, [1])
-    with pytest.raises(UsageError, match="not packed"):
+    with pytest.raises(UsageError, match="a packed model cannot be calibrated"):
         collect_importance(pack_model(model, "q8"), text(5))
     model.layers[0].mixer.in_proj_qkvz.weight[:] = torch.nan
     with pytest.raises(CheckpointError, match="not finite"):
@@ -221,7 +221,7 @@ def test_files_that_are_no_importances(tmp_path: Path) -> None:
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     with path.open("ab") as file:
         file.truncate(8 + len(header) + 2**33)  # a hole: nothing is written
-    with pytest.raises(CheckpointError, match=r"holds 8\.0 GiB"):
+    with pytest.raises(CheckpointError, match=r"has 8\.0 GiB"):
         read_importance(path)
     path.unlink()
     path.symlink_to("/dev/zero")
