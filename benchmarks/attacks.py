@@ -107,12 +107,12 @@ def _costly_schema(rng: random.Random) -> bytes:
 
 
 def _held(**outputs: Any) -> Callable[..., Any]:
-    """Requests a form that is costly to compile or to follow."""
+    """Requests a schema that is costly to compile or to enforce."""
     return _posting(CHAT, _chat(structured_outputs=outputs))
 
 
 def _flood(start: bytes, piece: bytes, seconds: float = FLOOD_SECONDS) -> Callable[..., Any]:
-    """Sends ``start`` and then the same bytes as fast as it can, whatever the answer."""
+    """Sends ``start`` and then the same bytes as fast as it can, ignoring any answer."""
 
     async def send(url: str, rng: random.Random) -> int:
         place = urlsplit(url)

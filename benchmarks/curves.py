@@ -1,4 +1,4 @@
-"""Draw a run's learning curve as an SVG file: its losses, and bits per byte of held-out text, over tokens.
+"""Draw a run's learning curve as an SVG file: losses and held-out bits per byte over tokens.
 
 python benchmarks/curves.py runs/recipe/log.jsonl --out docs/learning-curve.svg
 """
@@ -37,8 +37,8 @@ class Series:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The records of a run by step, each with the ``millions`` of tokens up to it.
 
-    Of a step that was repeated after a kill the last counts, of a line that was cut off none. Tokens are
-    added up from the speed of each step: a run may go on with another batch size.
+    A step that was repeated after a kill counts once, by its last record; truncated lines are ignored. Tokens
+    are summed from the speed of each step, since a run may be resumed with another batch size.
     """
     records: dict[int, dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -56,7 +56,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def smooth(points: Points) -> Points:
-    """Exponential average over about a fiftieth of the points, unbiased at the beginning."""
+    """Exponential average over about a fiftieth of the points, without bias at the beginning."""
     keep = math.exp(-50 / max(50, len(points)))
     total = weight = 0.0
     averaged = []
@@ -67,13 +67,13 @@ def smooth(points: Points) -> Points:
 
 
 def thin(points: Points) -> Points:
-    """As many points as can be told apart in the picture, the last one included."""
+    """As many points as are distinguishable in the plot, including the last one."""
     every = math.ceil(len(points) / MAX_POINTS)
     return points[::-1][::every][::-1]
 
 
 def loss_series(records: Sequence[dict[str, Any]]) -> list[Series]:
-    """Smoothed training losses with the raw ones behind; the token after next where it was trained."""
+    """Smoothed training losses over the raw ones; the MTP loss if it was trained."""
     made = []
     for key, name in (("loss", "next token"), ("mtp_loss", "token after next")):
         raw = [(r["millions"], r[key]) for r in records if r.get(key) and math.isfinite(r[key])]
@@ -92,7 +92,7 @@ def held_out_series(records: Sequence[dict[str, Any]]) -> list[Series]:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers that lie in [low, high], about ``count`` of them."""
+    """About ``count`` round numbers in [low, high]."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough)
@@ -100,7 +100,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 class Plot:
-    """Axes between ``left`` and ``right``, wide enough for all points, and the lines on them."""
+    """Axes between ``left`` and ``right``, covering all points, and the lines on them."""
 
     def __init__(self, title: str, series: Sequence[Series], left: float, right: float, end: float) -> None:
         self.title, self.series = title, series
@@ -143,7 +143,7 @@ class Plot:
         return f'<polyline points="{" ".join(places)}" fill="none" {style}/>' if places else ""
 
     def _labels(self) -> list[str]:
-        """Name and last value beside the end of each line, moved apart where they would overlap."""
+        """Name and last value at the end of each line, moved apart if they would overlap."""
         ends = [(self.y(line.points[-1][1]), i) for i, line in enumerate(self.series)]
         parts, above = [], -math.inf
         for y, i in sorted(ends):
@@ -163,9 +163,9 @@ def text(
 
 
 def draw(records: Sequence[dict[str, Any]], title: str = "") -> str:
-    """The whole picture: losses on the left and, where they were measured, bits per byte on the right."""
+    """The whole figure: losses on the left and, if measured, bits per byte on the right."""
     if not records:
-        raise ValueError("the log holds no steps yet")
+        raise ValueError("the log has no steps yet")
     held_out = held_out_series(records)
     end = records[-1]["millions"]
     half = WIDTH / 2 if held_out else WIDTH

@@ -1,13 +1,14 @@
 """A GGUF file with random weights in the shape of a Qwen3-Next model, for timing llama.cpp.
 
-Stands alone: needs numpy and the `gguf` package, and not godwit, so that it runs in llama.cpp's environment:
+Standalone: needs numpy and the `gguf` package but not godwit, so that it runs in llama.cpp's environment:
 
     python benchmarks/gguf_model.py CONFIG.json OUT.gguf --layers 8 --mix q4_k_m
 
-Blocks are drawn as bytes; scales give weights a deviation of about 0.02. `--mix` chooses formats as
-llama.cpp's own quantiser does: bf16 or q4_0 throughout, or q4_k_m, with more bits for some matrices of half
-of the layers. With quantised matrices the head is Q6_K; routers, norms and other small tensors are float32.
-`--tokenizer` adds a vocabulary, a byte-level BPE, and the chat template, so that the file can be served.
+Blocks are random bytes, with scales such that weights have a standard deviation of about 0.02. `--mix`
+selects formats as llama.cpp's quantiser does: bf16 or q4_0 throughout, or q4_k_m, with more bits for some
+matrices of half of the layers. With quantised matrices the head is Q6_K; routers, norms and other small
+tensors are float32. `--tokenizer` adds a byte-level BPE vocabulary and the chat template, so that the file
+can be served.
 """
 
 from __future__ import annotations
@@ -134,20 +135,20 @@ def _format(name: str, shape: tuple[int, ...], mix: str, layer: int, config: Map
 
 
 def matrix_format(mix: str, columns: int) -> str:
-    """The format of most matrices; rows that are no multiple of 256 cannot be Q4_K."""
+    """The format of most matrices; rows that are not a multiple of 256 cannot be Q4_K."""
     if mix == "bf16":
         return "BF16"
     return "Q4_K" if mix == "q4_k_m" and columns % 256 == 0 else "Q4_0"
 
 
 def more_bits(layer: int, num_layers: int) -> bool:
-    """The layers that Q4_K_M gives more bits: the first and last eighth, and every third between."""
+    """The layers that get more bits in Q4_K_M: the first and last eighth, and every third between."""
     eighth = num_layers // 8
     return layer < eighth or layer >= 7 * num_layers // 8 or (layer - eighth) % 3 == 2
 
 
 def token_bytes(config: Mapping[str, Any], mix: str) -> float:
-    """Bytes of weights that decoding one token reads; of the embedding it is one row, left out."""
+    """Bytes of weights read to decode one token, without the embedding's row."""
     share = config["num_experts_per_tok"] / config["num_experts"]
     return sum(
         tensor.nbytes * (share if "_exps." in tensor.name else 1.0)
@@ -164,7 +165,7 @@ class Filler:
         self.pool = self.rng.integers(0, 256, pool_bytes, np.uint8)
 
     def _bytes(self, count: int, width: int) -> NDArray[np.uint8]:
-        """`[count, width]`, from a random place of the pool on and round again."""
+        """`[count, width]` bytes of the pool, from a random position, wrapping around."""
         start = int(self.rng.integers(len(self.pool)))
         return np.resize(np.roll(self.pool, -start), (count, width))
 
@@ -186,7 +187,7 @@ class Filler:
         return np.full(count, fill, np.float32)
 
     def _blocks(self, count: int, format: str) -> NDArray[np.uint8]:
-        """Random codes under scales that are all alike."""
+        """Random codes with equal scales."""
         if format == "BF16":
             values = self.rng.standard_normal(count, np.float32) * np.float32(STD)
             return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8).reshape(count, 2)
@@ -205,10 +206,10 @@ def _half(value: float, count: int) -> NDArray[np.uint8]:
 
 
 def write(config: Mapping[str, Any], out: Path, mix: str, tokenizer: Path | None = None) -> int:
-    """Write the file, first under another name; its size in bytes.
+    """Write the file atomically; return its size in bytes.
 
     Args:
-        config: of the model.
+        config: the model's config.
         out: the file.
         mix: one of MIXES.
         tokenizer: a directory with tokenizer.json, tokenizer_config.json and chat_template.jinja.
@@ -286,7 +287,7 @@ def _metadata(writer: Any, config: Mapping[str, Any], file_type: int) -> None:
 
 
 def _vocabulary(writer: Any, folder: Path, size: int) -> None:
-    """Tokens and merges as llama.cpp has those of GPT-2, and how text is cut before as Qwen 2 cuts it."""
+    """Tokens and merges in llama.cpp's form of GPT-2's, with the pre-tokenizer of Qwen 2."""
     gguf: Any = importlib.import_module("gguf")
     raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
@@ -312,10 +313,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
     parser.add_argument("config", type=Path, help="config.json of a qwen3_next model")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--layers", type=int, help="its first layers only")
+    parser.add_argument("--layers", type=int, help="only the first N layers")
     parser.add_argument("--mix", choices=MIXES, default="q4_k_m")
     parser.add_argument(
-        "--tokenizer", type=Path, help="a directory with tokenizer and chat template to put in"
+        "--tokenizer", type=Path, help="a directory with the tokenizer and chat template to embed"
     )
     args = parser.parse_args()
     config = json.loads(args.config.read_text())

@@ -1,4 +1,4 @@
-"""Well-behaved clients for a server under load, and what came of their requests."""
+"""Well-behaved clients for a server under load, and the results of their requests."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ _TOOL = {
 
 @dataclass
 class Tally:
-    """What came of many requests.
+    """Results of many requests.
 
     Attributes:
-        first, gaps: seconds to the first token, and from each to the next, of all answers.
-        tokens: of answers, as far as they were received.
-        finished, left, refused, hostile: requests that ended well, that their client left, that were refused
-            since the server was busy, and that deserved no answer and got none.
-        errors: what went wrong without the client's fault.
-        slowest: seconds until the slowest hostile request was refused, by kind.
+        first, gaps: seconds to the first token, and between tokens, of all answers.
+        tokens: number of tokens received.
+        finished, left, refused, hostile: numbers of requests that succeeded, that the client abandoned, that
+            were refused because the server was busy, and that were hostile and rejected.
+        errors: failures that are not the client's fault.
+        slowest: seconds until the slowest hostile request was rejected, by kind.
     """
 
     first: list[float] = field(default_factory=list)
@@ -58,21 +58,21 @@ class Tally:
 
 
 def words(rng: random.Random, count: int) -> str:
-    """So many words that no language has."""
+    """This many nonsense words."""
     syllables = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
     return " ".join("".join(rng.choices(syllables, k=rng.randint(1, 3))) for _ in range(count))
 
 
 @dataclass(frozen=True)
 class Mix:
-    """What requests are like.
+    """The mix of requests.
 
     Attributes:
-        leaving, hostile: shares of clients that leave in the middle, and of hostile ones.
-        prompt_words, tokens: least and most.
-        every_route: use all APIs, tools and forms, and go on with conversations; else plain chats only.
-        extra: fields of every request.
-        exact: answers have just as many tokens as they may.
+        leaving, hostile: shares of requests that the client abandons, and of hostile ones.
+        prompt_words, tokens: minimum and maximum.
+        every_route: use all APIs, tools and schemas, and continue conversations; otherwise only plain chats.
+        extra: fields added to every request.
+        exact: answers have exactly their maximum number of tokens.
     """
 
     leaving: float = 0.10
@@ -88,10 +88,10 @@ class Client:
     """One client, which sends one request after another.
 
     Args:
-        url: the server's.
-        mix: what it sends.
-        seed: the same gives the same requests.
-        tally: takes in what comes of them.
+        url: the server's URL.
+        mix: the requests to send.
+        seed: the same seed gives the same requests.
+        tally: collects the results.
     """
 
     def __init__(self, url: str, mix: Mix, seed: int, tally: Tally) -> None:
@@ -159,7 +159,7 @@ class Client:
             self.tally.left += 1
 
     def _request(self) -> tuple[str, dict[str, Any], int]:
-        """Path, body, and most tokens of the answer."""
+        """Path, body, and maximum tokens of the answer."""
         rng = self.rng
         text = f"Tell me about {words(rng, rng.randint(*self.mix.prompt_words))}."
         limit = rng.randint(*self.mix.tokens)
@@ -178,7 +178,7 @@ class Client:
         return CHAT, {"messages": messages, "max_tokens": limit, **more}, limit
 
     def _converse(self, text: str) -> list[dict[str, str]]:
-        """Messages: one conversation in three goes on with the last one's."""
+        """Messages; one conversation in three continues the last one."""
         if not self.mix.every_route or len(self.history) > 4 or self.rng.random() < 0.67:
             system = {"role": "system", "content": "You are Godwit, a helpful assistant."}
             self.history = [system]
@@ -189,7 +189,7 @@ class Client:
 
 
 def is_token(event: Any) -> bool:
-    """Whether an event of any of the APIs brings a part of an answer."""
+    """Whether an event of any of the APIs has part of an answer."""
     if not isinstance(event, dict):
         return False
     if event.get("type") == "content_block_delta" or str(event.get("type", "")).endswith(".delta"):
@@ -202,13 +202,13 @@ def is_token(event: Any) -> bool:
 
 
 def is_end(event: Any) -> bool:
-    """Whether an event of any of the APIs says that all is well and over."""
+    """Whether an event of any of the APIs ends an answer without an error."""
     kinds = ("message_stop", "response.completed", "response.incomplete")
     return event == "[DONE]" or (isinstance(event, dict) and event.get("type") in kinds)
 
 
 def error_in(event: Any) -> str | None:
-    """The error that an event tells of."""
+    """The error in an event."""
     if isinstance(event, dict) and (event.get("error") or event.get("type") == "response.failed"):
         return json.dumps(event)[:200]
     return None

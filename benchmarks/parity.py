@@ -1,7 +1,8 @@
 """Godwit against ``transformers``: the largest relative error of every family in every case.
 
-Prints the table as markdown and writes it with its circumstances to ``benchmarks/results/parity.json``; ends
-with status 1 where a limit is exceeded. Needs the ``test`` extra. Run from anywhere:
+Prints the table as markdown and writes it, with the conditions of the run, to
+``benchmarks/results/parity.json``; exits with status 1 if a limit is exceeded. Needs the ``test`` extra. Run
+from anywhere:
 
     python benchmarks/parity.py
 """
@@ -34,7 +35,7 @@ def measure(family: Family) -> Row:
 
 
 def markdown(rows: Mapping[str, Row]) -> str:
-    """The table; an error above its limit stands in bold."""
+    """The table; errors above their limit are bold."""
     lines = ["| family | " + " | ".join(harness.CASES) + " |", "|---|" + "---|" * len(harness.CASES)]
     for family, row in rows.items():
         cells = [f"{value:.1e}" if within(case, value) else f"**{value:.1e}**" for case, value in row.items()]
@@ -47,7 +48,7 @@ def within(case: str, value: float) -> bool:
 
 
 def report(rows: Mapping[str, Row]) -> dict[str, Any]:
-    """The rows with what is needed to repeat them."""
+    """The rows with what is needed to reproduce them."""
     return result_row(
         shlex.join(["python", *sys.argv]),
         ("torch", "transformers"),

@@ -1,14 +1,14 @@
-"""One engine in a process of its own, which times what it is asked to by peers.py.
+"""A worker process with one engine, which runs the measurements that peers.py requests.
 
 Only the standard library is imported at the top: the process runs in the environment of its engine. Requests
-and replies are JSON objects, one a line, on stdin and stdout:
+and replies are JSON objects, one per line, on stdin and stdout:
 
     {"kind": "prefill", "tokens": 512}                          -> {"seconds": 4.1}
     {"kind": "decode", "tokens": 32, "depth": 4096, "batch": 1} -> {"seconds": 1.2}
     {"kind": "memory"}                                          -> {"peak": 1234, "proportional": 1200}
 
-All engines are fed random tokens, every sequence and every step others, and choose the likeliest next token
-of every row. The first line, before any request, describes the engine.
+All engines read random tokens, different ones for every sequence and step, and compute the likeliest next
+token of every row. The first line, before any request, describes the engine.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Case:
 
 
 class Engine(Protocol):
-    """What a worker wraps."""
+    """The interface of an engine."""
 
     def describe(self) -> dict[str, Any]: ...
 
@@ -91,7 +91,7 @@ class Godwit:
 
 
 class Transformers:
-    """A random bfloat16 model in the shape of a config.json; caches at a depth come from a real prefill."""
+    """A random bfloat16 model with the architecture of a config.json; caches are filled by a real prefill."""
 
     def __init__(self, path: str, cases: Sequence[Case], threads: int, chunk: int) -> None:
         torch, transformers = importlib.import_module("torch"), importlib.import_module("transformers")
@@ -99,7 +99,7 @@ class Transformers:
         self.torch, self.chunk = torch, chunk
         config = transformers.AutoConfig.from_pretrained(path)
         kind = transformers.AutoModelForCausalLM._model_mapping[type(config)]
-        kind._init_weights = lambda self, module: None  # its own takes minutes; filled below
+        kind._init_weights = lambda self, module: None  # its own initialisation takes minutes; done below
         self.model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
         with torch.inference_mode():
             pattern = torch.randn(1 << 20).to(torch.bfloat16) * 0.02
@@ -122,7 +122,7 @@ class Transformers:
         return self.torch.randint(self.vocab, (batch, count))
 
     def _read(self, batch: int, count: int) -> Any:
-        """Read a prompt in pieces; the last output."""
+        """Read a prompt in pieces; return the last output."""
         ids, output = self._ids(batch, count), None
         for start in range(0, count, self.chunk):
             piece = ids[:, start : start + self.chunk]
@@ -151,7 +151,7 @@ class Transformers:
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp; the caches at a depth are restored from those of one real prefill."""
+    """A GGUF file in llama.cpp; caches are restored from a copy made by one real prefill."""
 
     def __init__(self, path: str, cases: Sequence[Case], threads: int, chunk: int) -> None:
         self.lib: Any = importlib.import_module("llama_cpp")
@@ -173,7 +173,7 @@ class LlamaCpp:
         context.n_threads = context.n_threads_batch = threads
         self.context = self.lib.llama_init_from_model(self.model, context)
         if not self.context:
-            raise RuntimeError(f"llama.cpp cannot make a context for {path}")
+            raise RuntimeError(f"llama.cpp cannot create a context for {path}")
         self.memory = self.lib.llama_get_memory(self.context)
         self.vocab = self.lib.llama_vocab_n_tokens(self.lib.llama_model_get_vocab(self.model))
         self.batch = self.lib.llama_batch_init(max(chunk, sequences), 0, 1)
@@ -245,7 +245,7 @@ ENGINES: Mapping[str, Callable[[str, Sequence[Case], int, int], Engine]] = {
 
 
 def memory() -> dict[str, int | None]:
-    """Bytes of this process: the peak of resident memory, and resident now with shared pages divided."""
+    """Bytes of this process: peak resident memory, and current resident memory with shared pages divided."""
 
     def kib(file: str, name: str) -> int | None:
         try:
@@ -271,12 +271,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
     parser.add_argument("engine", choices=ENGINES)
     parser.add_argument("model")
-    parser.add_argument("--cases", required=True, help="JSON list of all cases that will be asked for")
+    parser.add_argument("--cases", required=True, help="JSON list of all cases that will be requested")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--chunk", type=int, default=512)
     args = parser.parse_args()
     replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # libraries that print do not get between the replies
+    os.dup2(2, 1)  # libraries may print, but not between the replies
     cases = [Case(**case) for case in json.loads(args.cases)]
     engine = ENGINES[args.engine](args.model, cases, args.threads, args.chunk)
     print(json.dumps(engine.describe()), file=replies)

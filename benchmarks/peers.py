@@ -1,16 +1,16 @@
-"""Godwit beside llama.cpp and transformers: the same shape, random weights, one machine, in turns.
+"""Compare Godwit with llama.cpp and transformers: the same architecture, random weights, taking turns.
 
     python benchmarks/peers.py run --layers 8 --dir /tmp/peers --llama-python VENV/bin/python
     python benchmarks/peers.py table benchmarks/results/peers*.json --readme README.md
 
-    CXXFLAGS="-fno-tree-dse -fno-dse" pip install llama-cpp-python==0.3.36 gguf  # into a Python of its own
+    CXXFLAGS="-fno-tree-dse -fno-dse" pip install llama-cpp-python==0.3.36 gguf  # in a separate environment
 
-`run` makes a model of Qwen3-Next's width for each engine (kept in --dir for the next time), starts each in a
-process of its own and lets them take turns, case by case and round by round, with the machine's own ceilings
-measured between rounds. It writes one JSON row. llama.cpp needs a Python with `llama-cpp-python` and `gguf`;
-the flags keep GCC before 13 from dropping its tile configuration, without which it crashes on CPUs with AMX.
-transformers runs in bfloat16, so it only fits with few layers. `table` prints the rows as markdown and puts
-them between the markers in a README.
+`run` makes a model of Qwen3-Next's width for each engine (and keeps it in --dir), starts each engine in its
+own process and lets them take turns, case by case and round by round, measuring the machine's limits between
+rounds. It writes one JSON row. llama.cpp needs a Python with `llama-cpp-python` and `gguf`; the flags prevent
+GCC before 13 from removing its tile configuration, without which it crashes on CPUs with AMX. transformers
+runs in bfloat16, so only few layers fit. `table` prints the rows as markdown and inserts them between the
+markers in a README.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from godwit.measure.report import result_row, write_json  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-REST = 0.3  # seconds between two engines, for the threads of the first to fall asleep
+REST = 0.3  # seconds between two engines, for the threads of the first to go idle
 
-#: Qwen3-Next-80B-A3B, as its config.json has it.
+#: The config.json of Qwen3-Next-80B-A3B.
 QWEN3_NEXT: Mapping[str, Any] = MappingProxyType(
     {
         "model_type": "qwen3_next",
@@ -86,9 +86,9 @@ class Entrant:
     """An engine with the weights it runs: a row of the table.
 
     Attributes:
-        weights: their format, "" where the engine says itself.
-        command: what starts the worker, the cases left out.
-        token_bytes: of weights read for one token; None where the engine says itself.
+        weights: their format; "" if the engine reports it.
+        command: starts the worker, without the cases.
+        token_bytes: bytes of weights read per token; None if the engine reports it.
     """
 
     engine: str
@@ -110,7 +110,7 @@ class Worker:
 
     @property
     def name(self) -> str:
-        """What the row is called."""
+        """The name of the row."""
         return f"{self.about['version']}, {self.entrant.weights or self.about['weights']}"
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class Worker:
 
 @contextmanager
 def worker(entrant: Entrant, cases: Sequence[Case]) -> Iterator[Worker]:
-    """Start an engine; end it afterwards."""
+    """Start an engine, and stop it at the end of the block."""
     started = Worker(entrant, cases)
     try:
         yield started
@@ -182,13 +182,13 @@ def compare(
         "engines": rows,
         "ceilings": {name: spread([getattr(found, name) for found in ceilings]) for name in FIGURES},
         "noise": {"bandwidth_spread": noise.bandwidth_spread, "steal": noise.steal},
-        # the workers are other processes: only the machine's own unrest counts here
+        # the workers are other processes, so the share of others says nothing
         "warnings": Noise(noise.bandwidth_spread, noise.steal, None).warnings(),
     }
 
 
 def rotated(count: int, number: int) -> list[int]:
-    """0 to count - 1, beginning with another one each time."""
+    """0 to count - 1, starting with a different one each time."""
     return [(number + i) % count for i in range(count)]
 
 
@@ -207,7 +207,7 @@ def engine_row(each: Worker, seconds: Mapping[Case, Sequence[float]]) -> dict[st
 
 
 def title(case: Case) -> str:
-    """Heading of a column."""
+    """A column heading."""
     if case.kind == "prefill":
         return f"prefill {case.tokens:,}"
     batch = f", {case.batch} at once" if case.batch > 1 else ""
@@ -215,7 +215,7 @@ def title(case: Case) -> str:
 
 
 def table(row: Mapping[str, Any]) -> str:
-    """One run as markdown: a line for each engine, a column for each case, and the circumstances."""
+    """One run as markdown: a line for each engine, a column for each case, and the conditions."""
     cases = [
         Case(*(case[name] for name in ("kind", "tokens", "depth", "batch")))
         for case in row["engines"][0]["cases"]
@@ -245,17 +245,17 @@ def table(row: Mapping[str, Any]) -> str:
 
 
 def speed(value: Mapping[str, float], digits: int | None = None) -> str:
-    """Median and range, with as many digits as matter."""
+    """Median and range, with the significant digits."""
     places = digits if digits is not None else 0 if value["median"] >= 100 else 1
     middle, low, high = (f"{value[name]:,.{places}f}" for name in ("median", "min", "max"))
     return f"{middle} ({low} to {high})"
 
 
 def insert_table(text: str, content: str) -> str:
-    """`text` with `content` between the markers, in place of what was there.
+    """`text` with the part between the markers replaced by `content`.
 
     Raises:
-        ValueError: the markers are not there exactly once and in order.
+        ValueError: the markers do not occur exactly once, in order.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"the file must have {BEGIN} and after it {END}, once each")
@@ -264,9 +264,9 @@ def insert_table(text: str, content: str) -> str:
 
 
 def make_entrants(args: argparse.Namespace) -> list[Entrant]:
-    """The engines asked for, their models made where they are not there yet."""
+    """The requested engines; creates their models if missing."""
     if args.layers < 4 or args.layers % 4:
-        raise SystemExit("--layers must be a multiple of 4, so that every fourth layer is one of attention")
+        raise SystemExit("--layers must be a multiple of 4, since every fourth layer is attention")
     args.dir.mkdir(parents=True, exist_ok=True)
     config = {**QWEN3_NEXT, "num_hidden_layers": args.layers}
     folder = args.dir / f"shape-{args.layers}"
@@ -291,7 +291,7 @@ def make_entrants(args: argparse.Namespace) -> list[Entrant]:
             command = (*_worker(sys.executable), name, str(folder), *common)
             found.append(Entrant(name, "", command, needed))
         else:
-            raise SystemExit(f"{name} is none of godwit, llama.cpp, transformers")
+            raise SystemExit(f"unknown engine {name}; use godwit, llama.cpp or transformers")
     return found
 
 
@@ -303,7 +303,7 @@ def _llama(
     mix: str, config: Mapping[str, Any], folder: Path, args: argparse.Namespace, common: tuple[str, ...]
 ) -> Entrant:
     if mix not in MIXES:
-        raise SystemExit(f"--gguf {mix} is none of {', '.join(MIXES)}")
+        raise SystemExit(f"--gguf {mix}: must be one of {', '.join(MIXES)}")
     file = args.dir / f"{mix}-{args.layers}.gguf"
     if not file.exists():
         script = str(HERE / "gguf_model.py")
@@ -315,7 +315,7 @@ def _llama(
 
 
 def token_bytes_bf16(config: Mapping[str, Any]) -> float:
-    """Bytes of bfloat16 weights that decoding a token reads."""
+    """Bytes of bfloat16 weights read to decode one token."""
     return costs_of(ModelConfig.from_dict(config), {}, [], "bfloat16").step_bytes(1, -1)
 
 
@@ -349,7 +349,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def show(args: argparse.Namespace) -> None:
-    """Print the tables of earlier runs, and put them into a README."""
+    """Print the tables of earlier runs, and insert them in a README."""
     content = "\n\n".join(table(json.loads(file.read_text())) for file in args.rows)
     print(content)
     if args.readme is not None:
@@ -362,7 +362,7 @@ def main() -> int:
     measured = verbs.add_parser("run", help="measure")
     measured.set_defaults(verb=run)
     measured.add_argument("--layers", type=int, default=8)
-    measured.add_argument("--dir", type=Path, required=True, help="where the models lie; tens of gigabytes")
+    measured.add_argument("--dir", type=Path, required=True, help="directory of models; tens of gigabytes")
     measured.add_argument("--engines", default="godwit,llama.cpp")
     measured.add_argument("--format", default="q4", help="of godwit's weights")
     measured.add_argument("--gguf", default="q4_k_m", help=f"mixes for llama.cpp: {','.join(MIXES)}")
@@ -373,12 +373,12 @@ def main() -> int:
     measured.add_argument("-b", dest="batches", default="1", help="at depth 0")
     measured.add_argument("--repeats", type=int, default=5)
     measured.add_argument("--threads", type=int, default=2)
-    measured.add_argument("--chunk", type=int, default=512, help="tokens of a prompt read in one step")
+    measured.add_argument("--chunk", type=int, default=512, help="prompt tokens per step")
     measured.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "peers.json")
     shown = verbs.add_parser("table", help="print rows as markdown")
     shown.set_defaults(verb=show)
     shown.add_argument("rows", type=Path, nargs="+")
-    shown.add_argument("--readme", type=Path, help="put the tables between the markers of this file")
+    shown.add_argument("--readme", type=Path, help="insert the tables between the markers of this file")
     args = parser.parse_args()
     args.verb(args)
     return 0

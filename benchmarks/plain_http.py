@@ -1,7 +1,7 @@
-"""A small HTTP client over asyncio's streams, one connection a request.
+"""A small HTTP client on asyncio streams, with one connection per request.
 
-It costs little beside the server that it measures, and can do what well-made libraries refuse to, such as
-sending half a body.
+It costs little compared with the server that it measures, and can do what proper libraries refuse to, such
+as sending half a body.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ async def request(
     headers: Mapping[str, str] | None = None,
     pause: float = 0.0,
 ) -> AsyncIterator[Reply]:
-    """Send a request; the connection is closed at the end, whatever was read by then.
+    """Send a request; the connection is closed at the end of the block, even if the response is unread.
 
     Args:
         url: of the server.
@@ -95,7 +95,7 @@ async def read_head(reader: asyncio.StreamReader) -> Reply:
     """
     status = (await reader.readline()).split()
     if len(status) < 2:
-        raise EOFError("the connection was closed without an answer")
+        raise EOFError("the connection was closed without a response")
     headers = {}
     while line := (await reader.readline()).strip():
         name, _, value = line.decode("latin-1").partition(":")

@@ -1,10 +1,10 @@
-"""Cost of the prefix index per admitted prompt, by the number of snapshots that it holds.
+"""Cost of the prefix index per admitted prompt, by number of snapshots.
 
     python benchmarks/prefix_cost.py
 
-All prompts begin with the same system text and differ after it; a state is kept at the end of the prompt and
-of the answer. The index is filled to its budget, so each prompt also evicts snapshots and blocks. No model
-runs, and states are a few bytes each: only the index is measured, in CPU time.
+All prompts start with the same system text; a state is kept at the end of each prompt and answer. The index
+is filled to its budget, so each prompt also evicts snapshots and blocks. No model runs, and states are a few
+bytes each: only the CPU time of the index is measured.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ VOCAB = 50_000
 
 
 class Conversations:
-    """Asks an index with room for ``num_snapshots`` as the engine does, one prompt after another."""
+    """Uses an index with room for ``num_snapshots`` like the engine, one prompt after another."""
 
     def __init__(self, num_snapshots: int, system: int, prompt: int, answer: int) -> None:
         self._rng = random.Random(num_snapshots)
@@ -50,7 +50,7 @@ class Conversations:
         return [self._rng.randrange(VOCAB) for _ in range(length)]
 
     def next(self) -> float:
-        """CPU seconds that the index takes for one more conversation."""
+        """CPU seconds of the index for one more conversation."""
         prompt = [*self._system, *self._text(self._prompt)]
         whole = [*prompt, *self._text(self._answer)]
         state = StateSnapshot((torch.zeros(STATE_BYTES, dtype=torch.uint8),))
@@ -101,9 +101,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--snapshots", default="100,1000,10000", metavar="N,N", help="sizes of the index")
-    parser.add_argument("--prompts", type=int, default=200, help="prompts that are timed at each size")
+    parser.add_argument("--prompts", type=int, default=200, help="prompts timed at each size")
     parser.add_argument("--system", type=int, default=500, help="tokens that all prompts share")
-    parser.add_argument("--prompt", type=int, default=300, help="tokens of a prompt after these")
+    parser.add_argument("--prompt", type=int, default=300, help="further tokens of each prompt")
     parser.add_argument("--answer", type=int, default=100, help="tokens of an answer")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "prefix-cost.json")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

@@ -1,13 +1,13 @@
-"""Reuse of prompts: an agent's conversation of ten turns on a model of full width, with and without it.
+"""Prefix reuse: an agent's conversation of ten turns on a model of full width, with and without reuse.
 
-    python benchmarks/prefix_reuse.py godwit-q4-8.godwit      # which benchmarks/peers.py makes, for one
+    python benchmarks/prefix_reuse.py godwit-q4-8.godwit      # made by benchmarks/peers.py, for example
 
-The prompt begins with 4,000 tokens of system text and tools; each turn adds a question, or the result
-of a tool that the answer before has called. The model is random, so what it answers is given: a constraint
-makes it say the words that the next turn has in its conversation, as a trained model's own would stand there.
-Each turn is asked once with what the engine remembers, and once with a salt of its own, which shares nothing.
-Time to the first token begins with a list of messages: template, tokens, queue and reading are in it. At last
-the third message is changed: what precedes it is reused.
+The prompt starts with 4,000 tokens of system text and tools; each turn adds a question or the result of a
+tool call. The model is random, so its answers are fixed in advance: a constraint forces the words that the
+next turn has in its conversation, as if the model had chosen them. Each turn is measured once with the
+engine's cache, and once with a unique salt, which prevents reuse. Time to the first token includes applying
+the template, tokenizing, queueing and prefill. Finally the third message is changed: only what precedes it
+is reused.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from godwit.text.tokenizer import Tokenizer  # noqa: E402
 
 
 class Writer:
-    """Writes texts of so many tokens."""
+    """Makes texts of a given number of tokens."""
 
     def __init__(self, tokenizer: Tokenizer, seed: int = 0) -> None:
         self._tokenizer = tokenizer
         self._rng = random.Random(seed)
 
     def text(self, num_tokens: int) -> str:
-        """Words that are just ``num_tokens`` tokens, or one more or less."""
+        """Words of ``num_tokens`` tokens, give or take one."""
         listed: list[str] = []
         while len(self._tokenizer.encode(" ".join(listed))) < num_tokens:
             listed += words(self._rng, max(1, num_tokens // 32)).split()
@@ -70,7 +70,7 @@ class Writer:
 
 
 class Said:
-    """A constraint that leaves an answer only these tokens."""
+    """A constraint that forces an answer to be these tokens."""
 
     def __init__(self, ids: Sequence[int], vocab_size: int) -> None:
         self._ids = iter(ids)
@@ -87,11 +87,11 @@ class Said:
 
 
 class Agent:
-    """Asks an engine as the server does.
+    """Calls an engine like the server does.
 
     Args:
-        engine: answers.
-        tokenizer: with its chat template.
+        engine: the engine.
+        tokenizer: its tokenizer, with a chat template.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
@@ -101,7 +101,7 @@ class Agent:
         self._stop = next(iter(sorted(tokenizer.stop_ids & {tokenizer.token_to_id("<|im_end|>")})))
 
     def ask(self, conversation: Conversation, answer: str, salt: str) -> tuple[float, Finish]:
-        """Seconds to the first token, and the end; the answer is this text."""
+        """Seconds to the first token, and the finish event; the answer is forced to be this text."""
         ids = [*self.tokenizer.encode(answer, allow_special=True, add_special_tokens=False), self._stop]
         said = Said(ids, self.engine.vocab_size)
         began = perf_counter()
@@ -114,11 +114,11 @@ class Agent:
                 first = perf_counter() - began
             if isinstance(event, Finish):
                 return first, event
-        raise RuntimeError("the answer has no end")
+        raise RuntimeError("the answer has no finish event")
 
 
 def turns(writer: Writer, count: int) -> Iterator[tuple[str, dict[str, str], str]]:
-    """(what it is, the message, the answer) of each turn: a question, then a tool's result, and so on."""
+    """(kind, message, answer) of each turn: a question, then a tool's result, and so on."""
     for number in range(count):
         if number % 2:
             yield "tool result", {"role": "tool", "content": writer.between(200, 400)}, writer.text(40)
@@ -127,14 +127,14 @@ def turns(writer: Writer, count: int) -> Iterator[tuple[str, dict[str, str], str
 
 
 def called(answer: str, writer: Writer, tool: Mapping[str, Any]) -> str:
-    """An answer that calls a tool, as models write it."""
+    """An answer that calls a tool, in the model's format."""
     call = {"name": tool["function"]["name"], "arguments": {"name": writer.text(8)}}
     words = " ".join(answer.split()[:12])
     return f"{words}\n<tool_call>\n{json.dumps(call)}\n</tool_call>"
 
 
 def converse(args: argparse.Namespace, agent: Agent) -> dict[str, Any]:
-    """The conversation, turn by turn, and the edit at its end."""
+    """Run the conversation turn by turn, and then the edit."""
     writer = Writer(agent.tokenizer)
     tools = [writer.tool(number) for number in range(8)]
     used = len(agent.maker.chat(Conversation([{"role": "user", "content": "."}], tools)).ids)
@@ -166,13 +166,13 @@ def converse(args: argparse.Namespace, agent: Agent) -> dict[str, Any]:
 
 
 def common_tokens(agent: Agent, one: Conversation, other: Conversation) -> int:
-    """Where the prompts of two conversations part."""
+    """The position at which the prompts of two conversations differ."""
     pairs = zip(agent.maker.chat(one).ids, agent.maker.chat(other).ids, strict=False)
     return next(place for place, (a, b) in enumerate(pairs) if a != b)
 
 
 def speedups(rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """How many times as fast each turn but the first began with reuse."""
+    """Speed-up of the first token by reuse for each turn except the first."""
     return [row["cold"]["seconds"] / row["warm"]["seconds"] for row in rows[1:] if "cold" in row]
 
 
@@ -201,10 +201,10 @@ def table(row: Mapping[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("model", type=Path, help="a packed file; one without tokenizer gets the built-in one")
+    parser.add_argument("model", type=Path, help="a packed file; uses the built-in tokenizer if it has none")
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--prefix", type=int, default=4000, help="tokens of system text and tools")
-    parser.add_argument("--cold", metavar="N,N", help="turns asked without reuse as well; all unless given")
+    parser.add_argument("--cold", metavar="N,N", help="turns also measured without reuse; default: all")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "prefix-reuse.json")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

@@ -2,9 +2,9 @@
 
     python benchmarks/serve_attacks.py --seconds 10
 
-Starts `godwit serve` with the built-in model. One client streams one answer after another; a second process
-sends one kind of attack after another, several at a time. Prints the longest gap between two tokens of the
-stream during each attack, and without any.
+Starts `godwit serve` with the built-in model. One client streams answers; a second process runs one kind of
+attack after another, several at a time. Prints the longest gap between two tokens of the stream during each
+attack, and without an attack.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from benchmarks.load_client import Client, Mix, Tally  # noqa: E402
 from benchmarks.servers import ServerProcess, godwit_command, serving  # noqa: E402
 from godwit.measure.report import result_row, write_json  # noqa: E402
 
-#: Milliseconds between two tokens that an attack may cause on an otherwise idle machine.
+#: The longest gap in milliseconds that an attack may cause on an otherwise idle machine.
 ALLOWED_MS = 250.0
 NOTHING = "nothing"
 
 
 def send(name: str, url: str, seconds: float, at_a_time: int) -> list[int]:
-    """Attack for so long, in a process of its own; returns the statuses."""
+    """Attack for this long in a separate process; return the statuses."""
     attack = next(one for one in ATTACKS if one.name == name)
     return asyncio.run(_send(attack, url, seconds, at_a_time))
 
@@ -90,8 +90,8 @@ def measure(server: ServerProcess, args: argparse.Namespace) -> list[dict[str, A
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each attack")
-    parser.add_argument("--at-a-time", type=int, default=4, help="connections of an attack")
+    parser.add_argument("--seconds", type=float, default=10.0, help="duration of each attack")
+    parser.add_argument("--at-a-time", type=int, default=4, help="connections per attack")
     parser.add_argument("--only", action="append", help="the name of an attack; may be repeated")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()

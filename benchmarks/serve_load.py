@@ -1,19 +1,19 @@
-"""A server under load: clients that stream, leave early or attack; and beside llama.cpp's server.
+"""A server under load from clients that stream, disconnect or attack; and a comparison with llama.cpp's.
 
     python benchmarks/serve_load.py run --seconds 300
     python benchmarks/serve_load.py peer --llama-python VENV/bin/python --dir /tmp/peers
 
-    pip install llama-cpp-python[server]==0.3.36 gguf                           # into a Python of its own
+    pip install llama-cpp-python[server]==0.3.36 gguf                           # in a separate environment
 
 `run` starts `godwit serve` with the built-in model and 64 clients that send one request after another:
-short and long ones, to all APIs, with tools and forms. In a tenth of them the client leaves early, and
+short and long ones, to all APIs, with tools and schemas. In a tenth of them the client disconnects early, and
 every twentieth is an attack. It reports wrong answers, whether memory grew after the caches were full (the
-first fifth of the time) or beyond `--memory`, and whether the engine accounts for all its blocks at the
+first fifth of the time) or beyond `--memory`, and whether all of the engine's blocks are accounted for at the
 end.
 
 `peer` lets `godwit serve` and llama-cpp-python's server take turns with the same clients and a model of the
-same shape and size: all plain chats whose answers have a given number of tokens. That server answers one
-request at a time, so with many clients it is a comparison of servers, and with one client of engines.
+same architecture and size, using only plain chats with fixed numbers of answer tokens. That server handles
+one request at a time, so many clients compare servers, and one client compares engines.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ from godwit.measure.report import result_row, write_json  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 BUILT_IN = ROOT / "src" / "godwit" / "default_model"
-#: Memory that a server may use beyond that at rest, per byte of `--memory`.
+#: Memory that a server may use beyond its idle memory, per byte of `--memory`.
 ALLOWANCE = 1.1
 #: Shares of the time: until the caches are full, and over which memory is averaged.
 WARM_UP, WINDOW = 0.2, 0.1
-#: Both servers sample in the same way, and neither may end an answer on its own.
+#: Both servers sample in the same way, and neither may end an answer early.
 CHOOSING = {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "frequency_penalty": 0, "presence_penalty": 0}
 STOP_IDS = (6135, 6137)
 
@@ -99,7 +99,7 @@ def quantiles(seconds: Sequence[float]) -> dict[str, float | None]:
 
 
 def figures(tally: Tally, seconds: float) -> dict[str, Any]:
-    """The figures of a tally."""
+    """The results in a tally."""
     return {
         "tokens_per_second": round(tally.tokens / seconds, 1),
         "finished": tally.finished,
@@ -124,7 +124,7 @@ async def gauges(server: ServerProcess) -> dict[str, float]:
 
 @dataclass
 class Watch:
-    """The memory of a server over the time of a run."""
+    """The memory of a server during a run."""
 
     server: ServerProcess
     samples: list[tuple[float, int]] = field(default_factory=list)
@@ -139,13 +139,13 @@ class Watch:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load a server and report."""
+    """Put a server under load and report the results."""
     command = godwit_command("--self-check", "--context", "2048", "--memory", str(args.memory), *args.serve)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         server = stack.enter_context(serving("godwit", command, args.log or folder / "log"))
         watch = Watch(server)
-        asyncio.run(drive(server, Mix(), 8, 2.0))  # the processes for forms and templates start
+        asyncio.run(drive(server, Mix(), 8, 2.0))  # starts the processes for schemas and templates
         with progress() as bar:
             task = bar.add_task(f"{args.clients} clients", total=1.0)
 
@@ -228,7 +228,7 @@ def show(row: Mapping[str, Any], args: argparse.Namespace) -> None:
         console.print(f"  {error}", markup=False)
 
 
-# beside llama.cpp
+# compared with llama.cpp
 
 
 def peer(args: argparse.Namespace) -> int:
@@ -303,7 +303,7 @@ def peer_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def entrants(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, list[str], Path, str | None]]:
-    """Name, command, log and address of both servers; the GGUF file is made if it is missing."""
+    """Name, command, log and URL of both servers; creates the GGUF file if it is missing."""
     gguf = args.dir / "built-in-bf16.gguf"
     if not gguf.exists():
         args.dir.mkdir(parents=True, exist_ok=True)
@@ -343,14 +343,14 @@ def main() -> int:
             one.add_argument("--seconds", type=float, default=300)
             one.add_argument("--memory", type=float, default=0.25, help="for the caches, in GiB")
             one.add_argument("--log", type=Path, help="keep the server's log here")
-            one.add_argument("serve", nargs="*", help="more words for godwit serve, after --")
+            one.add_argument("serve", nargs="*", help="further arguments for godwit serve, after --")
         else:
-            one.add_argument("--clients", default="1,64", help="how many at a time, case by case")
+            one.add_argument("--clients", default="1,64", help="numbers of concurrent clients to measure")
             one.add_argument("--rounds", type=int, default=3)
-            one.add_argument("--slice", type=float, default=10.0, help="seconds of a case in a round")
+            one.add_argument("--slice", type=float, default=10.0, help="seconds per case and round")
             one.add_argument("--threads", type=int, default=2)
             one.add_argument("--llama-threads", type=int, default=1)
-            one.add_argument("--dir", type=Path, required=True, help="where the GGUF file lies")
+            one.add_argument("--dir", type=Path, required=True, help="directory of the GGUF file")
             one.add_argument("--llama-python", required=True)
             one.add_argument("--llama-port", type=int, default=8765)
     args = parser.parse_args()

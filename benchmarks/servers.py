@@ -1,4 +1,4 @@
-"""Servers in processes of their own: started, watched and ended."""
+"""Start, monitor and stop servers in separate processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ServerProcess:
     log: Path
 
     def processes(self) -> list[int]:
-        """Its process and those that it started."""
+        """Its process and that process's children."""
         found, waiting = [], [self.process.pid]
         while waiting:
             pid = waiting.pop()
@@ -38,7 +38,7 @@ class ServerProcess:
         return found
 
     def memory(self) -> int:
-        """Bytes of its own process in memory."""
+        """Resident bytes of its main process."""
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * PAGE
 
     def cpu_seconds(self) -> float:
@@ -49,10 +49,10 @@ class ServerProcess:
         return total / 100
 
     def settle(self) -> None:
-        """Wait until it does nothing any more.
+        """Wait until it is idle.
 
         Raises:
-            RuntimeError: it goes on for too long.
+            RuntimeError: it does not become idle in time.
         """
         end = time.monotonic() + IDLE_SECONDS
         while time.monotonic() < end:
@@ -60,18 +60,18 @@ class ServerProcess:
             time.sleep(0.5)
             if self.cpu_seconds() - before < 0.04:
                 return
-        raise RuntimeError(f"{self.name} does not come to rest")
+        raise RuntimeError(f"{self.name} does not become idle")
 
 
 @contextmanager
 def serving(name: str, command: Sequence[str], log: Path, url: str | None = None) -> Iterator[ServerProcess]:
-    """Start a server and wait until it serves; end it afterwards.
+    """Start a server and wait until it is ready; stop it at the end of the block.
 
     Args:
-        name: for people.
-        command: that starts it.
-        log: where it writes to.
-        url: where it serves; None: its log says so.
+        name: its name in messages.
+        command: the command that starts it.
+        log: the file for its output.
+        url: its URL; None: read it from the log.
     """
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
@@ -106,6 +106,6 @@ async def _serves(server: ServerProcess) -> bool:
 
 
 def godwit_command(*more: str) -> list[str]:
-    """What starts `godwit serve` of this checkout."""
+    """The command that starts `godwit serve` from this checkout."""
     code = "import sys; sys.argv[0] = 'godwit'; from godwit.cli.main import main; main()"
     return [sys.executable, "-c", code, "serve", "--port", "0", *more]

@@ -1,14 +1,14 @@
-"""Speculation beside plain decoding: the same requests to two engines in one process, in turns.
+"""Compare speculative with plain decoding: the same requests to two engines in one process, in turns.
 
     python benchmarks/speculation.py run --quantize bf16,q8 --output benchmarks/results/speculation.json
     python benchmarks/speculation.py run --model FILE.godwit --sequences 1,4 --output ...
     python benchmarks/speculation.py table benchmarks/results/speculation.json
 
-Each setting is a number of clients, who ask again as soon as they are answered, and a kind of request: `chat`
-(ordinary prompts, the model's own sampling), `repeat` (texts that repeat themselves, greedy) and `hot`
-(temperature 1.5). Speed is all tokens of answers over all time, reading prompts included; a setting's ratio
-is the median of the rounds' ratios. The answers of both engines have to be the same tokens, or there are no
-figures. `run` replaces equal settings in the output and keeps the others.
+Each setting is a number of clients, which send the next request as soon as they get an answer, and a kind of
+request: `chat` (ordinary prompts, the model's recommended sampling), `repeat` (repetitive texts, greedy) and
+`hot` (temperature 1.5). Speed is the number of answer tokens divided by the total time, including prefill; a
+setting's ratio is the median of the rounds' ratios. The answers of both engines must be the same tokens, or
+the run fails. `run` replaces equal settings in the output and keeps the others.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ REPEATS = (
 
 
 class Numbers:
-    """Stands in for the tokenizer of a file that has none; its tokens have no text."""
+    """A substitute tokenizer for files without one; its tokens have no text."""
 
     stop_ids: frozenset[int] = frozenset()
     complete = True
@@ -89,7 +89,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model, its tokenizer, and what its requests are made from."""
+    """A model, its tokenizer, and the material of its requests."""
 
     name: str
     format: str
@@ -141,7 +141,7 @@ def load(path: str | None, format: str | None) -> Loaded:
 
 
 def play(engine: Engine, requests: Sequence[GenerationRequest], clients: int) -> tuple[float, list[Finish]]:
-    """Seconds until all requests are answered, at most ``clients`` of them at a time; and the answers."""
+    """Seconds to answer all requests, at most ``clients`` at a time; and the answers."""
     done: queue.SimpleQueue[tuple[int, Finish]] = queue.SimpleQueue()
     streams = {}
 
@@ -165,7 +165,7 @@ def play(engine: Engine, requests: Sequence[GenerationRequest], clients: int) ->
 def compare(
     engines: Sequence[Engine], loaded: Loaded, kind: str, clients: int, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """One setting: both engines in turns, after a round that does not count."""
+    """One setting: both engines in turns, after a warm-up round."""
     requests = loaded.requests(kind, clients * args.each, args.tokens)
     speeds: tuple[list[float], list[float]] = ([], [])
     drafted = accepted = 0
@@ -178,7 +178,7 @@ def compare(
                 made = sum(len(finish.token_ids) for finish in answers[which])
                 speeds[which].append(made / seconds)
         if any(a.token_ids != b.token_ids for a, b in zip(answers[0], answers[1], strict=True)):
-            raise SystemExit(f"{kind}, {clients} clients: with drafts the answers are others")
+            raise SystemExit(f"{kind}, {clients} clients: answers differ with speculation")
         if number:
             drafted += sum(finish.drafted for finish in answers[1])
             accepted += sum(finish.accepted for finish in answers[1])
@@ -197,7 +197,7 @@ def compare(
 
 
 def settings(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Measure, model by model."""
+    """Measure each model."""
     for format in args.quantize.split(",") if args.model is None else [None]:
         loaded = load(args.model, format)
         engines = [
@@ -221,7 +221,7 @@ def settings(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a setting is."""
+    """The key of a setting."""
     return row["model"], row["format"], row["clients"], KINDS.index(row["kind"])
 
 
@@ -257,7 +257,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure and write."""
+    """Measure and write the results."""
     torch.set_num_threads(args.threads)
     _native.set_num_threads(args.threads)
     before = json.loads(args.output.read_text())["settings"] if args.output.exists() else []
@@ -275,12 +275,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
     verbs = parser.add_subparsers(dest="verb", required=True)
     one = verbs.add_parser("run", help="measure")
-    one.add_argument("--model", help="a packed file; without it, the built-in model")
+    one.add_argument("--model", help="a packed file; default: the built-in model")
     one.add_argument("--quantize", default="bf16,q8", help="formats of the built-in model")
     one.add_argument("--sequences", default="1,2,4,8,16,32", help="numbers of clients")
     one.add_argument("--kinds", default=",".join(KINDS))
-    one.add_argument("--tokens", type=int, default=96, help="of an answer")
-    one.add_argument("--each", type=int, default=2, help="requests of a client in a round")
+    one.add_argument("--tokens", type=int, default=96, help="tokens per answer")
+    one.add_argument("--each", type=int, default=2, help="requests per client and round")
     one.add_argument("--rounds", type=int, default=5)
     one.add_argument("--context", type=int, default=1024)
     one.add_argument("--threads", type=int, default=_native.num_cores())

@@ -1,9 +1,9 @@
 // Attention over paged keys and values.
 //
-// Queries, keys, probabilities and values are bf16, sums float32. The keys of a row are taken in partitions
-// of 256 positions counted from position 0: the softmax of a partition is taken on its own and partitions are
-// joined in ascending order, always by the same formula. So it does not matter for a row's bits whether one
-// thread walks through its partitions or several do one each, nor which rows share a block of queries.
+// Queries, keys, probabilities and values are bf16, sums float32. The keys of a row are processed in
+// partitions of 256 positions counted from position 0: each partition has its own softmax, and partitions are
+// joined in ascending order, always by the same formula. So a row's bits do not depend on whether one thread
+// computes all partitions or several compute one each, nor on which rows share a block of queries.
 
 #if GODWIT_AVX512
 #include "scores_avx512.h"
@@ -28,7 +28,7 @@ struct Partition {  // the blocks of one key head, the last one repeated up to 1
   int64_t num_blocks;
 };
 
-// Which unit takes them depends on the layer alone, since units differ in the order of their sums.
+// The unit that computes them depends only on the layer, since units differ in the order of their sums.
 inline void attention_scores(const Half* q, int64_t rows, int64_t dim, const Partition& keys,
                              int64_t num_blocks, float* out) {
 #if GODWIT_AMX
@@ -98,7 +98,7 @@ inline int64_t query_blocks(const AttentionStep& s, QueryBlock* out) {
 
 // ---- Before the scores: norms, rotary embedding, the cache -----------------------------------------
 
-// x [D] rotated: place i of the first half of the rotated dims pairs with i of the second.
+// Rotates x [D]: dim i of the first half of the rotated dims pairs with dim i of the second.
 inline void rotate(float* x, const float* cosines, const float* sines, int64_t half) {
   for (int64_t i = 0; i < half; i += W) {
     const int64_t n = half - i < W ? half - i : W;
@@ -122,7 +122,7 @@ inline void prepare_head(const Attention& layer, const float* from, const float*
   rotate(work.x, work.cosines, work.sines, layer.rotary_half);
 }
 
-// Queries of one token to s.q, its keys and values to the cache.
+// Writes the queries of one token to s.q, its keys and values to the cache.
 inline void prepare_token(const AttentionStep& s, int64_t token, const HeadWork& work) {
   const Attention& layer = s.layer;
   const int64_t dim = layer.dim, queries = layer.num_heads * dim;
@@ -197,8 +197,8 @@ inline ScoreWork score_work(int64_t dim) {
   return work;
 }
 
-// The first n > 0 of s to probabilities, up to a common factor: p = exp(s - top), zero from n to `width`,
-// which is a multiple of 16. Overwrites s.
+// Converts the first n > 0 of s to probabilities, up to a common factor: p = exp(s - top), zero from n to
+// `width`, which is a multiple of 16. Overwrites s.
 inline void softmax_row(float* s, int64_t n, int64_t width, Half* p, float* top, float* sum) {
   for (int64_t i = n; i < width && i < n + W; ++i) s[i] = -INFINITY;
   V most = set1(-INFINITY);
@@ -214,7 +214,7 @@ inline void softmax_row(float* s, int64_t n, int64_t width, Half* p, float* top,
 }
 
 // Rows [row, row + count) of a block of queries against one partition: largest score, sum of exp and weighted
-// values of each. Rows that see nothing of it get no meaningful result.
+// values of each. Rows that do not attend to the partition get no meaningful result.
 inline void attend(const AttentionStep& s, const QueryBlock& b, int64_t index, const Partition& keys,
                    const uint16_t* const* ahead, int64_t row, int64_t count, const ScoreWork& work,
                    float* top, float* sum, float* out) {
@@ -235,9 +235,8 @@ inline void attend(const AttentionStep& s, const QueryBlock& b, int64_t index, c
   weighted_values(work.probs, count, dim, keys, blocks, ahead, out);
 }
 
-// All rows of a block of queries against one partition, `done(row, count)` after every kSubRows of them, with
-// results at the place that `to(row)` gives. `ahead`: the blocks of keys that this thread reads next, or
-// null.
+// All rows of a block of queries against one partition, calling `done(row, count)` after every kSubRows of
+// them, with results stored at `to(row)`. `ahead`: the blocks of keys that this thread reads next, or null.
 struct PartitionResult {
   float *top, *sum, *out;
 };
@@ -246,7 +245,7 @@ inline void attend_partition(const AttentionStep& s, const QueryBlock& b, int64_
                              const uint16_t* const* ahead, const ScoreWork& work, const To& to,
                              const Done& done) {
   Partition keys = partition_of(s, b, index);
-  // What lies beyond the last key may be anything, and zero times NaN is NaN.
+  // The memory after the last key is uninitialised, and zero times NaN is NaN.
   const int64_t dim = s.layer.dim, end = limit_of(s, b, b.count - 1) - index * kPartition;
   if (end < kPartition && end % kBlock != 0) {
     const uint16_t* v = keys.v[keys.num_blocks - 1];
@@ -269,7 +268,7 @@ inline void attend_partition(const AttentionStep& s, const QueryBlock& b, int64_
 
 // ---- Joining partitions ----------------------------------------------------------------------------
 
-// Adds the results of partition `index` to row `row` of a block, where the row sees any of it.
+// Adds the results of partition `index` to row `row` of a block, if the row attends to it.
 inline void join_partition(const AttentionStep& s, const QueryBlock& b, int64_t row, int64_t index, float top,
                            float sum, const float* values) {
   if (limit_of(s, b, row) <= index * kPartition) return;
@@ -306,7 +305,7 @@ inline void finish_row(const AttentionStep& s, const QueryBlock& b, int64_t row)
 
 // ---- Work for the threads --------------------------------------------------------------------------
 
-// Each block of queries to the end by one thread. Later ones see more keys and go first.
+// One thread computes each block of queries completely. Later blocks have more keys and start first.
 inline void attend_blocks(const AttentionStep& s, const QueryBlock* blocks, int64_t num_blocks) {
   parallel(num_blocks, 1, [=, &s](int64_t begin, int64_t end, int) {
     const ScoreWork work = score_work(s.layer.dim);
@@ -357,7 +356,7 @@ inline void attend_items(const AttentionStep& s, const QueryBlock* blocks, const
   });
 }
 
-// The partitions of every block dealt out to all threads, as many at a time as fit into kPartialBytes.
+// Distributes the partitions of every block over all threads, as many at a time as fit in kPartialBytes.
 inline void attend_split(const AttentionStep& s, const QueryBlock* blocks, int64_t num_blocks) {
   const int64_t dim = s.layer.dim, rows = s.count * s.layer.num_heads;
   int64_t most = 0, widest = 1;

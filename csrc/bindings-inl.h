@@ -1,5 +1,5 @@
-// What Python hands over: arrays, packed weights, a step's tokens, caches and layers. Whatever could make a
-// kernel read or write outside its arrays is refused here. Included by bindings.cpp alone, in its anonymous
+// Arguments from Python: arrays, packed weights, a step's tokens, caches and layers. Anything that could make
+// a kernel read or write outside its arrays is rejected here. Included only by bindings.cpp, in its anonymous
 // namespace.
 
 [[noreturn]] void refuse(const std::string& sentence) { throw nb::value_error(sentence.c_str()); }
@@ -67,7 +67,7 @@ bool is_contiguous(const Holder& array) {
   return contiguous;
 }
 
-// `object` as an array of this shape, kAny where every size will do.
+// `object` as an array of this shape; kAny allows any size.
 template <typename T, typename Holder = Const>
 Array<T, Holder> array(nb::handle object, const char* name, const Shape& shape,
                        size_t alignment = sizeof(T)) {
@@ -99,7 +99,7 @@ Array<T, Mutable> mutable_array(nb::handle object, const char* name, const Shape
   return array<T, Mutable>(object, name, shape);
 }
 
-// A vector of floats, or nothing where the object is None.
+// A vector of floats, or nothing if the object is None.
 Array<float> optional_vector(nb::handle object, const char* name, int64_t size) {
   return object.is_none() ? Array<float>{} : array<float>(object, name, {size});
 }
@@ -163,7 +163,7 @@ void require_shape(const Weight& weight, const char* name, int64_t rows, int64_t
 
 // ---- A step's tokens and the caches ----------------------------------------------------------------
 
-// From an array, or from a list or tuple, which spares few numbers the way through a tensor.
+// From an array, or from a list or tuple, which for few numbers avoids creating a tensor.
 std::vector<int64_t> numbers(nb::handle object, const char* name, const Shape& shape) {
   std::vector<int64_t> listed;
   if (nb::isinstance<nb::list>(object) || nb::isinstance<nb::tuple>(object)) {
@@ -182,7 +182,7 @@ int64_t largest(const std::vector<int64_t>& values) {
   return values.empty() ? -1 : *std::max_element(values.begin(), values.end());
 }
 
-// A copy of what a step says about its tokens, checked once.
+// A checked copy of the description of a step's tokens.
 class Batch {
  public:
   Batch(nb::handle positions, nb::handle cu_seqlens, nb::handle seq_lens, nb::handle slot_mapping,
@@ -234,7 +234,7 @@ class Batch {
     for (const int64_t slot : slot_mapping_) require(slot >= 0, "slot_mapping must not be negative.");
     if (!slot_mapping_.empty()) num_blocks_ = largest(slot_mapping_) / godwit::kBlock + 1;
     for (size_t s = 0; s < seq_lens_.size(); ++s) {
-      // Too short a table is refused by attention: delta layers need none.
+      // Attention rejects tables that are too short; delta layers need none.
       whole_tables_ = whole_tables_ && seq_lens_[s] <= table_width_ * godwit::kBlock;
       for (int64_t i = 0; i < table_width_ && i * godwit::kBlock < seq_lens_[s]; ++i) {
         const int64_t block = block_tables_[s * static_cast<size_t>(table_width_) + static_cast<size_t>(i)];
@@ -284,7 +284,7 @@ struct RecurrentCache {
 
 // ---- Layers ----------------------------------------------------------------------------------------
 
-// Layers keep whatever their pointers lead to.
+// Layers own what their pointers refer to.
 struct GatedDeltaNet {
   GatedDeltaNet(nb::handle norm_object, const Weight& qkvz_weight, const Weight& ba_weight,
                 const Weight& out_weight, nb::handle conv_object, nb::handle decay_object,
@@ -410,7 +410,7 @@ struct Ffn {
     layer.experts = experts->places.data();
   }
 
-  // From the next op on, expert `e` is read from `object` [offset2 + bytes of w2, or more].
+  // From the next op on, expert `e` is read from `object` [at least offset2 + bytes of w2].
   void place_expert(int64_t e, nb::handle object) const {
     require(experts != nullptr, "A dense layer has no experts.");
     require(e >= 0 && e < layer.num_experts, "There is no such expert.");

@@ -1,4 +1,4 @@
-// The Python face of the kernels.
+// The Python bindings of the kernels.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -41,14 +41,14 @@ std::mutex& op_mutex() {
   return mutex;
 }
 
-// Ops between giving up the interpreter's lock and having it again, and whether the interpreter is about to
-// end. Once it ends, it makes threads that wait for its lock vanish, which C++ frames must not: so from then
-// on ops keep the lock.
+// The number of ops running without the interpreter's lock, and whether the interpreter is about to exit.
+// From then on it terminates threads that wait for its lock, which is not safe inside C++ frames, so ops keep
+// the lock.
 std::atomic<int> num_unlocked{0};
 std::atomic<bool> ending{false};
 
-// One op at a time, without the interpreter's lock, in the default floating point environment: whoever rounds
-// otherwise or flushes denormals on this thread must not change results.
+// One op at a time, without the interpreter's lock, in the default floating-point environment: other rounding
+// modes or flushing of denormals on this thread must not change results.
 class Op {
  public:
   Op() {
@@ -78,7 +78,7 @@ class Op {
 
 #include "bindings-inl.h"
 
-// A fork waits for the op under way, so that the child finds nothing half done and the mutex free.
+// A fork waits for the current op, so that in the child the state is consistent and the mutex free.
 void keep_forks_out() {
   pthread_atfork([] { op_mutex().lock(); }, [] { op_mutex().unlock(); },
                  [] {
@@ -87,7 +87,7 @@ void keep_forks_out() {
                  });
 }
 
-// Before the interpreter takes itself apart: no op without its lock any more, and no workers.
+// Before the interpreter is finalised: ops keep its lock from now on, and the workers are stopped.
 void end_ops() {
   ending = true;
   while (num_unlocked > 0) {
@@ -142,7 +142,7 @@ void attention(const Attention& layer, const Batch& batch, const PagedCache& cac
   godwit::kernels().attention(layer.layer, batch.view(), {cache.k.data, cache.v.data}, x.data);
 }
 
-// Where the router's logits of `num_tokens` tokens go; nowhere where the object is None.
+// The destination of the router's logits of `num_tokens` tokens; null if the object is None.
 Array<float, Mutable> router_logits(const Ffn& layer, int64_t num_tokens, nb::handle object) {
   if (object.is_none()) return {};
   require(layer.router.has_value(), "A dense layer has no router logits.");
@@ -185,8 +185,8 @@ std::pair<std::vector<float>, std::vector<int64_t>> top_k(nb::handle values_obje
 
 // ---- The module ------------------------------------------------------------------------------------
 
-// Lets a whole process run with another instruction set than the widest. The module cannot be imported where
-// that is impossible.
+// Lets a process run with another instruction set than the widest. Importing the module fails if that is
+// impossible.
 void obey_environment() {
   const char* name = std::getenv("GODWIT_INSTRUCTION_SET");
   if (name == nullptr || *name == '\0') return;
@@ -362,7 +362,7 @@ void bind_ops(nb::module_& m) {
 
 NB_MODULE(_native, m) {
   m.doc() = "What the CPU offers, and the native kernels.";
-  nb::set_leak_warnings(false);  // whoever ends in the middle of a conversation leaves a model behind
+  nb::set_leak_warnings(false);  // models still in use at exit are not leaks
   obey_environment();
   keep_forks_out();
   bind_machine(m);

@@ -1,27 +1,27 @@
 // Gated DeltaNet (Yang, Kautz, Hatamizadeh 2024): projections, convolution, gates, delta rule, gated norm.
 //
-// The recurrence goes token by token in prefill as in decode, so that any cut of a sequence into steps leaves
-// the same bits. A task owns some columns of one head's state: columns never meet, those of a task fit the
-// nearest cache, and one pass over them per token is enough, since the pass that writes a token also reads
-// what the next token's key sees.
+// The recurrence runs token by token in prefill as in decode, so that splitting a sequence into steps does
+// not change the bits. A task owns some columns of one head's state: columns are independent, those of a task
+// fit in the L1 cache, and one pass over them per token suffices, since the pass that writes a token also
+// reads the state for the next token's key.
 
 constexpr int64_t kDeltaTokens = 512;  // tokens computed together: bounds the scratch memory
 constexpr int64_t kConvTokens = 16;    // tokens of a task of the convolution
 constexpr float kL2Eps = 1e-6F;
 
-// Tokens [begin, end) of the block, of one sequence. Only a sequence's last piece has tentative tokens, and
-// only its first finds tokens in the journal.
+// Tokens [begin, end) of the block, all of one sequence. Only a sequence's last piece has tentative tokens,
+// and only its first has journaled tokens.
 struct Piece {
   int64_t row, begin, end, tentative, pending;
 };
 
-// Where the next block begins: a token on the packed axis and the sequence it belongs to.
+// The start of the next block: a token on the packed axis and its sequence.
 struct DeltaCursor {
   int64_t seq = 0, token = 0;
 };
 
-// The tokens that are computed together, and what the phases hand on. A unit is a head of the convolution:
-// query heads, key heads, then value heads.
+// The tokens computed together, and intermediate results. A unit is a head of the convolution: query heads,
+// key heads, then value heads.
 struct DeltaBlock {
   const GatedDeltaNet& layer;
   const RecurrentCache& cache;
@@ -126,8 +126,8 @@ inline void conv_unit(const DeltaBlock& b, const Piece& piece, int64_t unit, int
   }
 }
 
-// Moves the unit's channels of the window on to the piece's last token, in place: sources lie behind. Rows
-// before those that a rollback could ask for stay as they are.
+// Advances the unit's channels of the window to the piece's last token, in place, which is safe since sources
+// come later. Rows before those that a rollback may need are left unchanged.
 inline void advance_window(const DeltaBlock& b, const Piece& piece, int64_t unit) {
   const ConvInput input = conv_input(b, piece, unit);
   const int64_t length = piece.end - piece.begin;
@@ -176,7 +176,7 @@ inline void conv_tile(const DeltaBlock& b, const ConvTile& tile, int64_t unit) {
 
 inline void delta_conv(const DeltaBlock& b) {
   const Timed timed("gdn.conv");
-  // The first tile alone may reach back into the window, which it then moves on.
+  // Only the first tile may read the window, which it then advances.
   const int64_t step = b.layer.kernel > kConvTokens ? b.layer.kernel : kConvTokens;
   auto* tiles = take<ConvTile>(b.n / step + b.num_pieces);
   int64_t count = 0;
@@ -193,9 +193,9 @@ inline void delta_conv(const DeltaBlock& b) {
 
 // ---- The delta rule --------------------------------------------------------------------------------
 
-// One task: columns [column, column + width) of one head's state go through a piece. The state is read from
-// the cache and written to it once: a token's pass reads where the pass before has written, which is scratch
-// but for the last token that stays.
+// One task: columns [column, column + width) of one head's state over a piece. The state is read from and
+// written to the cache only once: each token's pass reads what the previous pass wrote to scratch, and the
+// pass of the last token to keep writes to the cache.
 struct DeltaTask {
   const DeltaBlock& b;
   const Piece& piece;
@@ -235,7 +235,7 @@ struct DeltaTask {
     return b.cache.journal_delta + journal(token) * b.layer.dv + column;
   }
 
-  // The tokens that survived in the journal; gives what the first key sees after them.
+  // Applies the valid tokens of the journal; returns the state read by the first key after them.
   void replay(const float* first, Columns* seen) {
     for (int64_t j = 0; j < piece.pending; ++j) {
       const DeltaToken token = {b.cache.journal_k + journal(j) * b.layer.dk, nullptr, first,
@@ -272,7 +272,7 @@ struct DeltaTask {
   }
 };
 
-// Decays and keys of a piece's tentative tokens. All tasks read the old entries, so none of them writes.
+// Journals decays and keys of a piece's tentative tokens. Tasks only read the old entries.
 inline void write_journal(const DeltaBlock& b, const Piece& piece) {
   const GatedDeltaNet& layer = b.layer;
   const int64_t ratio = layer.num_v_heads / layer.num_k_heads;
@@ -290,7 +290,7 @@ inline void write_journal(const DeltaBlock& b, const Piece& piece) {
 inline void delta_rule(const DeltaBlock& b) {
   const Timed timed("gdn.delta");
   const int64_t slabs = (b.layer.dv + kSlab - 1) / kSlab, tasks = b.layer.num_v_heads * slabs;
-  // With few tokens a task is a read of memory, where whole heads lie together.
+  // With few tokens a task is bound by memory, in which whole heads are contiguous.
   const int64_t grain = b.n <= 4 * b.num_pieces ? slabs : 1;
   parallel(b.num_pieces * tasks, grain, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) {
@@ -351,7 +351,7 @@ inline void delta_out(const DeltaBlock& b, float* x) {
   });
 }
 
-// Takes the pieces of the next block. Tokens that may be undone stay in one piece: they share a journal.
+// Takes the pieces of the next block. Tentative tokens stay in one piece, since they share a journal.
 inline void take_pieces(DeltaBlock* b, const Batch& batch, DeltaCursor* next) {
   const int64_t first = next->token;
   while (next->seq < batch.num_seqs) {
@@ -380,7 +380,8 @@ inline void delta_block(const GatedDeltaNet& layer, const Batch& batch, const Re
   b.pieces = take<Piece>(batch.num_seqs - next->seq);
   x += next->token * layer.hidden;
   take_pieces(&b, batch, next);
-  // One vector more than whole tiles: rows at a distance of whole pages would share few places of the caches.
+  // One vector more than whole tiles: rows a multiple of the page size apart would compete for few cache
+  // sets.
   b.stride = num_tiles(layer.qkvz.rows) * kTileRows + kTileRows;
   b.mixed = take<float>(b.n * b.stride);
   b.ba = take<float>(b.n * 2 * layer.num_v_heads);

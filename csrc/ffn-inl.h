@@ -1,9 +1,9 @@
 // Feed-forward parts: router, experts, shared expert, dense. Included after the products.
 //
-// Every expert that has tokens is a part, the shared expert (or the one MLP of a dense layer) the last of
-// them. Two passes over all parts: gate and up into the rounded hidden rows, then down, where the one
-// thread that holds some columns of the output adds the parts in ascending order. So a token's result does
-// not depend on the other tokens or on who computed it, and no two threads write the same place.
+// Every expert that has tokens is a part; the shared expert (or the one MLP of a dense layer) is the last.
+// There are two passes over all parts: gate and up to the rounded hidden rows, then down, where one thread
+// per range of output columns adds the parts in ascending order. So a token's result does not depend on the
+// other tokens or on the threads, and no two threads write the same address.
 
 constexpr int64_t kUnit = 2 * kGroup;  // hidden columns made together: whole groups, an even number of them
 constexpr int64_t kWideUnit = kSpan * kGroup;  // or a whole span
@@ -37,14 +37,14 @@ inline Rows rows_of(const RowBuffer& b, int64_t first, int64_t m) {
   return {m, b.cols, from.f, groups(b.cols) * kGroup, from.q8, from.q4};
 }
 
-// Rows to compute together, so that their codes stay in cache; enough of them to pay for unpacking the
+// Rows to compute together: few enough that their codes stay in cache, enough to amortise unpacking the
 // weights.
 inline int64_t row_block(int64_t cols) {
   const int64_t fit = kRowBytes / (groups(cols) * kGroup) / 16 * 16;
   return fit < 32 ? 32 : fit > 256 ? 256 : fit;
 }
 
-// What one expert has to do.
+// The work of one expert.
 struct Part {
   const uint8_t *w13 = nullptr, *w2 = nullptr;
   Format format13 = Format::q4, format2 = Format::q4;
@@ -56,7 +56,7 @@ struct Part {
   RowBuffer hidden;                 // [num_rows, width]
   int64_t unit = kUnit;             // hidden columns made together
 
-  // Whether hidden rows are floats first and rounded when all is there: a unit is less than a span.
+  // Whether hidden rows are stored as floats and rounded at the end, because a unit is less than a span.
   bool rounded_later() const { return format2 == Format::q4 && unit < kWideUnit; }
 };
 
@@ -72,9 +72,9 @@ inline float max_of_group(const float* p) {
   return reduce_max(top);
 }
 
-// Softmax over n logits, then the k largest probabilities, the lower index first among equals. Where a logit
-// makes no sense (NaN, +inf) the weights are NaN. `work` holds n rounded up to whole groups, and a float per
-// group.
+// Softmax over n logits, then the k largest probabilities; among equals, the lower index comes first. If a
+// logit is NaN or +inf, the weights are NaN. `work` holds n floats, rounded up to whole groups, and one more
+// per group.
 inline void topk_softmax(const float* logits, int64_t n, int64_t k, bool renormalize, float* work,
                          float* weights, int32_t* ids) {
   const int64_t num_groups = (n + kGroup - 1) / kGroup, padded = num_groups * kGroup;
@@ -175,7 +175,7 @@ inline int64_t add_experts(const Ffn& layer, const Routing& routing, Part* parts
   return count;
 }
 
-// The shared expert has every token, with the weights `gates` [T].
+// The shared expert gets every token, with the weights `gates` [T].
 inline Part shared_part(const Mlp& mlp, int64_t num_tokens, const float* gates) {
   int32_t* tokens = take<int32_t>(num_tokens);
   for (int64_t t = 0; t < num_tokens; ++t) tokens[t] = static_cast<int32_t>(t);
@@ -195,7 +195,7 @@ inline Part shared_part(const Mlp& mlp, int64_t num_tokens, const float* gates) 
           take_rows(num_tokens, width, needs)};
 }
 
-// Whole spans at once where they give all threads enough to do.
+// Whole spans at a time if that leaves enough work for all threads.
 inline void choose_units(const Parts& all) {
   int64_t wide = 0;
   for (int64_t p = 0; p < all.count; ++p) wide += (all.parts[p].width + kWideUnit - 1) / kWideUnit;
@@ -209,9 +209,9 @@ inline void choose_units(const Parts& all) {
 
 // ---- Gate and up -----------------------------------------------------------------------------------
 
-// Calls f(Ranges) for the items of the first pass: about 32 a thread, or 12 with few rows, since weights are
-// read best in long pieces; those of parts with many rows first, and whole parts where there are enough of
-// them, since the rows of an item are gathered once.
+// Calls f(Ranges) for the items of the first pass: about 32 per thread, or 12 with few rows, since reading
+// weights is fastest in long pieces. Parts with many rows come first, and items are whole parts if there are
+// enough of them, since the rows of an item are gathered only once.
 template <typename F>
 inline void for_each_item(const Parts& all, const F& f) {
   int64_t total = 0, most = 0;
@@ -240,7 +240,7 @@ inline void for_each_item(const Parts& all, const F& f) {
   }
 }
 
-// Rows `tokens` [m] of x side by side, for weights of one format: x itself where they are that already.
+// Gathers rows `tokens` [m] of x for weights of one format, or returns x itself if they are contiguous.
 inline Rows gather(const RowBuffer& x, const int32_t* tokens, int64_t m, Format format, const RowBuffer& to) {
   if (tokens[m - 1] - tokens[0] == m - 1) return rows_of(x, tokens[0], m);
   const int64_t n = groups(x.cols);
@@ -262,10 +262,10 @@ inline Rows gather(const RowBuffer& x, const int32_t* tokens, int64_t m, Format 
   return rows_of(to, 0, m);
 }
 
-// Floats of a row in a unit's buffer: gate, then up, whose rows may begin inside a tile.
+// Floats per row of a unit's buffer: gate, then up, whose rows may start inside a tile.
 inline int64_t unit_stride(int64_t unit) { return 2 * unit + kTileRows; }
 
-// Where a unit's gate begins; the weights have `cols` inputs.
+// The start of a unit's gate; the weights have `cols` inputs.
 inline const uint8_t* first_tile(const Part& part, int64_t unit, int64_t cols) {
   return part.w13 + unit * part.unit / kTileRows * tile_bytes(part.format13, cols);
 }
@@ -304,7 +304,7 @@ inline void gate_up(const Part& part, int64_t unit, const uint8_t* after, const 
   }
 }
 
-// Rounds the hidden rows that were left as floats.
+// Rounds the hidden rows that are still floats.
 inline void round_hidden(const Parts& all) {
   for (int64_t p = 0; p < all.count; ++p) {
     const Part& part = all.parts[p];
@@ -387,8 +387,8 @@ inline void down(const Parts& all, int64_t num_tokens, int64_t hidden, float* x)
     const int64_t rows = part.num_rows < row_block(part.width) ? part.num_rows : row_block(part.width);
     block = rows > block ? rows : block;
   }
-  // Weights are read best in long pieces; many tokens have so many hidden rows and sums that shorter ones,
-  // whose sums stay in cache, are better.
+  // Reading weights is fastest in long pieces; with many tokens, shorter ones are better, so that the sums
+  // stay in cache.
   const int64_t items = 2 * num_threads(), tiles = num_tiles(hidden), most = num_tokens <= 16 ? 64 : 32;
   const int64_t grain = tiles < items ? 1 : tiles / items > most ? most : tiles / items;
   const int64_t stride = grain * kTileRows;

@@ -1,6 +1,6 @@
-// Elementary functions on vectors, the same bits for every width. Included after a simd_*.h.
+// Elementary functions on vectors, with the same bits for every width. Included after a simd_*.h.
 
-// exp to 2 ulp; x counts as 88 above and as -87 below that. NaN stays. Cephes' reduction and polynomial.
+// exp to 2 ulp, with x clamped to [-87, 88]; NaN stays NaN. Reduction and polynomial of Cephes.
 inline V exp(V x) {
   const V clamped = max(set1(-87.0F), min(set1(88.0F), x));
   const V n = round_even(mul(clamped, set1(1.44269504088896341F)));
@@ -25,7 +25,7 @@ inline float exp1(float x) {
   return out[0];
 }
 
-// Sum over i < n of a[i] b[i] in the order that a vector of W lanes gives; the same for every call site.
+// Sum over i < n of a[i] b[i] in the order of a vector of W lanes; the same at every call site.
 inline float dot(const float* a, const float* b, int64_t n) {
   V sum = set1(0.0F);
   int64_t i = 0;

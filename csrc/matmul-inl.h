@@ -1,8 +1,8 @@
-// Products of packed weights with rows of activations: loops written once over the tile product of a
-// target.
+// Products of packed weights with rows of activations: loops over a target's tile product, shared by all
+// targets.
 
-// Activations in 8 bits, x / scale from -127 to 127, and their sums over groups. A scale is NaN where what
-// shares it has a NaN or an infinity.
+// Activations in 8 bits, x / scale from -127 to 127, and their sums over groups. A scale is NaN if one of its
+// values is NaN or infinite.
 struct GroupCodes {        // for q8
   int8_t* q = nullptr;     // [m, groups(cols) * 32]; null where no weight needs them
   float* scale = nullptr;  // [m, groups(cols)]
@@ -24,7 +24,7 @@ struct Rows {
   SpanCodes q4;
 };
 
-// What the formats of some weights need of their rows.
+// The forms of rows that some weights' formats need.
 struct Needs {
   bool bf16 = false, q8 = false, q4 = false;
 
@@ -56,25 +56,25 @@ inline SpanCodes skip(const SpanCodes& c, int64_t cols, int64_t first, int64_t g
   return {c.q + at * kGroup, c.scale + first * spans(cols) + group / kSpan, c.sum + at};
 }
 
-// What a target's tiles_*.h defines, the same bits on all of them:
+// Defined by each target's tiles_*.h, with the same bits on all of them:
 
-// The largest |x| of `count` groups as the bits of a float: as integers they are in order, NaN the greatest.
+// The largest |x| of `count` groups as the bits of a float, which compare as integers; NaN is the largest.
 inline int32_t top_bits(const float* x, int64_t count);
 
-// One group: q = x * inverse to the nearest, halves to even; returns their sum.
+// One group: q = x * inverse rounded to nearest, ties to even; returns the sum of q.
 inline int32_t round_group(const float* x, float inverse, int8_t* q);
 
-// out [x.m, out_stride], its first `width` columns: products of `width` rows of a matrix, held by `count`
-// tiles one after the other, with the rows of x. q8 adds fma(float(dot of a group), scale_w * scale_x,
-// total) from the first group to the last, q4 the same with spans; bf16 adds even and odd columns apart, each
-// from the first to the last, and then both. `after`: what this thread will read next, fetched early; any
-// address of the weights.
+// The first `width` columns of out [x.m, out_stride]: products of `width` rows of a matrix, in `count`
+// consecutive tiles, with the rows of x. q8 computes total = fma(float(dot of a group), scale_w * scale_x,
+// total) from the first group to the last, q4 the same with spans; bf16 sums even and odd columns separately,
+// each from the first to the last, and then adds both. `after`: any address of the weights that this thread
+// reads next, to prefetch.
 inline void tile_products(Format format, const uint8_t* tiles, int64_t count, const uint8_t* after,
                           const Rows& x, float* out, int64_t out_stride, int64_t width);
 
-// `count` groups that share a scale of max |x| / 127. Where that maximum is below kLeast all counts as zero,
-// since 127 / max |x| would overflow near the bottom; any NaN or infinity makes the scale NaN and with it
-// every product of the row.
+// `count` groups that share a scale of max |x| / 127. If that maximum is below kLeast, all values count as
+// zero, since 127 / max |x| might overflow; any NaN or infinity makes the scale NaN, and with it every
+// product of the row.
 constexpr float kLeast = 0x1p-120F;
 template <typename Sum>
 inline void round_groups(const float* x, int64_t count, int8_t* q, float* scale, Sum* sum) {
@@ -94,7 +94,7 @@ inline void round_groups(const float* x, int64_t count, int8_t* q, float* scale,
   }
 }
 
-// One row of groups(cols) groups, `step` of them with a scale together.
+// One row of groups(cols) groups, with one scale per `step` groups.
 template <typename Sum>
 inline void round_row(const float* x, int64_t cols, int64_t step, int8_t* q, float* scale, Sum* sum) {
   const int64_t n = groups(cols);
@@ -117,8 +117,8 @@ inline void quantize_row(const float* x, int64_t cols, const SpanCodes& to) {
   if (to.q != nullptr) round_row(x, cols, kSpan, to.q, to.scale, to.sum);
 }
 
-// Rows from m x cols floats at distance `stride`. What is made lies in the arena; where cols is a multiple
-// of 64 the floats are x itself, so x must outlive the rows. Uses the pool.
+// Rows from m x cols floats at distance `stride`, allocated in the arena. If cols is a multiple of 64 the
+// floats are x itself, so x must outlive the rows. Uses the pool.
 inline Rows quantize(const float* x, int64_t m, int64_t cols, int64_t stride, const Needs& needs) {
   const int64_t padded = groups(cols) * kGroup;
   float* copy = padded == cols || !needs.bf16 ? nullptr : take<float>(m * padded);
@@ -156,7 +156,7 @@ inline Rows slice(const Rows& x, int64_t first, int64_t m) {
 
 inline float half_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000U) << 16, body = h & 0x7fffU;
-  float value;
+  float value = 0;
   if (body < 0x400U) {
     value = static_cast<float>(body) * 5.9604644775390625e-8F;
   } else {
@@ -166,7 +166,7 @@ inline float half_to_float(uint16_t h) {
   return sign != 0 ? -value : value;
 }
 
-// What a q4 or q8 weight is a multiple of its scale by, in a tile of n groups.
+// The integers of which q4 or q8 weights are multiples of their scale, in a tile of n groups.
 inline int tile_code(Format format, const uint8_t* tile, int64_t n, int64_t g, int64_t r, int64_t c) {
   const uint8_t* group = tile + g * code_bytes(format);
   if (format == Format::q8) return group[64 * (c / 4) + 4 * r + c % 4] - 128;
@@ -181,14 +181,14 @@ inline const uint16_t* tile_scales(Format format, const uint8_t* tile, int64_t n
   return reinterpret_cast<const uint16_t*>(tile + n * bytes);
 }
 
-// Rows of activations that stay in a core's own cache while tiles pass by: at most about 640 KB of them.
+// Rows of activations that stay in a core's L2 cache during a pass over tiles: at most about 640 KB of them.
 inline int64_t rows_at_a_time(int64_t cols) {
   const int64_t rows = 655360 / (groups(cols) * (kGroup + 8)) / 16 * 16;
   return rows < 16 ? 16 : rows;
 }
 
-// Tiles that a thread takes at once: some ten microseconds of work, with many rows a hundred, and yet several
-// turns for every thread.
+// Tiles that a thread takes at once: about ten microseconds of work, or a hundred with many rows, but still
+// several chunks per thread.
 inline int64_t tiles_at_a_time(int64_t bytes_of_tile, int64_t m, int64_t tiles) {
   const int64_t work = bytes_of_tile * (1 + m / 8);  // in bytes to be read: computing 8 rows takes as long
   const int64_t least = 1 + 32768 / work;            // less is not worth a hand-over
@@ -198,7 +198,7 @@ inline int64_t tiles_at_a_time(int64_t bytes_of_tile, int64_t m, int64_t tiles) 
   return grain > least ? grain : least;
 }
 
-// Columns [first, first + width) of product, `first` a multiple of 16, for all rows of x.
+// Columns [first, first + width) of the product, `first` a multiple of 16, for all rows of x.
 inline void product_columns(const Weight& w, const Rows& x, const float* bias, float* out, int64_t out_stride,
                             int64_t first, int64_t width) {
   const uint8_t* tiles = w.data + first / kTileRows * tile_bytes(w.format, w.cols);
@@ -263,7 +263,7 @@ inline void rms_norm(const float* x, const float* factor, int64_t m, int64_t n, 
   });
 }
 
-// A heap of the k best so far with the worst at its root.
+// A heap of the k best values so far, with the worst at its root.
 struct Best {
   float* values;
   int64_t* ids;
@@ -287,7 +287,7 @@ struct Best {
   }
 };
 
-// NaN counts as minus infinity. Whatever comes later is in only if greater than the worst: ties go to the
+// NaN counts as minus infinity. Later values only replace the worst if they are greater, so ties go to the
 // first.
 inline void top_k(const float* values, int64_t n, int64_t k, float* top, int64_t* ids) {
   const Timed timed("top_k");

@@ -1,5 +1,5 @@
-// Packing: floats to tiles of q8 and q4, with the same bits as kernels/packing.py, the reference. Lanes are
-// the 16 rows of a tile, so that every loop over them is one or two vectors. Included after the products.
+// Quantises floats to tiles of q8 and q4, with the same bits as the reference, kernels/packing.py. Lanes are
+// the 16 rows of a tile, so every loop over them is one or two vectors. Included after the products.
 
 using Lanes = float[kTileRows];
 constexpr float kTiny = 1e-30F;  // what is smaller has no inverse in float32 and no scale in half precision
@@ -9,10 +9,10 @@ constexpr int kNumScales =
     11;  // 1.04, 1.02, ... 0.84 times what maps the greatest width to the greatest size
 
 inline float inverse(float x) { return std::fabs(x) < kTiny ? 0.0F : 1.0F / x; }
-// NaN becomes the lower end: whoever packs one is told so by the result of `pack`.
+// NaN becomes the lower bound; the result of `pack` reports it.
 inline float clamp(float x, float low, float high) { return x > low ? (x < high ? x : high) : low; }
 
-// To half precision, halves to even. Of |x| up to 65504.
+// To half precision, ties to even, for |x| up to 65504.
 inline uint16_t to_half(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
@@ -26,7 +26,7 @@ inline uint16_t to_half(float x) {
   return static_cast<uint16_t>(sign | static_cast<uint16_t>((rounded - 0x38000000) >> 13));
 }
 
-// sums = the sum of 32 rows of lanes, halves added to halves.
+// sums = the pairwise sum of 32 rows of lanes.
 inline void sum_group(Lanes* values, Lanes& sums) {
   for (int64_t n = kGroup / 2; n > 0; n /= 2) {
     for (int64_t c = 0; c < n; ++c) {
@@ -36,7 +36,7 @@ inline void sum_group(Lanes* values, Lanes& sums) {
   std::memcpy(sums, values[0], sizeof(Lanes));
 }
 
-// The best width of each row's group for the integers q, and what a deviation of 1 from it costs.
+// The best width of each row's group for the integers q, and the cost of a deviation of 1 from it.
 inline void fit(const Lanes* q, const Lanes* x, const float* spread, Lanes& width, Lanes& square) {
   alignas(64) Lanes along[kGroup], work[kGroup];
   for (int64_t c = 0; c < kGroup; ++c) {
@@ -98,12 +98,12 @@ inline void pack_group_q8(const Lanes* x, const float* spread, uint8_t* codes, u
   }
 }
 
-// What a group's search found for each row.
+// The result of a group's search for each row.
 struct Fit {
   alignas(64) Lanes width, zero, square;
 };
 
-// x / width to the nearest difference of a code and the zero.
+// x / width rounded to the nearest difference of a code and the zero.
 inline float round_q4(float x, float inverse_width, float zero) {
   return clamp(std::nearbyint(x * inverse_width), -zero, 15.0F - zero);
 }
@@ -151,7 +151,7 @@ inline void search_q4(const Lanes* x, const float* spread, Fit& best) {
   }
 }
 
-// Half-precision scales whose multiples come nearest to the widths of a span's groups.
+// Half-precision scales whose multiples best match the widths of a span's groups.
 inline void scale_span(const Fit* fits, int64_t count, uint16_t* scales, Lanes& unit) {
   alignas(64) Lanes top, least, cost, each, costs[kSpan];
   for (int64_t r = 0; r < kTileRows; ++r) top[r] = 0, cost[r] = INFINITY, unit[r] = 0;
@@ -192,7 +192,7 @@ inline void scale_span(const Fit* fits, int64_t count, uint16_t* scales, Lanes& 
   for (int64_t r = 0; r < kTileRows; ++r) scales[r] = to_half(unit[r]);
 }
 
-// Codes and steps of a group: of the two sizes around the width the one with the smaller error.
+// Codes and steps of a group; of the two sizes nearest the width, the one with less error.
 inline void code_group_q4(const Lanes* x, const float* spread, const Fit& found, const Lanes& unit,
                           uint8_t* codes, uint8_t* steps) {
   alignas(64) Lanes work[kGroup], best, cost, sums, size, width, inverse_width, zero;
@@ -237,21 +237,21 @@ inline void code_group_q4(const Lanes* x, const float* spread, const Fit& found,
   }
 }
 
-// Where floats come from: rows of float32 or of bf16.
+// The source of floats: rows of float32 or bf16.
 struct FloatRows {
   const float* f = nullptr;
   const uint16_t* h = nullptr;
   int64_t rows = 0, cols = 0;
 };
 
-// |x| as bits, which are in order as integers; NaN is the greatest.
+// |x| as bits, which compare as integers; NaN is the largest.
 inline uint32_t size_bits(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
   return bits & 0x7fffffff;
 }
 
-// Group `g` of a tile with one lane a row; what is missing is zero. Raises `most` to the largest size_bits.
+// Group `g` of a tile with one lane per row, padded with zeros. Raises `most` to the largest size_bits.
 inline void load_group(const FloatRows& from, int64_t tile, int64_t g, Lanes* x, uint32_t& most) {
   const int64_t first = tile * kTileRows, left = from.cols - g * kGroup, below = from.rows - first;
   const int64_t cols = left < kGroup ? left : kGroup, rows = below < kTileRows ? below : kTileRows;

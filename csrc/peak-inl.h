@@ -1,7 +1,6 @@
-// Multiply-adds on registers alone, the most that the products of a target can reach. Included after its tile
-// products.
+// Multiply-adds on registers only: the limit for the products of a target. Included after its tile products.
 
-// Steps that do not wait for each other: enough to hide their latency, and few enough to stay in registers.
+// Independent steps: enough to hide their latency, few enough to stay in registers.
 #if GODWIT_AVX512
 constexpr int kChains = 16;
 #elif GODWIT_AVX2
@@ -10,7 +9,7 @@ constexpr int kChains = 12;
 constexpr int kChains = 8;
 #endif
 
-// x a + b. The scalar kernels' std::fma is a call of the library on some CPUs, which would be timed instead.
+// x a + b. The scalar kernels' std::fma is a library call on some CPUs, which would be timed instead.
 inline V chain_step(V x, V a, V b) {
 #if GODWIT_SCALAR && !defined(__FP_FAST_FMAF)
   return add(mul(x, a), b);
@@ -64,8 +63,8 @@ inline int64_t multiply_bfloat16(int64_t rounds, float* out) {
 
 #elif GODWIT_AVX2
 
-// Sums of 16 bits, as in the q4 product, which widens them once in eight steps. One step of each sum a round:
-// gcc would add up the products of several first, and run out of registers.
+// Sums of 16 bits, as in the q4 product, which widens them every eight steps. One step of each sum per round:
+// otherwise gcc would add the products of several steps first and run out of registers.
 inline int64_t multiply_int8(int64_t rounds, float* out) {
   constexpr int kSums = 8;
   __m256i x[kSums];

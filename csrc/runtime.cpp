@@ -41,7 +41,7 @@ struct Registers {
   uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
 };
 
-// All zero where the CPU does not know the leaf or the subleaf. Leaf 7 tells its last subleaf in EAX.
+// All zero if the CPU does not support the leaf or the subleaf. Leaf 7 reports its last subleaf in EAX.
 Registers cpuid(uint32_t leaf, uint32_t subleaf) {
   Registers r;
   if (subleaf > 0 && cpuid(leaf, 0).eax < subleaf) return r;
@@ -58,8 +58,8 @@ uint64_t saved_register_files() {
 
 bool bit(uint32_t word, int index) { return ((word >> index) & 1U) != 0; }
 
-// Intel SDM volume 2A (CPUID) and volume 1 chapter 13 (XCR0). For AMX this says that the kernel can save
-// tiles; a process must still ask for them (may_use_tiles).
+// Intel SDM volume 2A (CPUID) and volume 1 chapter 13 (XCR0). For AMX this means that the kernel can save
+// tiles; a process must still request them (may_use_tiles).
 // macOS saves AVX-512 registers only from their first use on, so an Intel Mac shows no avx512 here.
 std::vector<CpuFeature> detect_features() {
   const Registers l1 = cpuid(1, 0), l7 = cpuid(7, 0), l7_1 = cpuid(7, 1);
@@ -87,9 +87,8 @@ std::vector<CpuFeature> detect_features() {
   };
 }
 
-// Linux lets a process use tiles only once it has asked, for all its threads
-// (Documentation/arch/x86/xstate.rst); it refuses where a thread's alternate signal stack is too small to
-// hold them.
+// Linux lets a process use tiles only after a request, which is for all its threads
+// (Documentation/arch/x86/xstate.rst); it refuses if a thread's alternate signal stack is too small for them.
 bool may_use_tiles() {
 #if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -206,7 +205,7 @@ std::string first_line(const std::string& path) {
   return line;
 }
 
-// Cores allowed by one cgroup directory: v2 "cpu.max" holds "quota period", v1 has a file for each.
+// Cores allowed by one cgroup directory: "quota period" in v2's "cpu.max", or a file for each in v1.
 std::optional<double> quota_of(const std::string& directory) {
   std::istringstream both(first_line(directory + "/cpu.max"));
   std::string quota, period;
@@ -215,8 +214,9 @@ std::optional<double> quota_of(const std::string& directory) {
                            first_line(directory + "/cpu.cfs_period_us"));
 }
 
-// The tightest quota from a cgroup up to the mount point: a parent's limit binds its children. In a
-// container the path may name a directory of the host, absent here; its parents are then tried alone.
+// The lowest quota from a cgroup up to the mount point, since a parent's limit applies to its children. In a
+// container the path may be a directory of the host that does not exist here; then only its parents are
+// tried.
 double tightest_quota(const std::string& mount, std::string path) {
   double cores = 1e9;
   while (true) {

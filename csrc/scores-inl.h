@@ -1,6 +1,6 @@
-// Queries times keys and probabilities times values, for blocks of a partition: loops over the pairs of bf16
-// of a target. In both products the lanes are independent results, so nothing is summed across a register,
-// and what a masked key or a missing row holds reaches no other lane.
+// Queries times keys and probabilities times values, for blocks of a partition: loops over a target's pairs
+// of bf16. In both products the lanes are independent results, so nothing is summed across a register, and
+// the contents of a masked key or a missing row do not affect other lanes.
 
 constexpr int64_t kPartition = 256;  // positions whose softmax is taken as one
 constexpr int64_t kPartitionBlocks = kPartition / kBlock;
@@ -35,8 +35,8 @@ inline void score_rows(const Half* q, int64_t dim, const uint16_t* const* keys, 
 }
 
 // out [rows, kPartition] = q [rows, dim] times the keys of the blocks. Reads blocks up to the next multiple
-// of kScoreBlocks. Meanwhile the values, which come next in an order that suits registers rather than memory,
-// are fetched line by line: that alone doubles the speed of a long context.
+// of kScoreBlocks. It also prefetches the values line by line, since their order in the next product suits
+// registers rather than memory; this alone doubles the speed of long contexts.
 inline void lane_scores(const Half* q, int64_t rows, int64_t dim, const uint16_t* const* keys,
                         const uint16_t* const* values, int64_t num_blocks, float* out) {
   for (int64_t b = 0; b < num_blocks; b += kScoreBlocks) {
@@ -105,8 +105,8 @@ inline void value_columns(const Half* p, int64_t rows, int64_t dim, const uint16
   }
 }
 
-// out [rows, dim] = p [rows, kPartition] times the values of the blocks, which are in cache by now: meanwhile
-// memory has time for the keys that come next, where there are any.
+// out [rows, dim] = p [rows, kPartition] times the values of the blocks, which are in cache by now. Meanwhile
+// the next keys, if any, are prefetched.
 inline void lane_values(const Half* p, int64_t rows, int64_t dim, const uint16_t* const* values,
                         int64_t num_blocks, const uint16_t* const* ahead, float* out) {
   constexpr int64_t kWidth = kValueVectors * W;

@@ -14,15 +14,15 @@ inline void configure_tiles(int64_t rows, int left_bytes) {
     config.rows[i] = height[i];
     config.row_bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? left_bytes : 64);
   }
-  // The intrinsics of some compilers do not say what memory they read.
+  // The intrinsics of some compilers do not declare the memory they read.
   __asm__ volatile("" : : "r"(&config) : "memory");
   _tile_loadconfig(&config);
 }
 
 inline bool tiles_fit(int64_t dim) { return dim % 32 == 0; }
 
-// As lane_scores. Reads blocks up to the next multiple of 4; fetches values for few rows only, since many
-// take their time over each.
+// Like lane_scores. Reads blocks up to the next multiple of 4; prefetches values only with few rows, since
+// many rows hide the latency.
 inline void tile_scores(const Half* q, int64_t rows, int64_t dim, const uint16_t* const* keys,
                         const uint16_t* const* values, int64_t num_blocks, float* out) {
   constexpr int64_t kStride = kPartition * sizeof(float);
@@ -78,7 +78,7 @@ inline void tile_scores(const Half* q, int64_t rows, int64_t dim, const uint16_t
   }
 }
 
-// As lane_values.
+// Like lane_values.
 inline void tile_values(const Half* p, int64_t rows, int64_t dim, const uint16_t* const* values,
                         int64_t num_blocks, const uint16_t* const* ahead, float* out) {
   constexpr int64_t kStride = kPartition * sizeof(Half);
@@ -92,7 +92,7 @@ inline void tile_values(const Half* p, int64_t rows, int64_t dim, const uint16_t
     _tile_zero(3);
     for (int64_t b = 0; b < num_blocks; ++b) {
       const uint16_t* v = values[b] + d * 2;
-      // Much of what was fetched early has gone again, so once more, shortly before it is used.
+      // Much of what was prefetched has been evicted, so prefetch again shortly before it is used.
       const uint16_t* soon = values[b + 3 < num_blocks ? b + 3 : b] + d * 2;
       for (int64_t t = 0; t < kBlock / 2; ++t)
         fetch(reinterpret_cast<const uint8_t*>(soon + t * dim * 2), 256);

@@ -1,5 +1,5 @@
-// Vectors of one float: the plain meaning of every operation. Included inside a target's anonymous namespace.
-// max and min give the second operand where one is NaN, as the instructions do.
+// Vectors of one float, which define every operation. Included inside a target's anonymous namespace. max and
+// min return the second operand if one is NaN, as the instructions do.
 
 constexpr int64_t W = 1;
 struct V {

@@ -1,5 +1,5 @@
-// One pass of the gated delta rule over some columns of a state: what a token writes and what keys and
-// queries read. Included before delta-inl.h.
+// One pass of the gated delta rule over some columns of a state: the write of a token and the reads of keys
+// and queries. Included before delta-inl.h.
 
 constexpr int64_t kSlab = W > 8 ? 32 : 16;  // state columns of a task
 constexpr int64_t kSlabVectors = kSlab / W;
@@ -31,8 +31,8 @@ inline void store_columns(float* p, const Columns& c, int64_t width) {
   for (int64_t v = 0; v < kSlabVectors; ++v) store_some(p + v * W, c.at[v], width - v * W);
 }
 
-// Sums over the rows of a slab. Even and odd rows are added apart, two chains of additions for each column:
-// with one the adder would wait for itself.
+// Sums over the rows of a slab. Even and odd rows are added separately: two chains of additions per column
+// hide the adder's latency.
 struct RowSums {
   Columns even = zero_columns(), odd = zero_columns();
 
@@ -66,7 +66,7 @@ inline Columns read_slab(const Slab& s, int64_t dk, const float* k) {
   return sums.total();
 }
 
-// What one token does to a state, and what is read from it afterwards.
+// The write of one token to a state, and the reads after it.
 struct DeltaToken {
   const float* k;     // [Dk]
   const float* q;     // [Dk]

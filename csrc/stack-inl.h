@@ -1,5 +1,5 @@
-// Decoder layers and a norm as one op: the steps between layers leave the memory no time to rest. Included by
-// bindings.cpp after the single ops, whose checks it makes for all layers before the first one runs.
+// Decoder layers and a norm as one op, so that memory is not idle between layers. Included by bindings.cpp
+// after the single ops; does their checks for all layers before the first one runs.
 
 struct Layer {
   std::variant<GatedDeltaNet, Attention> mixer;
@@ -8,7 +8,7 @@ struct Layer {
 
 using Cache = std::variant<const RecurrentCache*, const PagedCache*>;
 
-// What `object` wraps as one of two classes, by value or by pointer.
+// The C++ object in `object`, which is of one of two classes, by value or by pointer.
 template <typename A, typename B, typename Result>
 Result either(nb::handle object, const char* sentence) {
   if (nb::isinstance<A>(object)) return nb::cast<A>(object);

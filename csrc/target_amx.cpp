@@ -20,9 +20,9 @@ namespace {
 #include "matmul-inl.h"
 // After the products:
 #include "tiles_avx512.h"
-// After the vector products, which it uses for what is too small:
+// After the vector products, which it uses for small products:
 #include "tiles_amx.h"
-// After what both use of it:
+// After the parts of it that both use:
 #include "tiles_amx_q4.h"
 // After the tile products:
 #include "attention-inl.h"

@@ -1,4 +1,4 @@
-// The kernels for the plain meaning, built without any instruction set flags.
+// The scalar kernels, built without any instruction set flags.
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -1,4 +1,4 @@
-// The thread pool, scratch memory, the profile, and what memory and arithmetic give.
+// The thread pool, scratch memory, the profile, and measurements of memory bandwidth and arithmetic.
 #include <pthread.h>
 #include <sys/mman.h>
 
@@ -34,7 +34,7 @@ thread_local int task_thread = -1;
 
 // ---- The pool --------------------------------------------------------------------------------------
 
-// Longer than the serial code between two jobs of an op, shorter than anything else that wants the core.
+// Longer than the serial code between two jobs of an op, but short enough not to keep the core from others.
 constexpr int64_t kSpinNs = 50'000;
 
 void pause_core() {
@@ -45,7 +45,7 @@ void pause_core() {
 #endif
 }
 
-// True as soon as `ready()` is, false when it has not been for kSpinNs.
+// Returns true as soon as `ready()` does, or false after kSpinNs.
 template <typename F>
 bool spin_until(const F& ready) {
   const int64_t deadline = now_ns() + kSpinNs;
@@ -69,10 +69,10 @@ void run_chunks(int64_t first, int64_t last, int64_t grain, Task task, void* con
 
 // Workers 1 to n - 1; the caller of run is thread 0.
 //
-// A ticket holds the number of the job and the chunks of it that nobody has taken. Taking one is a compare
-// and swap of the whole ticket, so a thread that read the job's fields and then lost its core takes nothing
-// of a later job with them: as long as the swap can succeed, a chunk of that very job was free and the
-// caller, who waits for every chunk, had not touched the fields. Nobody waits for a worker that has taken no
+// A ticket holds the number of the job and its chunks that are still free. A thread takes a chunk by a
+// compare and swap of the whole ticket, so a thread that read the job's fields and then lost its core cannot
+// take a chunk of a later job with them: if the swap succeeds, a chunk of that same job was free, and the
+// caller, which waits for all chunks, has not changed the fields. Nothing waits for a worker that has no
 // chunk.
 class Pool {
  public:
@@ -103,7 +103,7 @@ class Pool {
     task_.store(task, std::memory_order_relaxed);
     context_.store(context, std::memory_order_relaxed);
     unfinished_.store(chunks, std::memory_order_relaxed);
-    // Sequentially consistent, as is a sleeper's announcement: one of the two sees the other.
+    // Sequentially consistent, like a sleeper's announcement, so that one of the two sees the other.
     ticket_.store((static_cast<uint64_t>(++job_) << 32) | static_cast<uint64_t>(chunks));
     if (num_sleeping_.load() > 0) {
       {
@@ -122,7 +122,7 @@ class Pool {
   static uint32_t job_of(uint64_t ticket) { return static_cast<uint32_t>(ticket >> 32); }
   static int64_t free_chunks(uint64_t ticket) { return static_cast<int64_t>(ticket & 0xffffffffU); }
 
-  // Takes a chunk of the current job and runs it; false where none is free.
+  // Takes a chunk of the current job and runs it; false if none is free.
   bool take_chunk(int thread) {
     uint64_t ticket = ticket_.load(std::memory_order_acquire);
     while (free_chunks(ticket) > 0) {
@@ -169,7 +169,7 @@ class Pool {
         num_sleeping_.fetch_sub(1);
       }
       if (stopping_.load()) return;
-      // Read before the chunks: a job published while they run counts as news.
+      // Read before the chunks, so that a job published while they run is noticed.
       seen = job_of(ticket_.load());
       while (take_chunk(thread)) {
       }
@@ -192,11 +192,11 @@ class Pool {
 
 std::atomic<int> chosen_num_threads{0};  // 0: not chosen
 
-// Made by the first job that needs it. Never destroyed with the process: a thread that still computes while
-// the process ends must find it.
+// Created by the first job that needs it. Never destroyed, since a thread may still compute while the process
+// exits.
 Pool* pool = nullptr;
 
-// In a forked child the workers do not exist, and their mutex may be locked for ever: leave it all behind.
+// In a forked child the workers do not exist, and their mutex may stay locked, so the pool is abandoned.
 void forget_pool() { pool = nullptr; }
 
 Pool& get_pool() {
@@ -239,7 +239,7 @@ constexpr size_t kAlignment = 64, kHugePage = size_t{2} << 20;
 
 size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
-// Uninitialised memory, 64-byte aligned; a large piece lies on huge pages where the system has them.
+// Uninitialised memory, 64-byte aligned; large allocations use huge pages if the system supports them.
 class Memory {
  public:
   Memory() = default;
@@ -248,7 +248,7 @@ class Memory {
       data_ = static_cast<uint8_t*>(::operator new(size_, std::align_val_t{kAlignment}));
       return;
     }
-    // One huge page to spare, so that it can begin at a boundary.
+    // One extra huge page, so that the memory can start at a page boundary.
     base_ = mmap(nullptr, size_ + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (base_ == MAP_FAILED) throw std::bad_alloc();
     data_ = reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<uintptr_t>(base_), kHugePage));
@@ -357,7 +357,7 @@ Timed::~Timed() {
   if (start_ < 0) return;
   const double seconds = static_cast<double>(now_ns() - start_) * 1e-9;
   for (ProfileEntry& entry : profile_entries()) {
-    // Equal literals of two files may lie at two addresses.
+    // Equal literals in two files may have different addresses.
     if (entry.name != name_ && std::strcmp(entry.name, name_) != 0) continue;
     entry.seconds += seconds;
     entry.calls += 1;
@@ -381,7 +381,7 @@ double read_bandwidth(int64_t bytes, int repeats) {
   const int64_t lines = std::max<int64_t>(1, bytes / static_cast<int64_t>(sizeof(Line)));
   const Memory buffer(static_cast<size_t>(lines) * sizeof(Line));
   auto* data = reinterpret_cast<Line*>(buffer.data());
-  // Written first, since all untouched pages are one and the same.
+  // Written first, since all untouched pages map to the same zero page.
   parallel(lines, kGrain, [=](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) std::fill_n(data[i], kLanes, static_cast<uint64_t>(i));
   });

@@ -1,8 +1,7 @@
-// Products of q8 tiles with the tile unit. Included after tiles_avx512.h, which computes what is too small
-// for it.
+// Products of q8 tiles with the tile unit. Included after tiles_avx512.h, which computes products that are
+// too small for it.
 
-// Groups unpacked at a time: 16 KB of signed codes, which stay in the first-level cache while all rows
-// pass by.
+// Groups unpacked at a time: 16 KB of signed codes, which stay in the L1 cache for all rows.
 constexpr int64_t kUnpacked = 32;
 constexpr int64_t kTogether = 4;  // tiles unpacked at a time
 
@@ -32,8 +31,8 @@ inline void unpack_signed(const uint8_t* codes, int64_t count, int8_t* out) {
   }
 }
 
-// Scales [16 rows][16 groups] at distance `stride` to [16 groups][16 rows]; rows and groups that are not
-// there give zero.
+// Transposes scales [16 rows][16 groups] at distance `stride` to [16 groups][16 rows]; missing rows and
+// groups are zero.
 inline void transpose_scales(const float* from, int64_t stride, int64_t rows, int64_t count, float* to) {
   const auto mask = static_cast<__mmask16>(count < 16 ? (1U << count) - 1 : 0xffffU);
   __m512 a[16], b[16];
@@ -87,8 +86,8 @@ __attribute__((always_inline)) inline void add_group(const int32_t* sums, const 
   }
 }
 
-// The last R of p.rows rows on top of what out holds or, in the first piece, of zero. The tile unit is two
-// groups ahead of the additions.
+// Adds the last R of p.rows rows to out or, in the first piece, to zero. The tile unit is two groups ahead of
+// the additions.
 template <int R>
 inline void tile_rows(const TilePiece& p, float* out, int64_t out_stride, __mmask16 mask) {
   alignas(64) int32_t sums[4][16 * 16];
@@ -146,8 +145,8 @@ inline void tile_rows(const TilePiece& p, float* out, int64_t out_stride, __mmas
   }
 }
 
-// At most kTogether of the tiles of a matrix side by side, `width` columns in all: rows of activations and
-// their scales come once for all of them.
+// At most kTogether of the tiles of a matrix, `width` columns in total: rows of activations and their scales
+// are loaded once for all of them.
 inline void q8_block(const uint8_t* tiles, int64_t num, const Rows& x, float* out, int64_t out_stride,
                      int64_t width) {
   constexpr Format F = Format::q8;
@@ -173,7 +172,7 @@ inline void q8_block(const uint8_t* tiles, int64_t num, const Rows& x, float* ou
     p.next = num > 1 ? nullptr : tiles + (p.last ? bytes : (from + kUnpacked) * code_bytes(F));
     p.next_bytes = 2 * code_bytes(F);
     for (int64_t done = 0; done < x.m; done += 16) {
-      // What is left is computed as the last of 16 rows, so that one shape of registers serves all.
+      // The remaining rows are computed as the last of 16 rows, so that one register shape suffices.
       const int64_t left = x.m - done < 16 ? x.m - done : 16, top = done + left - p.rows;
       p.q = x.q8.q + (top * n + from) * kGroup;
       for (int64_t g = 0; g < p.count; g += 16) {

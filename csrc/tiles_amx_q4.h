@@ -1,7 +1,7 @@
-// Products of q4 tiles with the tile unit, and which unit does what. Included after tiles_amx.h.
+// Products of q4 tiles with the tile unit, and the choice of the unit. Included after tiles_amx.h.
 
-// Two tiles side by side, a span at a time: the codes of the next span are unpacked while the unit works on
-// this one, and the sums of a block of rows become floats while it works on the next block.
+// Two tiles at a time, span by span: the codes of the next span are unpacked while the unit works on this
+// one, and the sums of a block of rows are converted to floats while it works on the next block.
 
 constexpr int64_t kSpanBytes = kSpan * kGroup * kTileRows;  // of a tile's unpacked span
 constexpr int64_t kSpansAhead = 3;               // from the span that is unpacked to the one that is fetched
@@ -21,13 +21,13 @@ inline void configure_spans(int64_t rows) {
   _tile_loadconfig(&config);
 }
 
-// One span of the N tiles at hand.
+// One span of the current N tiles.
 template <int N>
 struct SpanOfTiles {
   const uint8_t *codes = nullptr, *steps = nullptr, *scales = nullptr;  // of the first tile
   int64_t groups = 0, span = 0, tile_bytes = 0;
 
-  // Span `at` of `num` times N tiles; beyond the last one of those of `after`.
+  // Span `at` of `num` times N tiles; after the last one, a span of `after`.
   SpanOfTiles(const uint8_t* tiles, int64_t num, const uint8_t* after, int64_t at, const Rows& x)
       : SpanOfTiles(at < num * spans(x.cols) ? tiles : after,
                     at < num * spans(x.cols) ? at : at - num * spans(x.cols), x) {}
@@ -50,8 +50,8 @@ inline int64_t num_parts(const SpanOfTiles<N>& span) {
   return N * ((span.groups + 3) / 4);
 }
 
-// Signed weights of a part to out [N][kSpanBytes]: codes times sizes less the zeros. The same part of `later`
-// is fetched.
+// Writes the signed weights of a part to out [N][kSpanBytes]: codes times sizes minus the zeros. Prefetches
+// the same part of `later`.
 template <int N>
 inline void unpack_part(const SpanOfTiles<N>& from, const SpanOfTiles<N>& later, int64_t part, int8_t* out) {
   const int64_t t = part % N, begin = part / N * 4, tile = t * from.tile_bytes;
@@ -69,9 +69,9 @@ inline void unpack_part(const SpanOfTiles<N>& from, const SpanOfTiles<N>& later,
   }
 }
 
-// One span of 16 rows: products in registers 0 and 1 or 2 and 3, by turns, the second one for a second tile.
-// between(k) is what the vector units do while the tile unit works on part k of count / 2: the two run side
-// by side only where their instructions alternate.
+// One span of 16 rows: products alternate between registers 0 and 1 and registers 2 and 3, the second of each
+// for a second tile. between(k) is the work of the vector units while the tile unit works on part k of count
+// / 2: the two only run in parallel if their instructions alternate.
 template <int N, int P, typename Between>
 inline void multiply_span(const int8_t* q, int64_t q_stride, const int8_t* codes, int64_t count,
                           const Between& between) {
@@ -102,7 +102,7 @@ inline void multiply_span(const int8_t* q, int64_t q_stride, const int8_t* codes
   }
 }
 
-// What multiply_span left, as sums [N][16 rows][16].
+// The results of multiply_span, as sums [N][16 rows][16].
 template <int N, int P>
 inline void store_span(int32_t* sums) {
   if constexpr (P == 0) {
@@ -114,7 +114,7 @@ inline void store_span(int32_t* sums) {
   }
 }
 
-// Some rows of a span whose products are on the way.
+// Rows of a span whose products are in flight.
 template <int N>
 struct SpanRows {
   int64_t skipped = 0, rows = 0;    // rows of the sums that are not, and that are wanted
@@ -128,8 +128,8 @@ struct SpanRows {
   int64_t out_stride = 0, width = 0;
 };
 
-// total = float(sum) * (scale of the weights * scale of the row) on top of what it holds, for rows [i, end);
-// after the last span to where totals belong.
+// Adds float(sum) * (scale of the weights * scale of the row) to total for rows [i, end); after the last
+// span, writes to the destination.
 template <int N, bool Last>
 inline void add_rows(const int32_t* sums, const SpanRows<N>& p, int64_t i, int64_t end) {
   __m512 scale[N];
@@ -138,7 +138,7 @@ inline void add_rows(const int32_t* sums, const SpanRows<N>& p, int64_t i, int64
     scale[t] = _mm512_load_ps(p.w_scales + 16 * t);
     mask[t] = columns(p.width - t * kTileRows);
   }
-  // In variables of their own: what is stored here might be p for all the compiler knows.
+  // Local copies, since the compiler must assume that stores here may alias p.
   const __mmask16 holds = p.first ? 0 : 0xffff;
   const bool fetch_out = p.fetch_out;
   const int64_t x_stride = p.x_stride, out_stride = p.out_stride;
@@ -172,17 +172,17 @@ inline void add_span(const int32_t* sums, const SpanRows<N>& p, int64_t i, int64
   }
 }
 
-// Three steps at a time: products of these rows, sums of those before to memory, those of the ones before
-// them added up.
+// A pipeline of three steps: products of these rows, storing the sums of the previous rows, and adding those
+// of the rows before them.
 template <int N>
 struct SpanPipe {
   alignas(64) int32_t sums[2][N * 256];
   SpanRows<N> rows[2];
   int64_t step = 0;
 
-  // unpack() does some of what is to be unpacked meanwhile, count / 2 times. Returns what the caller has to
-  // say of these rows: written field by field there, since a copy would be read in wider pieces than it was
-  // written in, for which the core waits until all before it is done.
+  // unpack() is called count / 2 times to unpack some of the next span. Returns the entry of these rows for
+  // the caller to fill field by field, since reading a copy in wider pieces than it was written would stall
+  // on store forwarding.
   template <typename Unpack>
   SpanRows<N>& multiply(const int8_t* q, int64_t q_stride, const int8_t* codes, int64_t count,
                         const Unpack& unpack) {
@@ -245,7 +245,7 @@ inline void q4_block(const uint8_t* tiles, int64_t num, const uint8_t* after, co
     __asm__ volatile("" ::: "memory");              // the tile loads do not say that they read memory
     const int64_t slots = blocks * now.groups / 2;  // among which the parts are spread evenly
     for (int64_t b = 0, part = 0, due = 0; b < blocks; ++b) {
-      // What is left is computed as the last of 16 rows, so that one shape of registers serves all.
+      // The remaining rows are computed as the last of 16 rows, so that one register shape suffices.
       const int64_t done = 16 * b, left = x.m - done < 16 ? x.m - done : 16, skipped = rows - left;
       const int8_t* q = x.q4.q + (done - skipped) * q_stride + now.span * kSpan * kGroup;
       SpanRows<N>& some = pipe.multiply(q, q_stride, codes[at % 2], now.groups, [&] {
@@ -275,7 +275,7 @@ inline void q4_products(const uint8_t* tiles, int64_t count, const uint8_t* afte
   const int64_t pairs = count / 2, bytes = tile_bytes(Format::q4, x.cols);
   configure_spans(x.m < 16 ? x.m : 16);
   for (int64_t first = 0; first < x.m;) {
-    // No block is left with less than 16 rows, which the registers are set for.
+    // Every block has at least 16 rows, as the registers are configured.
     const int64_t left = x.m - first, m = left <= kSumRows       ? left
                                           : left < kSumRows + 16 ? left - 16
                                                                  : kSumRows;

@@ -133,8 +133,8 @@ inline void q8_rows(const uint8_t* tile, const Rows& x, int64_t first, float* ou
   store_rows<R>(total, out16);
 }
 
-// The sums of one span for half a tile's rows, sum [R]: sizes times codes times activations, less the zeros
-// times the sums of the activations. `steps` is of the half's first group.
+// The sums of one span for half a tile's rows, sum [R]: sizes times codes times activations, minus the zeros
+// times the sums of the activations. `steps` is that of the half's first group.
 template <int R>
 inline void span_sums(const uint8_t* codes, const uint8_t* steps, const SpanCodes& rows, int64_t n,
                       int64_t count, __m256i* sum) {

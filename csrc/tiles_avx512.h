@@ -1,9 +1,9 @@
 // Products of tiles with AVX-512 and VNNI. Included after matmul-inl.h. A register holds 16 rows x 4
 // columns.
 
-// A core has some fifty lines under way at a time, and its own prefetchers keep that many only over several
-// streams of addresses, since each of them begins anew at every page. So few rows take four runs of tiles at
-// once, one stream each, fetched this much ahead.
+// A core can have about fifty cache lines in flight, but its prefetchers only reach that with several streams
+// of addresses, since each restarts at every page. So with few rows, four streams of tiles are read at once,
+// each prefetched this far ahead.
 constexpr int64_t kAhead = 3072;  // bytes
 
 inline void fetch(const uint8_t* p, int64_t bytes) {  // into the nearest cache
@@ -50,7 +50,7 @@ inline __m512i four(const int8_t* q) {  // the same four activations for every r
   return _mm512_set1_epi32(bits);
 }
 
-// T tiles, one of each stream, and what they meet: R rows of x from `first` on.
+// T tiles, one of each stream, and R rows of x from `first` on.
 struct Run {
   const uint8_t* tiles;
   int64_t apart;         // tiles from one stream to the next
@@ -67,8 +67,8 @@ inline void store_columns(const Run& run, int i, int t, __m512 value) {
   _mm512_mask_storeu_ps(out, columns(run.width - column), value);
 }
 
-// The group of tiles that is fetched while group g of n is computed, `ahead` groups on: of the tiles at hand,
-// or of those that come next.
+// The group to prefetch while group g of n is computed, `ahead` groups later: of the current tiles, or of the
+// next ones.
 inline const uint8_t* fetched_at(const Run& run, int64_t g, int64_t ahead, int64_t n, int64_t bytes) {
   return g + ahead < n ? run.tiles + (g + ahead) * bytes : run.after + (g + ahead - n) * bytes;
 }
@@ -124,14 +124,14 @@ struct Steps {
     const __m512i code = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
     size = _mm512_and_si512(both, nibble);
     high = _mm512_slli_epi16(size, 4);
-    // A product of two nibbles stays in its byte: even and odd bytes apart.
+    // A product of two nibbles fits in its byte; even and odd bytes are computed separately.
     const __m512i even = _mm512_mullo_epi16(_mm512_andnot_si512(odd, size), code);
     const __m512i other = _mm512_mullo_epi16(_mm512_and_si512(odd, size), _mm512_srli_epi16(code, 8));
     zero = _mm512_or_si512(_mm512_andnot_si512(odd, even), other);
   }
 };
 
-// The sixteen bytes of a group, byte r in register r of the result: in all four bytes, or where `places` are.
+// The sixteen bytes of a group, byte r in register r of the result: in all four bytes, or only in `places`.
 inline __m512i spread(__m512i bytes, int64_t group, __mmask64 places = ~__mmask64{0}) {
   const __m512i r = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i row = _mm512_mullo_epi32(r, _mm512_set1_epi32(0x01010101));
@@ -140,9 +140,9 @@ inline __m512i spread(__m512i bytes, int64_t group, __mmask64 places = ~__mmask6
 }
 constexpr __mmask64 kEven = 0x5555555555555555, kOdd = ~kEven, kFirst = 0x1111111111111111;  // bytes
 
-// The eight registers of a group's codes times the sizes of their rows, at most 225: one multiplication for
-// two bytes, without a carry from one to the other, and for the high nibbles as 16 codes times 4096 sizes
-// over 65536.
+// The eight registers of a group's codes times the sizes of their rows, at most 225: one multiplication per
+// two bytes, without a carry between them, and for the high nibbles as 16 codes times 4096 sizes divided by
+// 65536.
 inline void unpack_sized(const uint8_t* codes, const Steps& step, int64_t group, __m512i* w) {
   const __m512i low_factor = spread(step.size, group, kEven), high_factor = spread(step.high, group, kOdd);
   const __m512i nibble = _mm512_set1_epi8(15);
@@ -154,8 +154,9 @@ inline void unpack_sized(const uint8_t* codes, const Steps& step, int64_t group,
   }
 }
 
-// Adds the products of two groups of a tile with R rows to `dot`: codes times sizes times activations, less
-// the zeros times the sums of the activations. K sums a row, since additions to one wait for each other.
+// Adds the products of two groups of a tile with R rows to `dot`: codes times sizes times activations, minus
+// the zeros times the sums of the activations. K sums per row, since additions to one sum wait for each
+// other.
 template <int R, int K>
 inline void add_groups(const uint8_t* codes, const uint8_t* steps, const SpanCodes& rows, int64_t n,
                        __m512i (&dot)[R][K]) {
@@ -171,7 +172,7 @@ inline void add_groups(const uint8_t* codes, const uint8_t* steps, const SpanCod
       for (int v = 0; v < 8; ++v) dot[i][v % K] = _mm512_dpbusd_epi32(dot[i][v % K], w[v], four(a + 4 * v));
     }
   }
-  // The zeros of two groups side by side, with a minus.
+  // The negated zeros of two groups, interleaved.
   const __m512i pairs = _mm512_or_si512(spread(step.zero, 0, kFirst), spread(step.zero, 1, kFirst << 2));
   const __m512i less = _mm512_sub_epi16(_mm512_setzero_si512(), pairs);
 #pragma GCC unroll 8
@@ -287,7 +288,7 @@ inline void all_rows(Run run) {
   }
 }
 
-// `count` tiles as T streams of equal length; gives how many tiles that is.
+// `count` tiles as T streams of equal length; returns how many tiles these have.
 template <Format F, int T>
 inline int64_t streams(const uint8_t* tiles, int64_t count, const uint8_t* after, const Rows& x, float* out,
                        int64_t out_stride, int64_t width) {
@@ -303,7 +304,7 @@ inline int64_t streams(const uint8_t* tiles, int64_t count, const uint8_t* after
 template <Format F>
 inline void all_tiles(const uint8_t* tiles, int64_t count, const uint8_t* after, const Rows& x, float* out,
                       int64_t out_stride, int64_t width) {
-  // Many rows of floats: 4 at a time stay in the nearest cache.
+  // Many rows of floats: 4 at a time stay in the L1 cache.
   const bool two = x.m <= 4 || F == Format::bf16;
   const auto some = x.m <= 2 && count >= 4 ? streams<F, 4>
                     : two && count >= 2    ? streams<F, 2>

@@ -1,4 +1,4 @@
-// The plain meaning of round_group and tile_products. Included after matmul-inl.h.
+// Scalar definitions of round_group and tile_products. Included after matmul-inl.h.
 
 inline int32_t top_bits(const float* x, int64_t count) {
   int32_t top = 0;
@@ -31,7 +31,7 @@ inline float bf16_product(const uint8_t* tile, const Rows& x, int64_t i, int64_t
   return even + odd;
 }
 
-// q4 and q8: `share` groups have a scale together.
+// q4 and q8: `share` groups have one scale.
 inline float integer_product(Format format, int64_t share, const uint8_t* tile, const int8_t* q,
                              const float* scale, int64_t n, int64_t r) {
   const uint16_t* scales = tile_scales(format, tile, n);

@@ -58,13 +58,13 @@ def pairs_of(record: Mapping[str, Any]) -> list[Pair]:
 
 
 def to_chat(pairs: Iterable[Pair], head: Sequence[Message] = (), tools: Sequence[Tool] = ()) -> Chat:
-    """Pairs as a conversation; all tools may be left out."""
+    """Pairs as a conversation; all tools may be dropped."""
     messages = [message for question, answer in pairs for message in (user(question), assistant(answer))]
     return Chat([*head, *messages], list(tools), [tool["function"]["name"] for tool in tools])
 
 
 def trivia(records: Iterable[Mapping[str, Any]]) -> Iterator[list[Pair]]:
-    """Trivia without what a small assistant has no use for."""
+    """Trivia, without entries that are of no use to a small assistant."""
     for record in records:
         question, answer = pairs_of(record)[0]
         share = TRIVIA_SHARE.get(record["category"], 100)
@@ -74,7 +74,7 @@ def trivia(records: Iterable[Mapping[str, Any]]) -> Iterator[list[Pair]]:
 
 
 def wordnet(records: Iterable[Mapping[str, Any]]) -> Iterator[list[Pair]]:
-    """Words explained, without those whose first sense is rarely the one that is meant."""
+    """Definitions of words, without those whose first sense is rarely the intended one."""
     for record in records:
         pairs = pairs_of(record)
         word, answer = record.get("word", ""), pairs[0][1]
@@ -84,12 +84,12 @@ def wordnet(records: Iterable[Mapping[str, Any]]) -> Iterator[list[Pair]]:
 
 
 def capital(text: str) -> str:
-    """A capital at the start, but not in front of a quoted word."""
+    """Capitalise the start, unless it is a quoted word."""
     return text[:1].upper() + text[1:]
 
 
 def factbook(records: Iterable[Mapping[str, Any]]) -> Iterator[list[Pair]]:
-    """Countries, as they are."""
+    """Countries, unchanged."""
     for record in records:
         yield pairs_of(record)
 
@@ -109,7 +109,7 @@ def questions(
 
 
 def whole(answer: str) -> str:
-    """A long answer that breaks off in the middle of a sentence, up to its last full one."""
+    """Truncate a long answer that breaks off in mid-sentence to its last full sentence."""
     answer = answer.strip()
     if len(answer.split()) < 50 or answer[-1] in ".!?:;)\"'":
         return answer
@@ -118,7 +118,7 @@ def whole(answer: str) -> str:
 
 
 def instructions(records: Iterable[Mapping[str, Any]], seed: int, max_words: int = 200) -> Iterator[Chat]:
-    """Dolly's short answers, alone and now and then two in a row."""
+    """Dolly's short answers, alone or sometimes two in a row."""
     rng = random.Random(seed)
     waiting: list[Pair] = []
     for record in records:
@@ -141,7 +141,7 @@ def frame(rng: random.Random, text: str, question: str) -> str:
 
 
 def reading(records: Iterable[Mapping[str, Any]], seed: int, max_words: int = 250) -> Iterator[Chat]:
-    """Questions about a text: the text once, then up to four questions; some ask what the text does not tell."""
+    """Questions about a text: the text once, then up to four questions; some cannot be answered from the text."""
     rng = random.Random(seed)
     groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for record in records:
@@ -163,7 +163,7 @@ def reading(records: Iterable[Mapping[str, Any]], seed: int, max_words: int = 25
 
 
 def foreign(record: Mapping[str, Any], context: str) -> bool:
-    """Whether the question names somebody or something that the text never mentions."""
+    """Whether the question names a person or thing that the text does not mention."""
     words = re.findall(r"[A-Za-z]{4,}", record["question"])[1:]
     known = context.lower()
     return sum(word.lower()[:5] not in known for word in words) >= max(2, len(words) // 2)

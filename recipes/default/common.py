@@ -1,4 +1,4 @@
-"""What the data modules of the default recipe share: records, chats, dates and system prompts."""
+"""Shared by the data modules of the default recipe: records, chats, dates and system prompts."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ T = TypeVar("T")
 
 @dataclass
 class Chat:
-    """One conversation as the chat template wants it.
+    """One conversation, in the form of the chat template.
 
-    `spare` names the listed functions that no call of the conversation needs: they may go when it is too long.
+    `spare` names functions that no call of the conversation needs, which may be dropped if it is too long.
     """
 
     messages: list[Message]
@@ -30,7 +30,7 @@ class Chat:
 
 
 def read_jsonl(path: Path, limit: int | None = None) -> Iterator[dict[str, Any]]:
-    """Records of an xz-compressed JSON Lines file, the first `limit` of them."""
+    """The first `limit` records of an xz-compressed JSON Lines file."""
     with lzma.open(path, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(lines):
             if limit is not None and number >= limit:
@@ -44,7 +44,7 @@ def stable_hash(text: str) -> int:
 
 
 def held_out(key: str, percent: float) -> bool:
-    """Whether `key` falls in the `percent` that is kept away from training."""
+    """Whether `key` is among the `percent` held out from training."""
     return stable_hash("heldout:" + key) % 10_000 < percent * 100
 
 
@@ -94,7 +94,7 @@ DATE_LINES = (
 
 
 def date_line(rng: random.Random, day: datetime.date, *, weekday: bool = False) -> str:
-    """A sentence that gives the date; with `weekday`, one that surely names the day of the week."""
+    """A sentence that gives the date; with `weekday`, one that names the day of the week."""
     lines = [line for line in DATE_LINES if not weekday or "{long}" in line or "{weekday}" in line]
     return pick(rng, lines).format(
         iso=day.isoformat(),
@@ -141,7 +141,7 @@ def system_prompt(
 
 
 def sentence(text: str) -> str:
-    """`text` with a capital at its start and a stop at its end."""
+    """`text` with a capital letter at its start and a full stop at its end."""
     text = text.strip()
     if not text:
         return text

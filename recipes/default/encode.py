@@ -1,4 +1,4 @@
-"""Chats and texts to token ids, in worker processes, and the files that hold them."""
+"""Tokenise chats and texts in worker processes, and write the token files."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from godwit.train.data import learned
 from recipes.default.common import Chat
 
 MAX_TOKENS = 2048
-CALL = 3  # role code of tool calls; the tokenizer gives the others
+CALL = 3  # role code of tool calls; the tokenizer assigns the others
 Doc = tuple["NDArray[np.uint16]", "NDArray[np.uint8]", int]
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What was written for one source."""
+    """Statistics of one source written."""
 
     docs: int
     tokens: int
@@ -46,9 +46,9 @@ class Encoder:
         self.num_bytes[list(self.tokenizer.special_ids)] = 0
 
     def chat(self, chat: Chat) -> list[Doc]:
-        """The conversation as one document; when too long, first without spare tools, then without its last turns.
+        """The conversation as one document; if too long, first without spare tools, then without its last turns.
 
-        Empty if not even its first exchange fits.
+        Empty if even its first exchange does not fit.
         """
         messages, tools, spare = list(chat.messages), list(chat.tools), list(chat.spare)
         while True:
@@ -62,7 +62,7 @@ class Encoder:
                 return []
 
     def _mark_calls(self, ids: Sequence[int], roles: Sequence[int]) -> list[int]:
-        """``roles`` with code 3 for what the assistant writes after `<tool_call>` up to `</tool_call>`."""
+        """``roles`` with code 3 for the assistant's tokens after `<tool_call>` up to `</tool_call>`."""
         marked, inside = list(roles), False
         for index, token in enumerate(ids):
             if roles[index] != 0:
@@ -74,7 +74,7 @@ class Encoder:
         return marked
 
     def text(self, text: str) -> list[Doc]:
-        """Running text as one or more documents, cut between paragraphs; each ends with `<|endoftext|>`."""
+        """Plain text as one or more documents, split between paragraphs; each ends with `<|endoftext|>`."""
         lines = [line + "\n" for line in text.split("\n")]
         lines[-1] = lines[-1].rstrip("\n")
         encoded = [ids for line in lines for ids in self._pieces(self.tokenizer.encode(line))]

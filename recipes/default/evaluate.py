@@ -1,9 +1,9 @@
-"""Measure the default model on what it has not seen, and write one result row.
+"""Measure the default model on held-out data, and write one result row.
 
     python -m recipes.default.evaluate --data build/default/data --out benchmarks/results/default-model.json
 
 Bits per byte of held-out text, dialogues and reading answers; whether the model calls the right tool with the right
-arguments at the places where held-out dialogues call one; how often the MTP layer's guess is the trunk's choice.
+arguments where held-out dialogues call one; how often the MTP layer's guess is the trunk's choice.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CALL, END = "<tool_call>", "<|im_end|>"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="src/godwit/default_model")
-    parser.add_argument("--data", required=True, help="what recipes.default.prepare wrote")
+    parser.add_argument("--data", required=True, help="output directory of recipes.default.prepare")
     parser.add_argument("--out", default="benchmarks/results/default-model.json")
     parser.add_argument(
         "--dialogues", type=int, default=60, help="held-out dialogues whose calls are compared"
@@ -78,7 +78,7 @@ def mtp_agreement(model: CausalLM, data: str, documents: int = 60) -> float:
 
 
 def tool_calls(model: CausalLM, tokenizer: Tokenizer, data: str, documents: int) -> dict[str, Any]:
-    """At each place where a held-out dialogue calls a tool: did the model, and the right one, and exactly so?"""
+    """Where held-out dialogues call a tool: how often the model does, with the right name, and exactly."""
     counts = {"places": 0, "called": 0, "right_tool": 0, "exact": 0}
     source = Source.open(data, "heldout_dialogues")
     params = SamplingParams(temperature=0.0, max_tokens=200)
@@ -95,7 +95,7 @@ def tool_calls(model: CausalLM, tokenizer: Tokenizer, data: str, documents: int)
 
 
 def call_places(ids: list[int], tokenizer: Tokenizer) -> Iterator[tuple[list[int], ToolCall]]:
-    """The prompts before each call of a tokenised dialogue, with the call that was made there."""
+    """The prompts before each call of a tokenised dialogue, with that call."""
     call, end = tokenizer.token_to_id(CALL), tokenizer.token_to_id(END)
     header = tokenizer.encode("<|im_start|>assistant\n", allow_special=True)
     for place, token in enumerate(ids):

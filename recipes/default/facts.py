@@ -1,8 +1,8 @@
-"""Words and small facts that the templates of the small talk are filled with."""
+"""Words and small facts to fill the small-talk templates."""
 
 from __future__ import annotations
 
-# What someone may want, as (verbs and object in the request, what a tool for it would do).
+# Wishes, as (verbs and object in the request, what a tool for it would do).
 SERVICES = (
     (("book a table at {place} for {n} people", "find me a good restaurant in {city}", "reserve a table for tonight",
       "find an Italian restaurant in {city}", "get me a table for {n} tonight"), "restaurants"),
@@ -68,7 +68,7 @@ FAVOURITES = (
     (("fruit",), ("the apple", "the banana", "the cherry", "the mango", "the pear", "the orange")),
     (("number",), ("7", "3", "12", "42", "9", "100")),
 )  # fmt: skip
-# (what a user tells, what can be said to it, things)
+# (what a user says, replies to it, things)
 STATEMENTS = (
     (("I like {x}.", "I love {x}!", "I really like {x}.", "I enjoy {x}.", "My hobby is {x}."),
      ("That sounds nice! What do you like most about {x}?", "Oh, {x}! Have you liked it for a long time?"),

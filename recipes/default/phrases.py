@@ -1,7 +1,7 @@
-"""The sentences of the small talk: what people say to the default model, and what it should answer.
+"""Small-talk sentences: what people say to the default model, and what it should answer.
 
-Each entry of a topic list is (weight, things a user says, answers); any answer of an entry fits anything said in it.
-People say things in many ways and the model answers in a few: that is what a small model can learn well.
+Each entry of a topic list is (weight, user sentences, answers); every answer of an entry fits every sentence of it.
+There are many ways to ask and few answers, which a small model can learn well.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""More sentences of the small talk: moods, small pleasures, what the model will not do and what it cannot know.
+"""More small-talk sentences: moods, small pleasures, what the model will not do and what it cannot know.
 
-The lists have the shape of `phrases.ABOUT_ME`.
+The lists have the form of `phrases.ABOUT_ME`.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ Item = Chat | str
 
 @dataclass(frozen=True)
 class Source:
-    """One set of documents: its name, the files it is made of, their licence, and how to make it."""
+    """One set of documents: its name, its source files, their licence, and how to make it."""
 
     name: str
     files: tuple[str, ...]
@@ -50,12 +50,12 @@ class Source:
 
     @property
     def held_out(self) -> bool:
-        """Whether it is for measuring and not for training."""
+        """Whether it is for evaluation only."""
         return self.name.startswith("heldout")
 
 
 class Recipe:
-    """The sources of the default model, read from `data`; `limit` records of each file, for a trial."""
+    """The sources of the default model, read from `data`; `limit`: records of each file, for a test run."""
 
     def __init__(self, data: Path, seed: int = 0, limit: int | None = None) -> None:
         self.data, self.seed, self.limit = data, seed, limit
@@ -63,7 +63,7 @@ class Recipe:
         self.tool_sets = tools.tool_sets(self.library, random.Random(seed), 400)
 
     def read(self, *names: str) -> Iterator[dict[str, Any]]:
-        """The records of the files `names`, one after the other."""
+        """The records of the files `names`, in order."""
         for name in names:
             for record in read_jsonl(self.data / f"{name}.jsonl.xz", self.limit):
                 if "text" in record:
@@ -71,7 +71,7 @@ class Recipe:
                 yield record
 
     def texts(self, name: str, *, held: bool, titled: bool) -> Iterator[str]:
-        """Running text; what is held out goes by the whole book or article."""
+        """Plain text; whole books and articles are held out."""
         files = BOOKS if name == "books" else (name,)
         for record in self.read(*files):
             if record.get("split") == "val" or held_out(name + record["title"], HELD_OUT_PERCENT) != held:
@@ -79,7 +79,7 @@ class Recipe:
             yield f"{record['title']}\n\n{record['text']}" if titled else record["text"]
 
     def held_out_text(self) -> Iterator[str]:
-        """About one in a hundred books, stories and articles."""
+        """The held-out books, stories and articles, about one in a hundred."""
         yield from self.texts("books", held=True, titled=False)
         yield from self.texts("stories", held=True, titled=True)
         yield from self.texts("wikipedia", held=True, titled=True)
@@ -99,7 +99,7 @@ class Recipe:
         return smalltalk.smalltalk(self.seed, count, questions, self.tool_sets)
 
     def stories(self) -> list[dict[str, Any]]:
-        """The stories that are trained on, without doubles."""
+        """The stories for training, without duplicates."""
         seen: set[str] = set()
         kept = []
         for record in self.read("stories"):
@@ -114,7 +114,7 @@ class Recipe:
         return kept
 
     def sources(self) -> list[Source]:
-        """Everything that is written, training sources first."""
+        """All sources, training sources first."""
         seed, read = self.seed, self.read
         train = ("sgd_train-00", "sgd_train-01")
         return [
@@ -141,14 +141,14 @@ class Recipe:
         ]  # fmt: skip
 
     def spread_questions(self) -> Iterator[dict[str, Any]]:
-        """The held-out story questions in random order, so that a part of them covers all stories."""
+        """The held-out story questions in random order, so that any part of them covers all stories."""
         records = list(self.read("fairytale_qa_dev"))
         random.Random(0).shuffle(records)
         yield from (record for record in records if len(record["context"].split()) <= 400)
 
 
 def show(console: Console, stats: dict[str, encode.Stats]) -> None:
-    """A table of what was written."""
+    """A table of the sources written."""
     table = Table("source", "documents", "tokens", "learned tokens", "bytes a learned token")
     for name, s in stats.items():
         table.add_row(

@@ -1,4 +1,4 @@
-"""Small talk for the default model: short conversations put together from our own sentences, seeded."""
+"""Small talk for the default model: short random conversations from our own sentences."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Pair = tuple[str, str]
 Part = Callable[[random.Random], list[Pair]]
 
 TOPICS = phrases.ABOUT_ME + MOODS + LIMITS
-# With functions listed, nothing may be said that they could make untrue.
+# If functions are listed, nothing may be said that they contradict.
 NOT_WITH_TOOLS = re.compile(
     r"tool|internet|song|music|film|movie|bored|eat|cook|dinner|lunch|pizza|hungry|look things up|buy|price|ticket|score|money",
     re.I,
@@ -54,7 +54,7 @@ def typed(rng: random.Random, text: str) -> str:
 
 
 def lower(text: str) -> str:
-    """`text` with a small first letter, unless its first word is one that keeps its capital."""
+    """`text` with a lower-case first letter, unless its first word is always capitalised."""
     first = text.split()[0].rstrip("'s,.?!")
     return (
         text
@@ -70,7 +70,7 @@ def topic(rng: random.Random) -> list[Pair]:
 
 
 def greeting(rng: random.Random) -> list[Pair]:
-    """A greeting, now and then with how people are."""
+    """A greeting, sometimes with how people are."""
     pairs = [(pick(rng, phrases.GREET_IN), pick(rng, phrases.GREET_OUT))]
     chance = rng.random()
     if chance < 0.35:
@@ -92,7 +92,7 @@ def greeting(rng: random.Random) -> list[Pair]:
 
 
 def how_are_you(rng: random.Random) -> list[Pair]:
-    """How are you, and what the user says to the question that comes back."""
+    """How are you, and the user's reply to the same question."""
     pairs = [(pick(rng, phrases.HOW_IN), pick(rng, phrases.HOW_OUT[:3]))]
     if rng.random() < 0.6:
         pairs.append((pick(rng, phrases.FINE_IN), pick(rng, phrases.FINE_OUT)))
@@ -120,7 +120,7 @@ def acknowledge(rng: random.Random) -> list[Pair]:
 
 
 def arithmetic(rng: random.Random) -> list[Pair]:
-    """Adding, taking away and multiplying with small numbers."""
+    """Adding, subtracting and multiplying small numbers."""
     kind = pick(rng, ("+", "+", "+", "-", "-", "*"))
     a, b = rng.randrange(11), rng.randrange(11)
     if kind == "-" and a < b:
@@ -150,7 +150,7 @@ def arithmetic(rng: random.Random) -> list[Pair]:
 
 
 def counting(rng: random.Random) -> list[Pair]:
-    """Counting up or down, and what comes before or after."""
+    """Counting up or down, and the number before or after."""
     days = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
     months = facts.PLAIN_QA[8][1].rstrip(".").replace(" and ", ", ").split(", ")
     form = rng.randrange(6)
@@ -186,7 +186,7 @@ def with_article(noun: str) -> str:
 
 
 def plain_fact(rng: random.Random) -> list[Pair]:
-    """Things that every child knows."""
+    """Common knowledge."""
     form = rng.randrange(10)
     if form == 0:
         animal = pick(rng, list(facts.SOUNDS))
@@ -286,7 +286,7 @@ def name_talk(rng: random.Random) -> list[Pair]:
 
 
 def memory_talk(rng: random.Random) -> list[Pair]:
-    """Something the user told, asked for again later."""
+    """Something the user said, asked about later."""
     if rng.random() < 0.4:
         animal, name = pick(rng, facts.PETS), pick(rng, facts.PET_NAMES)
         pairs = [(pick(rng, (f"I have a {animal} called {name}.", f"My {animal} is called {name}.", f"My {animal}'s name is {name}.")),
@@ -317,7 +317,7 @@ def memory_talk(rng: random.Random) -> list[Pair]:
 
 
 def repeat_talk(rng: random.Random) -> list[Pair]:
-    """Say it again, or say what I say."""
+    """Requests to repeat something."""
     if rng.random() < 0.5:
         text = (
             pick(rng, facts.PLAIN_QA)[1]
@@ -340,14 +340,14 @@ def repeat_talk(rng: random.Random) -> list[Pair]:
 
 
 def statement(rng: random.Random) -> list[Pair]:
-    """Something that people tell about themselves, and a friendly word about it."""
+    """Something that people say about themselves, and a friendly reply."""
     ask, answers, things = pick(rng, facts.STATEMENTS)
     thing = pick(rng, things)
     return [(pick(rng, ask).format(x=thing), pick(rng, answers).format(x=thing))]
 
 
 def wish(rng: random.Random) -> list[Pair]:
-    """A service is wanted and there is no tool for it."""
+    """A request for a service without a tool for it."""
     wants, service = pick(rng, facts.SERVICES)
     city, city2 = rng.sample(facts.CITIES, 2)
     want = pick(rng, wants).format(
@@ -365,7 +365,7 @@ ONCE: tuple[Part, ...] = (greeting, how_are_you, name_talk, statement)
 
 
 def choose_part(rng: random.Random, used: Sequence[Part], *, with_tools: bool) -> Part:
-    """A part that does not repeat a greeting and the like; with tools, none that asks for a service."""
+    """A part that does not repeat a greeting or similar; with tools, none that requests a service."""
     while True:
         part = rng.choices([part for _, part in PARTS], weights=[weight for weight, _ in PARTS])[0]
         if not (part in ONCE and part in used) and not (part is wish and with_tools):
@@ -373,7 +373,7 @@ def choose_part(rng: random.Random, used: Sequence[Part], *, with_tools: bool) -
 
 
 def turns_of(rng: random.Random, part: Part, *, with_tools: bool) -> list[Pair]:
-    """What `part` says; with tools, nothing that the tools could make untrue."""
+    """The turns of `part`; with tools, nothing that the tools contradict."""
     while True:
         pairs = part(rng)
         if not with_tools or not any(NOT_WITH_TOOLS.search(text) for pair in pairs for text in pair):
@@ -421,7 +421,7 @@ def date_talk(rng: random.Random, day: datetime.date | None) -> list[Pair]:
 
 
 def tool_summary(rng: random.Random, tools: Sequence[Tool]) -> list[Pair]:
-    """What can you do, asked while functions are listed."""
+    """Questions about what the model can do, with functions listed."""
     does = [
         tool["function"].get("description") or tool["function"]["name"].replace("_", " ") for tool in tools
     ]

@@ -1,4 +1,4 @@
-"""Requests for stories, with the picture-book and folk stories as answers."""
+"""Requests for stories, answered with picture-book and folk stories."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ GO_ON = (
 
 
 def topics_of(story: Mapping[str, Any]) -> list[str]:
-    """The characters that a story is about, with an article: those of its title first, then those it names often."""
+    """The main characters of a story, with an article: those in its title first, then those named often."""
     title, text = story["title"].lower(), story["text"].lower()
     counts: Counter[str] = Counter()
     for word in CHARACTERS:
@@ -121,7 +121,7 @@ def chunks(text: str, words: int = 200, most: int = 3) -> list[str]:
 
 
 def tell(rng: random.Random, story: Mapping[str, Any], ask: str | None = None) -> list[Message]:
-    """A request and its story: whole, now and then in two parts, a long one in parts with a question after each."""
+    """A request and its story: whole, sometimes in two parts, a long one in parts with a question after each."""
     text = story["text"]
     question, about = request(rng, story, topics_of(story))
     lead = opening(rng, story, about if ask is None else "")

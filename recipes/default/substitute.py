@@ -1,4 +1,4 @@
-"""New names in tool dialogues, so that a call's arguments must be read from the conversation and not remembered."""
+"""New names in tool dialogues, so that a call's arguments must be copied from the conversation, not memorised."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ TAILS = [
 
 
 def coined(rng: random.Random) -> str:
-    """A word that is in no dictionary, such as `Travonford`."""
+    """An invented word, such as `Travonford`."""
     count = rng.choices((1, 2), weights=(3, 2))[0]
     body = "".join(pick(rng, ONSETS) + pick(rng, VOWELS) + pick(rng, CODAS) for _ in range(count))
     return (body + pick(rng, ENDINGS)).capitalize()
@@ -166,7 +166,7 @@ def new_name(rng: random.Random) -> str:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every text inside a JSON value."""
+    """Every string inside a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
@@ -175,9 +175,9 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def replaceable(messages: Sequence[Message], tools: Sequence[Tool]) -> list[str]:
-    """Names that a call takes word for word from what was said or returned before, and names in results.
+    """Names that a call copies verbatim from earlier messages or results, and names in results.
 
-    What the schemas mention (choices, examples) stays as it is.
+    Names in schemas (choices, examples) are kept.
     """
     schemas = json.dumps(tools, ensure_ascii=False)
     heard, kept, unread = "", dict[str, None](), set[str]()
@@ -195,7 +195,7 @@ def replaceable(messages: Sequence[Message], tools: Sequence[Tool]) -> list[str]
 def substitute(
     rng: random.Random, messages: list[Message], tools: Sequence[Tool], share: float = 0.8
 ) -> None:
-    """Give ``share`` of the replaceable names another one, everywhere in ``messages``; in place."""
+    """Replace ``share`` of the replaceable names everywhere in ``messages``, in place."""
     names = {old: new_name(rng) for old in replaceable(messages, tools) if rng.random() < share}
     if not names:
         return

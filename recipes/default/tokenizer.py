@@ -23,7 +23,7 @@ PRE_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Share of each file that is read, in percent: what the model should speak well is read in full.
+# Share of each file to read, in percent: in full for what the model should express well.
 SHARES = {
     "sgd_train-*": 30,
     "tm4_train": 15,
@@ -40,7 +40,7 @@ SHARES = {
 
 
 def texts_of(record: dict[str, Any]) -> Iterator[str]:
-    """The texts of a record as the model will see them, JSON with the spaces of the chat template."""
+    """The texts of a record as the model will see them, with JSON spaced as in the chat template."""
     if "text" in record:
         yield record["text"]
     if "context" in record:
@@ -55,7 +55,7 @@ def texts_of(record: dict[str, Any]) -> Iterator[str]:
 
 
 def corpus(data: Path, limit: int | None = None) -> Iterator[str]:
-    """A representative sample of the training files, in about the shares in which they are trained on."""
+    """A representative sample of the training files, in about the proportions of training."""
     for pattern, percent in SHARES.items():
         for path in sorted(data.glob(pattern + ".jsonl.xz")):
             for record in read_jsonl(path, limit):
@@ -64,7 +64,7 @@ def corpus(data: Path, limit: int | None = None) -> Iterator[str]:
 
 
 def train(texts: Iterator[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
-    """A byte-level BPE with `vocab_size` ids all told; the added tokens have the last ids."""
+    """A byte-level BPE with `vocab_size` ids in total; the added tokens have the last ids."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -87,7 +87,7 @@ def train(texts: Iterator[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
 
 
 def write(tokenizer: Tokenizer, out: Path) -> None:
-    """Write the four files that a checkpoint directory needs beside its weights."""
+    """Write the four tokenizer and generation files of a checkpoint directory."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"))
     template = Path(__file__).with_name("chat_template.jinja")

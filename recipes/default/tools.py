@@ -27,14 +27,14 @@ from recipes.default.common import (
 )
 from recipes.default.substitute import substitute
 
-# What a service does, as the object of "no tool for ...".
+# What a service does, to complete "no tool for ...".
 DOMAINS = {
     "Banks": "bank accounts", "Buses": "buses", "Calendar": "calendars", "Events": "events", "Flights": "flights",
     "Homes": "apartments", "Hotels": "places to stay", "Media": "films", "Movies": "films", "Music": "music",
     "RentalCars": "rental cars", "Restaurants": "restaurants", "RideSharing": "rides", "Services": "appointments",
     "Travel": "places to visit", "Weather": "the weather",
 }  # fmt: skip
-# Domains that could serve the same wish, and so must not stand in for each other as "missing" or as distractors.
+# Domains that could serve the same request, so that they must not be "missing" or distractors for each other.
 KIN = (
     {"Media", "Movies"},
     {"Hotels", "Homes"},
@@ -57,7 +57,7 @@ def domain(service: str) -> str:
 
 
 def related(service: str) -> set[str]:
-    """The domain of `service` and those that are close to it."""
+    """The domain of `service` and similar ones."""
     name = domain(service)
     return {name}.union(*(group for group in KIN if name in group))
 
@@ -167,7 +167,7 @@ def reword(
 
 
 def in_schema_order(arguments: Mapping[str, Any], tools: Iterable[Tool], name: str) -> dict[str, Any]:
-    """The arguments in the order in which the function `name` lists them."""
+    """The arguments in the order of the function `name`."""
     listed: Mapping[str, Any] = next(
         (t["function"]["parameters"]["properties"] for t in tools if t["function"]["name"] == name), {}
     )
@@ -185,7 +185,7 @@ def _map(
 
 
 def used_names(messages: Iterable[Message]) -> set[str]:
-    """The functions that are called in `messages`."""
+    """The functions called in `messages`."""
     return {call["name"] for message in messages for call in message.get("tool_calls") or ()}
 
 
@@ -203,7 +203,7 @@ def without_descriptions(tool: Tool, *, keep_own: bool) -> Tool:
 
 
 def vary_results(rng: random.Random, messages: list[Message]) -> None:
-    """Write the results of some dialogues with spaces after commas and colons, as json.dumps does."""
+    """In some dialogues, write results with spaces after commas and colons, as json.dumps does."""
     if rng.random() < 0.3:
         for message in messages:
             if message["role"] == "tool":
@@ -211,7 +211,7 @@ def vary_results(rng: random.Random, messages: list[Message]) -> None:
 
 
 def finish(rng: random.Random, messages: list[Message], tools: list[Tool]) -> Chat:
-    """Shuffle and thin out the tools and note which are not called."""
+    """Shuffle the tools, drop some, and record which are not called."""
     used = used_names(messages)
     tools = list(tools)
     rng.shuffle(tools)
@@ -242,7 +242,7 @@ def small_turns(pairs: Sequence[tuple[str, str]], rng: random.Random) -> list[Me
 def dialogue(
     record: Mapping[str, Any], library: Library, rng: random.Random, *, reworded: float = 0.7
 ) -> Chat:
-    """A training dialogue: reworded services, new names, 0 to 3 distractors, now and then small talk around it."""
+    """A training dialogue: reworded services, new names, 0 to 3 distractors, sometimes small talk around it."""
     variants = {
         service: pick(rng, [v for v in library.variants if v]) if rng.random() < reworded else 0
         for service in record["domain_services"]
@@ -293,9 +293,9 @@ def order(record: Mapping[str, Any], rng: random.Random) -> Chat:
 def missing_tool(
     record: Mapping[str, Any], then: Mapping[str, Any] | None, library: Library, rng: random.Random
 ) -> Chat | None:
-    """A wish that no listed function serves; with `then`, a dialogue follows whose functions are listed.
+    """A request that no listed function serves; with `then`, a dialogue follows whose functions are listed.
 
-    None if the first user turn does not tell what is wanted, or the two dialogues are too close to each other.
+    None if the first user turn does not say what is wanted, or the two dialogues are too similar.
     """
     first = record["messages"][0]["content"]
     calls = [call["name"] for message in record["messages"] for call in message.get("tool_calls") or ()]
@@ -321,7 +321,7 @@ def missing_tool(
 
 
 def dialogues(records: Sequence[Mapping[str, Any]], library: Library, seed: int) -> Iterator[Chat]:
-    """All training dialogues, and one in eight more with a wish that cannot be served."""
+    """All training dialogues, plus one in eight with a request that cannot be served."""
     rng = random.Random(seed)
     by_domain: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for record in records:

@@ -1,9 +1,9 @@
-"""Ten conversations with the default model, written as Markdown exactly as they come out.
+"""Ten conversations with the default model, written as Markdown without editing.
 
     python -m recipes.default.transcripts > docs/transcripts.md
 
-What the user says and what the tools return is fixed below; the answers are the model's first ones, with the sampling
-that its generation_config.json recommends and the seed of the conversation's number.
+The user's messages and the tools' results are fixed below; the answers are the model's first ones, with the sampling
+parameters of its generation_config.json and the conversation's number as the seed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from godwit.cli.responder import Responder
 from godwit.engine import ChatRenderer, Piece
 
 TODAY = "You are Godwit, a helpful assistant. Today is 2026-11-23."
-MAX_CALLS = 3  # tool calls after one message, should the model not stop
+MAX_CALLS = 3  # limit of tool calls after one message, in case the model does not stop
 
 
 def tool(name: str, description: str, required: list[str], **properties: dict[str, Any]) -> dict[str, Any]:
@@ -85,7 +85,7 @@ BUSES = [
 
 @dataclass(frozen=True)
 class Talk:
-    """One conversation: what the user says in turn and what tools return in turn."""
+    """One conversation: the user's messages and the tools' results, in order."""
 
     title: str
     user: list[str]
@@ -207,7 +207,7 @@ def main() -> None:
 
 
 def hold(responder: Responder, talk: Talk, params: Any) -> None:
-    """Hold one conversation and print it."""
+    """Run one conversation and print it."""
     messages: list[dict[str, Any]] = [{"role": "system", "content": TODAY}]
     results = list(talk.results)
     for said in talk.user:
@@ -235,7 +235,7 @@ def reply(
 
 
 def show(who: str, said: str) -> None:
-    """One turn as a quoted block."""
+    """Print one turn as a quoted block."""
     print(f"**{who}:**\n")
     print("\n".join(f"> {line}".rstrip() for line in said.splitlines() or [""]) + "\n")
 

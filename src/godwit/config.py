@@ -232,7 +232,7 @@ class _ConfigReader:
         text = raw.get("text_config")
         self.text: Mapping[str, Any] = text if isinstance(text, Mapping) else raw
         inner, outer = self.text.get("model_type"), raw.get("model_type")
-        # The type of a supported wrapper decides, whatever its text part calls itself.
+        # The type of a supported wrapper takes precedence over that of its text part.
         kind = outer if isinstance(outer, str) and outer in FAMILIES else inner or outer
         if not isinstance(kind, str) or kind not in FAMILIES:
             known = ", ".join(sorted(FAMILIES))
@@ -255,7 +255,7 @@ class _ConfigReader:
             layers.append(LayerSpec(mixer, self._ffn(index)))
         num_experts = sum(layer.ffn.num_experts for layer in layers if isinstance(layer.ffn, MoeSpec))
         if num_experts > MAX_EXPERTS:
-            raise CheckpointError(f"the config has {num_experts} experts in all, more than {MAX_EXPERTS}")
+            raise CheckpointError(f"the config has {num_experts} experts in total, more than {MAX_EXPERTS}")
         return ModelConfig(
             model_type=self.model_type,
             vocab_size=fields.integer("vocab_size"),
@@ -327,7 +327,9 @@ class _ConfigReader:
         dim_null = max(1, hidden // heads) if self.model_type in ("llama", "mixtral", "qwen3_moe") else None
         head_dim = fields.integer("head_dim", high=65536, null=dim_null)
         if heads * head_dim > MAX_WIDTH:
-            raise CheckpointError(f"{heads} attention heads of {head_dim} are wider than {MAX_WIDTH} in all")
+            raise CheckpointError(
+                f"{heads} attention heads of {head_dim} are wider than {MAX_WIDTH} in total"
+            )
         if heads % kv_heads:
             self._not_divisible("num_key_value_heads", kv_heads, "num_attention_heads", heads)
         if self.model_type == "llama" and hidden % heads:

@@ -46,7 +46,7 @@ class TemplateError(GodwitError):
 
 
 class KernelParityError(GodwitError):
-    """The native kernels give other results than the reference."""
+    """The results of the native kernels differ from the reference."""
 
     exit_code = 8
 

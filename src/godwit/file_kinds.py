@@ -1,4 +1,4 @@
-"""What a file is by its first bytes and name, so that a user is told why it cannot be used and what can."""
+"""Recognise files by their first bytes and name, to explain why one cannot be used and what to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from godwit.errors import CheckpointError, GodwitError, UnsupportedModelError
 from godwit.safe_files import open_regular
 
-HEAD_BYTES = 1 << 16  # enough to name any kind, and for the first keys of a GGUF file
+HEAD_BYTES = 1 << 16  # enough to recognise any kind, and for the first keys of a GGUF file
 
 _AGAIN = "fetch the file again"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -20,9 +20,13 @@ _GGUF_SOURCE = b"general.base_model.0.repo_url"
 
 @dataclass(frozen=True)
 class Kind:
-    """``what`` a file is, with its article; without a ``remedy`` the ``original`` weights are needed.
+    """A kind of file.
 
-    ``foreign``: in order, but in a format that is not read.
+    Attributes:
+        what: its name, with an article.
+        remedy: what to do about it; None: use the original weights.
+        original: repository of the original weights, if known.
+        foreign: the file is intact but its format is not supported.
     """
 
     what: str
@@ -31,7 +35,7 @@ class Kind:
     foreign: bool = True
 
 
-CONVERT = "convert it to safetensors, as save_pretrained of transformers does"
+CONVERT = "convert it to safetensors, for example with transformers' save_pretrained"
 _PICKLE = Kind("a PyTorch pickle, which can run code and is never opened", CONVERT)
 _ARCHIVE = Kind("an archive", "unpack it and give the directory", foreign=False)
 _MAGIC = (
@@ -60,7 +64,7 @@ _SUFFIXES = {
     ".partial": Kind(
         "an unfinished packed model", "run the same 'godwit quantize' again to finish it", foreign=False
     ),
-    ".gguf": Kind("named like a GGUF file but is none", _AGAIN, foreign=False),
+    ".gguf": Kind("named like a GGUF file but not one", _AGAIN, foreign=False),
     ".msgpack": Kind("a Flax model"),
     ".npz": Kind("an archive of NumPy arrays (old MLX weights)"),
     ".tflite": Kind("a TensorFlow Lite model"),
@@ -70,7 +74,7 @@ _SUFFIXES = {
 
 
 def kind_of(head: bytes, size: int, name: str = "") -> Kind | None:
-    """The kind of a file of ``size`` bytes that begins with ``head``; None where nothing gives it away."""
+    """The kind of a file of ``size`` bytes that begins with ``head``; None if unknown."""
     if head.startswith(b"GGUF"):
         where = "Ollama's blob of a GGUF file" if _OLLAMA_BLOB.fullmatch(name) else "a GGUF file"
         return Kind(f"{where} (the format of llama.cpp)", original=_gguf_original(head))
@@ -80,8 +84,8 @@ def kind_of(head: bytes, size: int, name: str = "") -> Kind | None:
     text = head.lstrip().lower()
     if text.startswith((b"<!doctype html", b"<html", b"<?xml", b"<error", b'{"error"')):
         return Kind(
-            "a web page or a server's error message in place of the file",
-            f"{_AGAIN}, logged in where that is needed",
+            "a web page or a server's error message instead of the file",
+            f"{_AGAIN}, logging in if that is required",
             foreign=False,
         )
     suffix = Path(name).suffix.lower()
@@ -91,7 +95,7 @@ def kind_of(head: bytes, size: int, name: str = "") -> Kind | None:
 
 
 def kind_of_file(path: Path) -> Kind | None:
-    """The kind of a file on disk; None where nothing gives it away or it cannot be read."""
+    """The kind of a file on disk; None if it is unknown or cannot be read."""
     try:
         with open_regular(path) as file:
             return kind_of(file.read(HEAD_BYTES), os.fstat(file.fileno()).st_size, path.name)
@@ -106,18 +110,18 @@ def refusal(path: object, kind: Kind) -> GodwitError:
 
 
 def next_step(original: str | None) -> str:
-    """What to do about weights in a format that is not read; ``original`` is where they came from."""
+    """What to do about weights in an unsupported format; ``original`` is the repository they come from."""
     which = f" ({original})" if original else ""
     return f"fetch the original checkpoint in bf16 or FP8{which} and pack it with 'godwit quantize'"
 
 
 def repository(value: object) -> str | None:
-    """``value`` where it can be the name of a Hub repository."""
+    """``value`` if it can be the name of a Hub repository, else None."""
     return value if isinstance(value, str) and _REPOSITORY.fullmatch(value) and value[0] not in "./" else None
 
 
 def _gguf_original(head: bytes) -> str | None:
-    """The repository that a GGUF file says it was made from."""
+    """The repository that a GGUF file names as its source."""
     at = head.find(_GGUF_SOURCE)
     if at < 0:
         return None
@@ -130,13 +134,13 @@ def _gguf_original(head: bytes) -> str | None:
 
 
 def _short_text(head: bytes, size: int) -> Kind | None:
-    """What a server answers in place of a file it does not have."""
+    """A short text, such as a server sends instead of a file that it does not have."""
     if not 0 < size <= 1000:
         return None
     try:
         text = head.decode().strip()
     except UnicodeDecodeError:
         return None
-    if not text or not text.isprintable() or text[0] in "{[":  # cut or damaged JSON is told apart elsewhere
+    if not text or not text.isprintable() or text[0] in "{[":  # damaged JSON is diagnosed elsewhere
         return None
-    return Kind(f"a short text ({text[:60]!r}) in place of the file", _AGAIN, foreign=False)
+    return Kind(f"a short text ({text[:60]!r}) instead of the file", _AGAIN, foreign=False)

@@ -1,7 +1,7 @@
-"""Memory in pages of 2 MiB, where the system has them.
+"""Memory in huge pages of 2 MiB, where the system supports them.
 
-Streaming through pages of 4 KiB costs a quarter of the memory's bandwidth: the prefetchers of a core begin
-anew at each page, and addresses take longer to translate.
+Streaming through pages of 4 KiB costs a quarter of the memory bandwidth: a core's prefetchers restart at each
+page, and address translation takes longer.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ LARGE_PAGE = 2 << 20
 
 
 def ask_for_large_pages(area: mmap.mmap) -> None:
-    """Large pages for a map, from its next page fault or read from disk on.
+    """Request huge pages for a map; takes effect from its next page fault or disk read.
 
-    Where the system has none, or holds a file in small ones already, this changes nothing.
+    Has no effect if the system does not support them or has already cached the file in small pages.
     """
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
@@ -27,13 +27,13 @@ def ask_for_large_pages(area: mmap.mmap) -> None:
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """As ``torch.zeros``, on the CPU in large pages if there are two of them to fill."""
+    """``torch.zeros``, but in huge pages for CPU tensors of at least two such pages."""
     size = math.prod(shape) * dtype.itemsize
     if torch.device(device).type != "cpu" or size < 2 * LARGE_PAGE or not hasattr(mmap, "MAP_ANONYMOUS"):
         return torch.zeros(shape, dtype=dtype, device=device)
     try:
         area = mmap.mmap(-1, size + LARGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError:  # too little memory, which torch says in words that are known elsewhere
+    except OSError:  # out of memory: let torch raise the error that callers expect
         return torch.zeros(shape, dtype=dtype, device=device)
     ask_for_large_pages(area)
     start = -torch.frombuffer(area, dtype=torch.uint8, count=1).data_ptr() % LARGE_PAGE

@@ -1,8 +1,8 @@
-"""Quantised tensors: packed matrices of 4, 8 or 16 bits a weight, and how floats become them.
+"""Quantised tensors: packed matrices of 4, 8 or 16 bits per weight, and quantisation to them.
 
-The layouts are those of ``csrc/kernels.h``, byte for byte: tiles of 16 rows, in which the 32 columns of a
-group share a scale (``q8``) or a step, of which 8 share a scale (``q4``). Packing in plain torch is
-:mod:`godwit.kernels.packing`.
+The layouts are those of ``csrc/kernels.h``: tiles of 16 rows and groups of 32 columns. A row of a group has a
+scale (``q8``) or a step (``q4``); in ``q4``, 8 groups share a scale. :mod:`godwit.kernels.packing` is the
+same quantisation in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from torch import Tensor
 from godwit import _native
 from godwit.errors import UsageError
 
-TILE_ROWS = 16  # output rows side by side in a tile
-GROUP = 32  # inputs that share a scale, or in q4 a step
+TILE_ROWS = 16  # output rows interleaved in a tile
+GROUP = 32  # columns that share a scale (q8) or a step (q4)
 SPAN = 8  # groups that share a scale in q4
 ALIGNMENT = 64  # of every packed matrix
-EXPERT_ALIGNMENT = 4096  # of every expert: what a disk reads on its own
+EXPERT_ALIGNMENT = 4096  # of every expert, so that it can be read from disk separately
 
-#: format -> bytes of codes in a group of a tile
+#: format -> bytes of codes per group of a tile
 CODE_BYTES = {"bf16": 1024, "q8": 512, "q4": 256}
 FORMATS = tuple(CODE_BYTES)
-#: format -> the largest weight that it takes
+#: format -> the largest weight that it can represent
 MAX_WEIGHT = {"bf16": 3.3895e38, "q8": 127 * 65504.0, "q4": 105 * 65504.0}
-_CHUNK = 1 << 24  # weights of other dtypes that are turned into float32 at a time
+_CHUNK = 1 << 24  # weights of other dtypes converted to float32 at a time
 
 
 def groups(cols: int) -> int:
-    """Groups of a row, the padding to an even number included."""
+    """Groups of a row, padded to an even number."""
     return -(-cols // (2 * GROUP)) * 2
 
 
 def spans(cols: int) -> int:
-    """Spans of a row, the last of which may be shorter."""
+    """Spans of a row; the last one may be shorter."""
     return -(-groups(cols) // SPAN)
 
 
 def num_tiles(rows: int) -> int:
-    """Tiles that hold so many rows."""
+    """Tiles for this many rows."""
     return -(-rows // TILE_ROWS)
 
 
@@ -56,7 +56,7 @@ def weight_bytes(format: str, rows: int, cols: int) -> int:
 
 
 def expert_layout(format13: str, format2: str, hidden: int, intermediate: int) -> tuple[int, int]:
-    """Where an expert's ``w2`` begins and the distance between experts.
+    """Offset of an expert's ``w2``, and the distance between experts, in bytes.
 
     ``w13 [2 I, H]`` comes first, ``w2 [H, I]`` at the next multiple of 64, the next expert at one of 4096.
     """
@@ -76,7 +76,7 @@ def _round_up(number: int, step: int) -> int:
 
 def _check_format(format: str) -> None:
     if format not in CODE_BYTES:
-        raise UsageError(f"{format!r:.40} is not a format of weights; there are {', '.join(FORMATS)}")
+        raise UsageError(f"{format!r:.40} is not a weight format; use one of {', '.join(FORMATS)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,7 @@ class QuantTensor:
     data: Tensor
 
     def __post_init__(self) -> None:
-        """Refuse bytes that are not those of such a matrix."""
+        """Check the number of bytes."""
         _check_bytes(self.data, weight_bytes(self.format, *self.shape), f"a {self.format} matrix")
 
     @property
@@ -116,7 +116,7 @@ class QuantTensor:
 
 @dataclass(frozen=True, eq=False)
 class QuantExperts:
-    """The experts of a layer: ``w13 [2 I, H]`` and ``w2 [H, I]`` of expert e from byte ``e * stride`` on."""
+    """The experts of a layer: ``w13 [2 I, H]`` and ``w2 [H, I]`` of expert e start at byte ``e * stride``."""
 
     format13: str
     format2: str
@@ -128,17 +128,17 @@ class QuantExperts:
     data: Tensor
 
     def __post_init__(self) -> None:
-        """Refuse sizes and bytes that do not belong together."""
+        """Check that sizes, offsets and bytes are consistent."""
         layout = expert_layout(self.format13, self.format2, self.hidden, self.intermediate)
         if (self.offset2, self.stride) != layout:
             raise UsageError(
-                f"experts with w2 at byte {self.offset2} of {self.stride} are not laid out for their formats"
+                f"experts with w2 at byte {self.offset2} of {self.stride} do not match their formats' layout"
             )
         _check_bytes(self.data, self.num_experts * self.stride, f"{self.num_experts} experts")
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all experts, padding included."""
+        """Bytes of all experts, including padding."""
         return self.data.numel()
 
     def expert(self, index: int) -> tuple[QuantTensor, QuantTensor]:
@@ -157,10 +157,10 @@ class QuantExperts:
 
 
 def join_expert(w13: QuantTensor, w2: QuantTensor) -> Tensor:
-    """The bytes of one expert in a :class:`QuantExperts`, with zeros between its parts and after them."""
+    """The bytes of one expert of a :class:`QuantExperts`, padded with zeros."""
     rows, hidden = w13.shape
     if w2.shape != (hidden, rows // 2) or rows % 2:
-        raise UsageError(f"w13 {list(w13.shape)} and w2 {list(w2.shape)} are not of one expert")
+        raise UsageError(f"w13 {list(w13.shape)} and w2 {list(w2.shape)} are not one expert's shapes")
     offset2, stride = expert_layout(w13.format, w2.format, hidden, rows // 2)
     joined = torch.zeros(stride, dtype=torch.uint8)
     joined[: w13.nbytes] = w13.data
@@ -171,7 +171,7 @@ def join_expert(w13: QuantTensor, w2: QuantTensor) -> Tensor:
 def _check_bytes(data: Tensor, wanted: int, what: str) -> None:
     if data.dtype != torch.uint8 or data.dim() != 1 or data.numel() != wanted or not data.is_contiguous():
         raise UsageError(
-            f"{what} takes {wanted} contiguous bytes, not {data.dtype} of shape {list(data.shape)}"
+            f"{what} needs {wanted} contiguous bytes, not {data.dtype} of shape {list(data.shape)}"
         )
 
 
@@ -182,10 +182,10 @@ def pack(
 
     Args:
         codes: ``[rows, groups, 32]`` uint8.
-        scales: half precision, ``[rows, groups]`` of q8 and ``[rows, spans]`` of q4.
+        scales: half precision, ``[rows, groups]`` for q8 and ``[rows, spans]`` for q4.
         format: q8 or q4.
         shape: of the matrix, without padding.
-        steps: ``[rows, groups]`` uint8, of q4 only.
+        steps: ``[rows, groups]`` uint8, for q4 only.
     """
     tiles, size = num_tiles(shape[0]), groups(shape[1])
     if steps is not None:
@@ -200,14 +200,13 @@ def pack(
 
 
 def _by_row(values: Tensor, tiles: int) -> Tensor:
-    """``[tiles * 16, n]`` as ``[tiles, n * 16]``, the 16 rows of a tile side by side."""
+    """``[tiles * 16, n]`` as ``[tiles, n * 16]``, interleaving the 16 rows of a tile."""
     return values.view(tiles, TILE_ROWS, -1).transpose(1, 2).reshape(tiles, -1)
 
 
 def unpack(weight: QuantTensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes ``[tiles, 16, groups, 32]``, scales ``[tiles, 16, groups or spans]`` and, of q4, steps.
-
-    They are uint8, half precision and uint8 ``[tiles, 16, groups]``; padding is included.
+    """Codes uint8 ``[tiles, 16, groups, 32]``, scales float16 ``[tiles, 16, groups or spans]`` and, for q4,
+    steps uint8 ``[tiles, 16, groups]``; including padding.
     """
     tiles, size = num_tiles(weight.shape[0]), groups(weight.shape[1])
     parts = weight.data.view(tiles, -1)
@@ -230,11 +229,11 @@ def unpack(weight: QuantTensor) -> tuple[Tensor, Tensor, Tensor | None]:
 def quantize(weight: Tensor, format: str, importance: Tensor | None = None) -> QuantTensor:
     """Pack floats ``[rows, cols]``; scales minimise the squared error, weighted by ``importance [cols]``.
 
-    ``importance`` is how much the square of an error in a column matters, such as the mean square of its
-    input; None takes all columns as equal. Memory beyond the result is small, whatever the size.
+    ``importance`` is the weight of a squared error in each column, such as the mean square of its input; None
+    weighs all columns equally. Little memory beyond the result is needed, regardless of size.
 
     Raises:
-        UsageError: an unknown format, no matrix, or weights or importances that cannot be represented.
+        UsageError: an unknown format, not a matrix, or weights or importances that cannot be represented.
     """
     check_matrix(weight, format)
     rows, cols = weight.shape
@@ -255,41 +254,41 @@ def quantize(weight: Tensor, format: str, importance: Tensor | None = None) -> Q
 
 
 def check_matrix(weight: Tensor, format: str) -> None:
-    """Raises: UsageError: an unknown format, or nothing that can be packed."""
+    """Raises: UsageError: an unknown format, or a tensor that cannot be packed."""
     _check_format(format)
     if weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
-        raise UsageError(f"only matrices of floats can be packed, not {weight.dtype} of {list(weight.shape)}")
+        raise UsageError(f"only float matrices can be packed, not {weight.dtype} of {list(weight.shape)}")
 
 
 def check_range(extreme: float, format: str) -> None:
-    """Raises: UsageError: the largest weight of a matrix, which may be NaN, is beyond its format."""
+    """Raises: UsageError: the largest weight of a matrix is NaN or beyond the range of the format."""
     if not extreme <= MAX_WEIGHT[format]:
         raise UsageError(
-            f"{format} takes finite weights of at most {MAX_WEIGHT[format]:g}, and one is {extreme:g}"
+            f"{format} can represent finite weights up to {MAX_WEIGHT[format]:g}, but one is {extreme:g}"
         )
 
 
 def padded_importance(importance: Tensor, cols: int) -> Tensor:
-    """Importances around 1, ``float32 [groups * 32]``, and 0 for missing columns.
+    """Importances scaled to a mean of 1, ``float32 [groups * 32]``, and 0 for padding.
 
     Raises:
-        UsageError: they are not one finite number of at least 0 a column.
+        UsageError: not one finite number >= 0 per column.
     """
     found = importance.detach().to("cpu", torch.float32)
     if found.shape != (cols,) or not bool(torch.isfinite(found).all()) or bool((found < 0).any()):
-        raise UsageError(f"importance must be {cols} finite numbers from 0 up, one a column")
+        raise UsageError(f"importance must be {cols} finite numbers of at least 0, one per column")
     mean = float(found.double().mean())
-    # A floor keeps columns that the calibration never saw from being rounded at will.
+    # A floor, so that columns that were always zero in calibration are still rounded sensibly.
     scaled = found / mean + 1e-3 if mean > 0 else torch.ones(cols)
     return torch.cat((scaled, scaled.new_zeros(groups(cols) * GROUP - cols)))
 
 
 def pack_groups(codes: Tensor, scales: Tensor) -> QuantTensor:
-    """A matrix of integers times one scale a group as q8, without any rounding.
+    """Pack a matrix of integers times one scale per group as q8, without rounding.
 
     Args:
         codes: ``[rows, cols]`` int8 from -127 to 127; cols a multiple of 32.
-        scales: ``[rows, cols / 32]`` float16, of either sign.
+        scales: ``[rows, cols / 32]`` float16, possibly negative.
     """
     rows, cols = codes.shape
     padded = num_tiles(rows) * TILE_ROWS

@@ -60,7 +60,7 @@ def reply(answer: Callable[..., Any], value: Any, files: list[bytes]) -> Any:
         return {"error": "it needs too much memory"}
     except RecursionError:
         return {"error": "it is nested too deeply"}
-    except BaseException as error:  # a panic in Rust code is no Exception
+    except BaseException as error:  # a panic in Rust code is not an Exception
         return {"error": f"{type(error).__name__}: {error}"[:2000]}
 
 

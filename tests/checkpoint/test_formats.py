@@ -51,7 +51,7 @@ FILES: list[tuple[str, bytes, type[GodwitError], tuple[str, ...]]] = [
     ("model", b"Entry not found", DAMAGED, ("a short text ('Entry not found')",)),
     ("model.safetensors.incomplete", WEIGHTS, DAMAGED, ("an unfinished download",)),
     ("out.godwit.partial", b"\0" * 64, DAMAGED, ("an unfinished packed model", "godwit quantize")),
-    ("model.safetensors", WEIGHTS, DAMAGED, ("weights without their config.json",)),
+    ("model.safetensors", WEIGHTS, DAMAGED, ("weights without a config.json",)),
 ]
 
 
@@ -97,9 +97,9 @@ DIRECTORIES: list[tuple[dict[str, Any], type[GodwitError], tuple[str, ...]]] = [
     ({"tf_model.h5": b""}, UNSUPPORTED, ("Keras",)),
     ({"flax_model.msgpack": b""}, UNSUPPORTED, ("Flax",)),
     ({"weights.npz": b""}, UNSUPPORTED, ("NumPy",)),
-    ({"config.json": {}, "model.safetensors.incomplete": b""}, DAMAGED, ("not finished",)),
+    ({"config.json": {}, "model.safetensors.incomplete": b""}, DAMAGED, ("an unfinished download",)),
     ({"config.json": {}}, DAMAGED, ("no weights",)),
-    ({"notes.txt": b""}, DAMAGED, ("holds no checkpoint",)),
+    ({"notes.txt": b""}, DAMAGED, ("not a checkpoint; give",)),
     ({"config.json": AWQ, "model.safetensors": WEIGHTS}, UNSUPPORTED, ("AWQ of 4 bits", FETCH)),
     (
         {"config.json": AWQ | {"_name_or_path": "org/base"}, "model.safetensors": WEIGHTS},

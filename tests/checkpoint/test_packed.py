@@ -305,7 +305,7 @@ def test_a_disk_that_fills_up_is_a_sentence(tmp_path: Path, monkeypatch: pytest.
 
 def test_wrong_sizes_and_unfinished_files_are_our_own_errors(tmp_path: Path) -> None:
     with writer(tmp_path / "m") as out:
-        with pytest.raises(ValueError, match="announced"):
+        with pytest.raises(ValueError, match="instead of"):
             out.write("half", PARTS["norm.weight"])
         with pytest.raises(ValueError, match="not written"):
             out.finish()
@@ -326,7 +326,7 @@ def refused(path: Path) -> str:
     ("at", "value", "words"),
     [
         (0, b"G0DWIT", "not a packed model"),
-        (0, bytes(64), "never finished"),
+        (0, bytes(64), "an unfinished one"),
         (8, b"\x01", "reads version 2; quantize the model again"),
         (8, b"\x03", "reads version 2; update Godwit"),
         (12, b"\x01", "reserved"),

@@ -59,7 +59,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"x.safetensors": A, "y.safetensors": A | B},
         "'a' is in both x.safetensors and y.safetensors",
     ),
-    ("missing companion", {ONE: A}, f"{TWO} is missing beside {ONE}"),
+    ("missing companion", {ONE: A}, f"has {ONE} but not {TWO}"),
     ("missing shard", {ONE: A, INDEX: index(a=ONE, b=TWO)}, f"the index names {TWO}, which is missing"),
     ("tensor elsewhere", {ONE: A, TWO: B, INDEX: index(a=ONE, b=ONE)}, f"'b' in {ONE}, which lacks it"),
     ("tensor nowhere", {ONE: A, INDEX: index(a=ONE, c=ONE)}, f"'c' in {ONE}, which lacks it"),
@@ -68,18 +68,26 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("index is a list", {ONE: A, INDEX: []}, "is not a JSON object"),
     ("index is empty", {ONE: A, INDEX: b""}, "is not JSON"),
     ("index nested", {ONE: A, INDEX: b"[" * 100_000}, "nested too deeply"),
-    ("index repeats", {ONE: A, INDEX: b'{"weight_map": {"a": "x", "a": "y"}}'}, "names 'a' twice"),
+    ("index repeats", {ONE: A, INDEX: b'{"weight_map": {"a": "x", "a": "y"}}'}, "has 'a' twice"),
     ("no map", {ONE: A, INDEX: {"metadata": {}}}, "no weight_map"),
     ("empty map", {ONE: A, INDEX: {"weight_map": {}}}, "no weight_map"),
     ("file is a number", {ONE: A, INDEX: index(a=1)}, "names the file 1"),  # type: ignore[arg-type]
-    ("upwards", {INDEX: index(a="../model.safetensors")}, "'../model.safetensors'; only plain names"),
-    ("absolute", {INDEX: index(a="/etc/x.safetensors")}, "only plain names"),
-    ("subdirectory", {INDEX: index(a="sub/x.safetensors")}, "only plain names"),
-    ("backslash", {INDEX: index(a="..\\x.safetensors")}, "only plain names"),
-    ("drive", {INDEX: index(a="c:x.safetensors")}, "only plain names"),
-    ("null byte", {INDEX: index(a="x\0.safetensors")}, "only plain names"),
-    ("pickle in index", {"model.bin": b"", INDEX: index(a="model.bin")}, "only plain names"),
-    ("dots", {INDEX: index(a="..")}, "only plain names"),
+    (
+        "upwards",
+        {INDEX: index(a="../model.safetensors")},
+        "'../model.safetensors', but may only name .safetensors files",
+    ),
+    ("absolute", {INDEX: index(a="/etc/x.safetensors")}, "but may only name .safetensors files"),
+    ("subdirectory", {INDEX: index(a="sub/x.safetensors")}, "but may only name .safetensors files"),
+    ("backslash", {INDEX: index(a="..\\x.safetensors")}, "but may only name .safetensors files"),
+    ("drive", {INDEX: index(a="c:x.safetensors")}, "but may only name .safetensors files"),
+    ("null byte", {INDEX: index(a="x\0.safetensors")}, "but may only name .safetensors files"),
+    (
+        "pickle in index",
+        {"model.bin": b"", INDEX: index(a="model.bin")},
+        "but may only name .safetensors files",
+    ),
+    ("dots", {INDEX: index(a="..")}, "but may only name .safetensors files"),
     ("damaged shard", {ONE: A, TWO: save(B)[:-1], INDEX: index(a=ONE, b=TWO)}, "cut short"),
     ("config is a list", {"model.safetensors": A, "config.json": []}, "must be a JSON object"),
     ("config is cut", {"model.safetensors": A, "config.json": b'{"a":'}, "not valid JSON"),
@@ -122,16 +130,16 @@ def test_paths_that_are_no_directories(
         ("x\0y", "no such directory"),
         ("n" * 5000, "no such directory"),
         ("", "'': no such directory"),
-        (directory / "config.json", "a bare config without weights"),
-        (directory / "model.safetensors", "weights without their config.json"),
+        (directory / "config.json", "a config without weights"),
+        (directory / "model.safetensors", "weights without a config.json"),
     ]
     for source, sentence in rows:
         with pytest.raises(CheckpointError, match=sentence.replace(".", r"\.")):
             open_checkpoint(source)
-    with pytest.raises(UsageError, match="a revision applies to a Hub repository"):
+    with pytest.raises(UsageError, match="a revision applies to Hub repositories"):
         open_checkpoint(directory, revision="main")
     for source in ("hf://nowhere", "hf://a/b/c", "hf://../x", "hf://"):
-        with pytest.raises(UsageError, match="names no Hub repository"):
+        with pytest.raises(UsageError, match="not a Hub repository"):
             open_checkpoint(source)
 
 

@@ -171,8 +171,8 @@ def stop() -> NoReturn:
 X = torch.ones(2)
 BAD: list[tuple[str, Any, Any, dict[str, Any], str]] = [
     ("nothing", [], CONFIG, {}, "no tensors to save"),
-    ("repeated", [("a", X), ("a", X)], CONFIG, {}, "two tensors to be saved are named 'a'"),
-    ("reserved", [("__metadata__", X)], CONFIG, {}, "the name is reserved"),
+    ("repeated", [("a", X), ("a", X)], CONFIG, {}, "tensor name 'a' is used twice or reserved"),
+    ("reserved", [("__metadata__", X)], CONFIG, {}, "used twice or reserved"),
     ("complex", [("a", torch.ones(2, dtype=torch.complex64))], CONFIG, {}, "dtype torch.complex64"),
     ("meta", [("a", torch.ones(2, device="meta"))], CONFIG, {}, "on meta"),
     (
@@ -217,7 +217,7 @@ def test_destinations(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     save_checkpoint(tmp_path / "empty", TENSORS.items(), CONFIG)
     assert_same(read_all(tmp_path / "empty"), TENSORS)
-    with pytest.raises(CheckpointError, match="not empty; choose another name, or ask to overwrite it"):
+    with pytest.raises(CheckpointError, match="not empty; choose another name, or allow overwriting it"):
         save_checkpoint(tmp_path / "empty", [("a", X)], CONFIG)
     assert_same(read_all(tmp_path / "empty"), TENSORS)
     (tmp_path / "file").write_text("x")
@@ -226,7 +226,7 @@ def test_destinations(tmp_path: Path) -> None:
     for name, sentence in [
         ("file", "not a directory"),
         ("file/sub", "could not be written"),
-        ("home", "no config.json, so it is not a checkpoint and is not overwritten"),
+        ("home", "no config.json, so it is not a checkpoint to overwrite"),
         ("n" * 300, "File name too long"),
     ]:
         with pytest.raises(CheckpointError, match=sentence):

@@ -39,7 +39,7 @@ def test_a_table_of_all_cases(models: Models, monkeypatch: pytest.MonkeyPatch) -
     assert [row[0] for row in rows if len(row) == 6] == ["8", "20"]
     assert [row[:2] for row in rows if len(row) == 9] == [["0", "1"], ["16", "1"], ["0", "2"], ["16", "2"]]
     assert max(map(len, result.stdout.splitlines()[3:15])) <= 80
-    assert "GB/s" in result.stdout and "the reference itself ran" in result.stdout
+    assert "GB/s" in result.stdout and "the reference itself was measured" in result.stdout
     assert "round 2 of 2: decode at depth 16, batch 2\n" in result.stderr
     assert "warning: it was loud\n" in result.stderr
 
@@ -68,7 +68,7 @@ def test_ctrl_c_keeps_the_rounds_that_are_finished(
         if call == 6:
             assert "medians of 2 rounds finished before Ctrl-C; " in result.stdout
             assert result.stderr.endswith(
-                "\ngodwit: interrupted; the figures are of 2 rounds finished before Ctrl-C\n"
+                "\ngodwit: interrupted; the results are from 2 rounds finished before Ctrl-C\n"
             )
         elif call == 4:
             row = json.loads(result.stdout)
@@ -80,7 +80,7 @@ def test_ctrl_c_keeps_the_rounds_that_are_finished(
 
 def test_where_the_file_cannot_be(models: Models, tmp_path: Path) -> None:
     result = invoke(models("hello"), *FEW, "--output", tmp_path)
-    assert (result.exit_code, result.stdout) == (2, "") and "a directory; name a file" in result.stderr
+    assert (result.exit_code, result.stdout) == (2, "") and "a directory; give a file" in result.stderr
     (tmp_path / "file").touch()
     words = ("-p", "4", "-n", "0", "--repeats", "1", "--json", "--output", tmp_path / "file" / "row.json")
     result = invoke(models("hello"), *words)
@@ -101,7 +101,7 @@ def test_no_speed_while_the_kernels_are_red(models: Models, monkeypatch: pytest.
     monkeypatch.setattr(bench, "check_kernels", lambda *args: [KernelCheck("q4", 0.9, 0.1, True)])
     result = invoke(models("hello"), *FEW)
     assert result.exit_code == 8 and result.stdout == ""
-    assert "godwit: no speed is reported: with q4 weights" in result.stderr
+    assert "godwit: no speeds are reported: with q4 weights" in result.stderr
 
 
 def test_packing_before_measuring(models: Models) -> None:
@@ -116,21 +116,21 @@ def test_packing_before_measuring(models: Models) -> None:
 
 @pytest.mark.parametrize("text", ["", "x", "1,,2", "-1", "1.5", "1, 2", "99999999999"])
 def test_lists_that_are_none(text: str) -> None:
-    with pytest.raises(UsageError, match="-d takes whole numbers from 0 up, separated by commas"):
+    with pytest.raises(UsageError, match="-d takes whole numbers of at least 0, separated by commas"):
         verb.counts(text, "-d", 0)
 
 
 def test_lists_of_numbers() -> None:
     assert verb.counts("512,4096", "-p", 0) == (512, 4096)
     assert verb.counts("0", "-p", 0) == (0,)
-    with pytest.raises(UsageError, match="-b takes whole numbers from 1 up"):
+    with pytest.raises(UsageError, match="-b takes whole numbers of at least 1"):
         verb.counts("0", "-b", 1)
 
 
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["-b", "0"], "-b takes whole numbers from 1 up"),
+        (["-b", "0"], "-b takes whole numbers of at least 1"),
         (["-p", "0", "-n", "0"], "there is nothing to measure"),
         (["-p", "100000"], "100000 tokens is longer than the model's context of 4096"),
         (["-d", "4096", "-n", "1"], "4097 tokens"),

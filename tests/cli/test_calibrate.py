@@ -45,7 +45,7 @@ def test_from_a_text_to_a_packed_file(models: Models, text: Path, tmp_path: Path
 def test_importances_of_another_model(models: Models, tmp_path: Path) -> None:
     save_tensors(tmp_path / "other", {"layers.9.ffn.w2.weight": torch.ones(8)}, {})
     result = invoke("quantize", models("hello"), tmp_path / "m", "--importance", tmp_path / "other")
-    assert (result.exit_code, result.stdout) == (2, "") and "no matrix of this model" in result.stderr
+    assert (result.exit_code, result.stdout) == (2, "") and "not a matrix of this model" in result.stderr
     assert not (tmp_path / "m").exists() and not (tmp_path / "m.partial").exists()
 
 
@@ -58,7 +58,7 @@ def test_what_is_refused(models: Models, text: Path, tmp_path: Path, monkeypatch
         ((model, tmp_path / "absent", out), 2, "No such file"),
         ((model, tmp_path, out), 2, "Is a directory"),
         ((model, tmp_path / "empty", out), 2, "at least two"),
-        ((tmp_path / "taken", text, out), 3, "in place of the file"),
+        ((tmp_path / "taken", text, out), 3, "instead of the file"),
         ((model, text, "/"), 3, "not a file name"),
     ):
         result = invoke("calibrate", *words)

@@ -127,7 +127,7 @@ def test_save_writes_what_was_said(models: Models, file: Path, tools: Path) -> N
 
 def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path, models: Models) -> None:
     result = talk("/save", f"/save {tmp_path}", "/save /nowhere/x", args=[models("hello")])
-    assert "Name the file" in result.stderr and "/nowhere/x: cannot be written" in result.stderr
+    assert "give a file name" in result.stderr and "/nowhere/x: cannot be written" in result.stderr
     assert list(tmp_path.iterdir()) == []
     old = tmp_path / "old"
     old.write_text("old")
@@ -147,14 +147,14 @@ def test_commands(models: Models, file: Path, tools: Path) -> None:
     )  # fmt: skip
     for sentence in (
         "/save FILE     write the conversation",
-        "unknown command /nonsense; /help lists them",
-        "There is no message to answer yet.",
+        "unknown command /nonsense; see /help",
+        "there is no message to answer yet",
         "No system message.",
         "The system message: Be kind.",
         "No tools.",
         "Tools: get_time",
         "/nowhere: cannot be read",
-        "The conversation is forgotten.",
+        "Conversation reset.",
     ):
         assert sentence in result.stderr
     assert result.stdout == "Hello there.\n" * 2
@@ -293,7 +293,7 @@ def test_a_fault_of_the_engine_ends_the_chat(models: Models, monkeypatch: pytest
     assert "Traceback" not in result.stderr
     monkeypatch.setattr("godwit.engine.runner.ModelRunner.run", _no_memory)
     result = CliRunner().invoke(app, ["chat", models("hello")], input="Hi\n")
-    assert result.exit_code == 5 and "godwit: memory ran out" in result.stderr
+    assert result.exit_code == 5 and "godwit: out of memory" in result.stderr
 
 
 def _no_memory(*args: Any) -> None:
@@ -303,14 +303,14 @@ def _no_memory(*args: Any) -> None:
 def test_an_error_ends_the_answer_and_not_the_chat(models: Models, file: Path) -> None:
     result = talk("Hi", "x" * 5000, "Ho", f"/save {file}", args=[models("hello")])
     assert result.stdout == "Hello there.\n" * 2
-    assert "and the context 4096, so there is no room" in result.stderr and "/reset forgets" in result.stderr
+    assert "and the context 4096, which leaves no room" in result.stderr and "/reset forgets" in result.stderr
     texts = [message["content"] for message in saved(file)["messages"]]
     assert texts == ["Hi", "Hello there.", "Ho", "Hello there."]
 
 
 def test_a_full_context_is_said(models: Models) -> None:
     result = talk("Sing", args=[models("endless", max_position=64)])
-    assert "cut off by the limit of its length" in result.stderr
+    assert "cut off at the length limit" in result.stderr
 
 
 def test_models_that_cannot_talk(models: Models) -> None:
@@ -387,7 +387,7 @@ def test_ctrl_c_stops_an_answer_and_the_talk_goes_on(
     terminal.expect("stopped")
     terminal.expect("> ")
     terminal.type(f"/save {file}\n")
-    terminal.expect("2 messages are in")
+    terminal.expect("Saved 2 messages to")
     song = saved(file)["messages"][1]
     assert song["role"] == "assistant" and song["content"].startswith("la la la ")
     terminal.expect("> ")
@@ -398,7 +398,7 @@ def test_ctrl_c_stops_an_answer_and_the_talk_goes_on(
     words = song["content"].count("la ")
     assert f"({22 + words} cached)" in terminal.expect("stopped")
     terminal.expect("> ")
-    terminal.interrupt("Ctrl-C again or Ctrl-D ends the chat.")
+    terminal.interrupt("Press Ctrl-C again or Ctrl-D to end the chat.")
     terminal.type("/tools\n")
     terminal.expect("No tools.")
     terminal.expect("> ")
@@ -412,7 +412,7 @@ def test_ctrl_c_stops_an_answer_and_the_talk_goes_on(
 def test_a_talk_in_a_terminal(models: Models, console: list[Console], file: Path) -> None:
     terminal = Console("chat", models("tool"), TERM="xterm")
     console.append(terminal)
-    terminal.expect("/help shows")
+    terminal.expect("/help for commands")
     terminal.expect("> ")
     terminal.type("/help\n")
     terminal.expect("/regenerate")
@@ -434,7 +434,7 @@ def test_a_talk_in_a_terminal(models: Models, console: list[Console], file: Path
     terminal.expect("result of get_time> ")
     terminal.interrupt("Ctrl-C again")
     terminal.type(f"/save {file}\n")
-    terminal.expect("6 messages are in")
+    terminal.expect("Saved 6 messages to")
     assert saved(file)["messages"][0]["content"] == "Time\nnow?"
     terminal.expect("> ")
     terminal.type("\x04")

@@ -42,8 +42,8 @@ def test_what_is_missing_is_said_and_ends_with_1(
     assert doctor.run() == 1
     shown = capsys.readouterr().out
     assert "missing: The package numpy is not installed." in shown
-    assert "missing: The native module godwit._native was not built" in shown
-    assert "missing: PyTorch is installed but cannot be loaded" in shown
+    assert "missing: The native module godwit._native is not built" in shown
+    assert "missing: PyTorch is installed but cannot be imported" in shown
     assert "Nothing that is required" not in shown
 
 
@@ -80,7 +80,7 @@ def test_what_is_said_of_bfloat16(
     assert report["torch"]["bf16_matmul_fast"] == (fast and report["torch"]["mkldnn"])
     notes = [note for note in report["notes"] if "bfloat16" in note]
     assert len(notes) == (not report["torch"]["bf16_matmul_fast"])
-    assert all("PyTorch multiplies" in note and "native kernels are not concerned" in note for note in notes)
+    assert all("PyTorch multiplies" in note and "native kernels are not affected" in note for note in notes)
 
 
 DOCTOR = [sys.executable, "-c", "from godwit.cli.main import main; main()", "doctor"]

@@ -121,10 +121,10 @@ def test_lengths_are_checked_before_weights_are_read(models: Models, monkeypatch
     assert result.exit_code == 2 and "raise --context (at most 4096)" in result.stderr
     monkeypatch.setattr(common, "DEFAULT_CONTEXT", 32)
     result = invoke(models("hello"), "-p", "x " * 30)
-    assert result.exit_code == 2 and "the context 32, so there is no room" in result.stderr
+    assert result.exit_code == 2 and "the context 32, which leaves no room" in result.stderr
     monkeypatch.setattr(common, "memory", lambda: {"total": 1000, "available": 1000})
     result = invoke(models("hello"), "-p", "x", "--context", "4096")
-    assert result.exit_code == 5 and "GiB of memory are free; ask for fewer tokens" in result.stderr
+    assert result.exit_code == 5 and "GiB of memory are free; use fewer tokens" in result.stderr
 
 
 def test_a_context_that_is_asked_for_is_taken_and_shown(models: Models) -> None:
@@ -171,7 +171,7 @@ def test_system_and_tools_reach_the_prompt(models: Models, tmp_path: Path) -> No
     ("args", "code", "sentence"),
     [
         (["-p", " "], 2, "the prompt is empty"),
-        (["-p", "x", "--raw", "--system", "s"], 2, "--raw continues a text as it is"),
+        (["-p", "x", "--raw", "--system", "s"], 2, "--raw cannot be combined with"),
         (["-p", "x", "--frequency-penalty", "inf"], 2, "frequency_penalty has to be a number"),
         (["-p", "x", "--presence-penalty", "nan"], 2, "presence_penalty has to be a number"),
         (["-p", "x" * 5000], 2, "tokens and the context 4096"),
@@ -273,7 +273,7 @@ def test_wrong_settings_of_a_model_are_not_blamed_on_the_user() -> None:
     [
         ("{", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
-        ("3", "has to hold a list of tools"),
+        ("3", "must be a list of tools"),
         ("[{}]", "tool 1 has no name"),
         ('[{"name": "f"}, {"function": {"name": ""}}]', "tool 2 has no name"),
         ('[{"function": 3}]', "tool 1 has no name"),

@@ -101,7 +101,9 @@ def test_a_bare_config_says_what_the_files_may_hold(tmp_path: Path) -> None:
     assert found["cache"]["mtp_kv_per_token_if_present"] == 256
     assert {**found, "model": ""} == {**report(tmp_path), "model": ""}
     shown = invoke(tmp_path)
-    assert "config alone" in shown.stdout and f"({found['parameters']['mtp_if_present']:,})" in shown.stdout
+    assert (
+        "only the config" in shown.stdout and f"({found['parameters']['mtp_if_present']:,})" in shown.stdout
+    )
 
 
 @pytest.mark.parametrize("broken", ["missing", "unexpected", "misshapen"])
@@ -160,11 +162,11 @@ def test_it_judges_by_the_whole_memory_and_says_what_is_free(
     machine.update(total=16 * 10**9, available=1000)
     found = report(tmp_path / "m")
     assert found["contexts"][0]["fits"] and found["fits_now"] is False
-    assert "1.00 kB of it free now" in said(tmp_path / "m") and "To do: free some memory" in said(
+    assert "of which 1.00 kB are free now" in said(tmp_path / "m") and "To do: free some memory" in said(
         tmp_path / "m"
     )
     machine["available"] = 8 * 10**9
-    assert "To do: talk to it with godwit chat" in said(tmp_path / "m")
+    assert "To do: chat with it using godwit chat" in said(tmp_path / "m")
     machine["total"] = report(tmp_path / "m", "--context", "300")["contexts"][0]["resident"]
     assert "--context 300" in said(tmp_path / "m")
 
@@ -195,7 +197,7 @@ def test_the_sizes_of_packed_parts_add_up(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["synth", str(tmp_path), str(made), "--recipe", "q8"]).exit_code == 0
     found = report(made)
     stored = sum(part["bytes"] for part in found["packed"]["parts"].values())
-    total = next(line for line in invoke(made).stdout.splitlines() if "in all" in line)
+    total = next(line for line in invoke(made).stdout.splitlines() if line.strip().startswith("total"))
     assert stored == found["resident_packed"] and size_text(stored) in total
 
 
@@ -265,7 +267,7 @@ def test_what_it_would_take_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found["q4"]["resident"] < found["q8"]["resident"]
     assert "Packed as q4 it takes " in invoke(tmp_path).stdout and "if_packed" not in report(tmp_path / "q4")
     monkeypatch.setattr(inspect, "memory", lambda: {"total": 1000, "available": 1000})
-    assert " too much." in said(tmp_path) and "To do: take a machine with more than" in said(tmp_path)
+    assert " too large." in said(tmp_path) and "To do: use a machine with more than" in said(tmp_path)
 
 
 def test_nothing_there(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_memory_that_runs_out(generate: Verb, error: Exception) -> None:
     generate.error = error
     result = invoke("generate")
     assert result.exit_code == errors.MemoryBudgetError.exit_code
-    assert result.stderr.startswith("godwit: memory ran out; ") and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("godwit: out of memory; ") and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("error", [RuntimeError("odd"), errors.CheckpointError("cut short")])

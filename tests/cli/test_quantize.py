@@ -97,7 +97,7 @@ def test_what_a_token_reads(random_model: Path, tmp_path: Path) -> None:
 def test_people_get_tables(random_model: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text('[formats]\n"*.experts.w2" = "q8"\n')
     shown = invoke("quantize", random_model, tmp_path / "m", "--recipe", tmp_path / "recipe.toml")
-    assert shown.exit_code == 0 and "bits a weight" in shown.stdout and "written in" in shown.stdout
+    assert shown.exit_code == 0 and "bits per weight" in shown.stdout and "written in" in shown.stdout
     inspected = invoke("inspect", tmp_path / "m")
     assert inspected.exit_code == 0
     for words in ("bits", "q4/q8", "recipe.toml", "tokenizer.json", "packed weights"):
@@ -184,7 +184,7 @@ def test_a_tokenizer_is_looked_at_first(random_model: Path, tmp_path: Path) -> N
     (source / "tokenizer.json").unlink()
     result = invoke("quantize", source, tmp_path / "m")
     assert result.exit_code == 0 and result.stderr.startswith("warning: ")
-    assert "can be measured but not used for chat" in result.stderr
+    assert "can only be used with godwit bench" in result.stderr
     packed = PackedFile.open(tmp_path / "m")
     assert "tokenizer.json" not in packed.files()
 
@@ -193,7 +193,7 @@ def test_packed_files_are_not_packed_again(random_model: Path, tmp_path: Path) -
     assert invoke("quantize", random_model, tmp_path / "m.godwit").exit_code == 0
     for words in (("quantize",), ("synth",)):
         result = invoke(*words, tmp_path / "m.godwit", tmp_path / "n")
-        assert result.exit_code == 3 and "packed already" in result.stderr
+        assert result.exit_code == 3 and "already packed" in result.stderr
 
 
 def test_an_original_that_does_not_fit_is_refused_first(
@@ -233,4 +233,4 @@ def test_a_file_of_another_model_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     opened.raw_config = {**CONFIGS["hybrid"], "hidden_size": 64}
     monkeypatch.setattr(PackedFile, "open", lambda path: opened)
     result = invoke("inspect", tmp_path / "m")
-    assert result.exit_code == 3 and "does not fit its config" in result.stderr
+    assert result.exit_code == 3 and "does not match its config" in result.stderr

@@ -89,10 +89,10 @@ def test_what_is_wrong_is_said_at_once(models: Models, tmp_path: Path) -> None:
         (("--api-key-file", tmp_path / "absent"), "cannot be read"),
         (("--host", "no.such.host.invalid"), "give another --host"),
         (("--host", "192.0.2.1"), "use another --host"),
-        (("--cors-origin", "example.org"), "is no origin"),
-        (("--cors-origin", "https://example.org/path"), "is no origin"),
+        (("--cors-origin", "example.org"), "is not an origin"),
+        (("--cors-origin", "https://example.org/path"), "is not an origin"),
         (("--host", "0.0.0.0"), "--allow-host"),
-        (("--allow-host", "http://llm.example"), "is no host name"),
+        (("--allow-host", "http://llm.example"), "is not a host name"),
         (("--context", 10**9), "at most 4096 tokens"),
         (("--memory", 0), "allow more memory"),
     ):

@@ -62,7 +62,7 @@ def test_a_stopped_writer_says_how_to_go_on(
     assert f"{out} is not finished; {rest}" in result.stderr
     assert not out.exists() and "Traceback" not in result.stderr
     again = invoke(verb, model, out)
-    assert again.exit_code == 0 and "tensors were already there" in again.stdout
+    assert again.exit_code == 0 and "tensors were already written" in again.stdout
     assert [entry.name for entry in tmp_path.iterdir()] == ["m.godwit"]
     assert [signal.getsignal(each) for each in NUMBERS] == handlers
 
@@ -92,7 +92,7 @@ def test_output_that_cannot_be_written(words: list[str]) -> None:
             [sys.executable, "-c", MAIN, *words], stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("godwit: the output cannot be written (No space left on device)")
+    assert done.stderr.startswith("godwit: cannot write the output (No space left on device)")
 
 
 def test_output_that_is_closed() -> None:

@@ -53,14 +53,16 @@ def test_a_run_from_start_to_model(recipe_file: Path, tmp_path: Path) -> None:
     for word in ("loss", "mtp", "tokens/s", "GFLOP/s", "balance", "left"):
         assert word in shown[-1]
     assert "mtp" not in shown[0] and shown[-1].endswith("left 0s")
-    assert any(line.startswith("step 4: bits per held-out byte: held ") for line in lines)
+    assert any(line.startswith("step 4: held-out bits per byte: held ") for line in lines)
     assert load_model(out / "model").dtype == torch.bfloat16
     assert (out / "model" / "tokenizer.json").is_file()
     assert invoke(recipe_file, "--out", out).exit_code == 0  # all is done: it only exports again
     assert len(log_of(out)) == 8
 
 
-@pytest.mark.parametrize(("fast", "name"), [(True, "bfloat16, which"), (False, "float32: this CPU")])
+@pytest.mark.parametrize(
+    ("fast", "name"), [(True, "bfloat16, which is fast"), (False, "float32, as bfloat16 is slow")]
+)
 def test_the_cpu_chooses_the_arithmetic_where_the_recipe_does_not(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, name: str
 ) -> None:
@@ -73,7 +75,7 @@ def test_the_cpu_chooses_the_arithmetic_where_the_recipe_does_not(
 def test_some_steps_and_the_rest(recipe_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = invoke(recipe_file, "--out", out, "--steps", 3)
-    assert f"Ended after step 3 of 8. To go on: godwit train {recipe_file} --out {out}" in first.stderr
+    assert f"Ended after step 3 of 8. To continue: godwit train {recipe_file} --out {out}" in first.stderr
     assert first.stdout == f"{out / 'model'}\n" and len(log_of(out)) == 3
     assert invoke(recipe_file, "--out", out, "--steps", 2).exit_code == 0
     assert len(log_of(out)) == 5
@@ -104,7 +106,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(recipe_file: Path, tmp_path: Path) -
         assert process.stdout.read() == "" and process.wait() == 130
     assert "Finishing this step, then saving" in rest and "Traceback" not in rest
     steps = len(log_of(out))
-    assert f"Saved after step {steps} of 100000. To go on: godwit train {recipe_file} --out {out}" in rest
+    assert f"Saved after step {steps} of 100000. To continue: godwit train {recipe_file} --out {out}" in rest
     assert torch.load(out / "state.pt", weights_only=True)["step"] == steps
     assert not (out / "model").exists()
 
@@ -123,7 +125,7 @@ def test_a_second_ctrl_c_ends_it_at_once(
     monkeypatch.setattr(Trainer, "_timed_step", step)
     before = signal.getsignal(signal.SIGINT)
     result = invoke(recipe_file, "--out", tmp_path / "out")
-    assert result.exit_code == 130 and "Stopped at once" in result.stderr and len(calls) == 1
+    assert result.exit_code == 130 and "Stopped; steps since" in result.stderr and len(calls) == 1
     assert signal.getsignal(signal.SIGINT) is before
 
 

@@ -40,7 +40,7 @@ class Run:
 
 
 class Core(EngineCore):
-    """Takes prompts, and checks the books after every step."""
+    """Runs prompts, and checks the engine's consistency after every step."""
 
     def __init__(
         self,

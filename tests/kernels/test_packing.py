@@ -82,7 +82,7 @@ def test_a_weight_that_is_no_number_is_refused_wherever_it_is(format: str, bad: 
     for place in ((0, 0), (33, 40), (49, 69)):
         x = torch.randn(50, 70)
         x[place] = bad
-        with pytest.raises(UsageError, match=f"{format} takes finite weights"):
+        with pytest.raises(UsageError, match=f"{format} can represent finite weights"):
             quantize(x, format)
 
 

@@ -193,7 +193,7 @@ def test_no_figure_while_the_kernels_are_red(monkeypatch: pytest.MonkeyPatch) ->
     red = [KernelCheck("q4", 0.5, 0.07, True)]
     monkeypatch.setattr(module, "check_kernels", lambda config, formats: red)
     monkeypatch.setattr(module, "measure", lambda *args: pytest.fail("it measured"))
-    with pytest.raises(KernelParityError, match="no speed is reported: with q4 weights"):
+    with pytest.raises(KernelParityError, match="no speeds are reported: with q4 weights"):
         bench(tiny_model("attention"), PLAN)
 
 
@@ -249,7 +249,7 @@ def test_plans_that_cannot_be(plan: BenchPlan, words: str) -> None:
 
 def test_caches_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_cases, "memory", lambda: {"total": 10**9, "available": 10**5})
-    with pytest.raises(MemoryBudgetError, match="ask for smaller depths or batches"):
+    with pytest.raises(MemoryBudgetError, match="use smaller depths or batches"):
         CaseRunner(tiny_model("attention"), [Case("decode", 8, 2000, 4)], 16)
 
 

@@ -363,8 +363,8 @@ BAD: tuple[tuple[Mapping[str, Any], type[GodwitError], str], ...] = (
     ({"use_sliding_window": True, "sliding_window": 4096}, UnsupportedModelError, "sliding"),
     ({"mtp_num_hidden_layers": 2}, UnsupportedModelError, "mtp_num_hidden_layers"),
     ({"num_hidden_layers": 4096}, CheckpointError, "num_hidden_layers must be a whole number from 1 to 1024"),
-    ({"num_experts": 2**20}, CheckpointError, "experts in all, more than 262144"),
-    ({"num_attention_heads": 2**16, "head_dim": 2**10}, CheckpointError, "are wider than 1048576 in all"),
+    ({"num_experts": 2**20}, CheckpointError, "experts in total, more than 262144"),
+    ({"num_attention_heads": 2**16, "head_dim": 2**10}, CheckpointError, "are wider than 1048576 in total"),
     ({"linear_num_value_heads": 2**16}, CheckpointError, "heads are 8392704 wide, more than 1048576"),
     ({"mtp_num_hidden_layers": "1"}, CheckpointError, "mtp_num_hidden_layers"),
 )

@@ -84,7 +84,7 @@ def small(engines: Engines) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def few(engines: Engines) -> Iterator[Running]:
-    """A server with patience and few places."""
+    """A server with default timeouts and few connections."""
     with running(engines("endless", max_context=4096), limits=Limits(connections=3)) as server:
         yield server
 

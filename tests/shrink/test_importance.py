@@ -221,7 +221,7 @@ def test_files_that_are_no_importances(tmp_path: Path) -> None:
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     with path.open("ab") as file:
         file.truncate(8 + len(header) + 2**33)  # a hole: nothing is written
-    with pytest.raises(CheckpointError, match=r"holds 8\.0 GiB"):
+    with pytest.raises(CheckpointError, match=r"has 8\.0 GiB"):
         read_importance(path)
     path.unlink()
     path.symlink_to("/dev/zero")

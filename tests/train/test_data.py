@@ -177,13 +177,13 @@ def test_absent_and_damaged_files_are_named(tmp_path: Path, part: str) -> None:
 def test_offsets_that_cannot_be(tmp_path: Path, offsets: list[int]) -> None:
     write_source(tmp_path, "a", [([1] * 5, [0] * 5)])
     np.save(tmp_path / "a.offsets.npy", np.asarray(offsets))
-    with pytest.raises(UsageError, match="do not belong together"):
+    with pytest.raises(UsageError, match="do not match"):
         Source.open(tmp_path, "a")
 
 
 def test_roles_that_are_none(tmp_path: Path) -> None:
     write_source(tmp_path, "a", [([1, 1], [0, 4])])
-    with pytest.raises(UsageError, match="do not belong together"):
+    with pytest.raises(UsageError, match="do not match"):
         Source.open(tmp_path, "a")
 
 

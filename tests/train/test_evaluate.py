@@ -81,5 +81,5 @@ def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"held\.bytes\.npy: no such file"):
         HeldOut(tmp_path, "held", ROW, 2, max_batches=9)
     np.save(tmp_path / "held.bytes.npy", np.ones(8))
-    with pytest.raises(UsageError, match="counts 8 documents of 9"):
+    with pytest.raises(UsageError, match="8 byte counts for 9 documents"):
         HeldOut(tmp_path, "held", ROW, 2, max_batches=9)

@@ -1,4 +1,4 @@
-"""Checkpoints: the protocol that the loader reads, and directories of safetensors, plain or FP8."""
+"""Checkpoints: the protocol used by the loader, and directories of safetensors files, plain or FP8."""
 
 from godwit.checkpoint.fp8 import dequantize_fp8, quantize_fp8
 from godwit.checkpoint.protocol import Checkpoint, TensorInfo

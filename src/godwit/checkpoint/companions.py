@@ -1,4 +1,4 @@
-"""The files that travel with a model besides its tensors and config."""
+"""A model's files other than its tensors and config."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ COMPANIONS = (
 
 
 def read_companions(directory: Path) -> dict[str, bytes]:
-    """The :data:`COMPANIONS` that a directory has.
+    """Read the :data:`COMPANIONS` in a directory.
 
     Raises:
-        CheckpointError: one is not a regular file, is too large, links out of the directory or cannot be
-            read.
+        CheckpointError: one of them is not a regular file, is too large, is a link out of the directory or
+            cannot be read.
     """
     found: dict[str, bytes] = {}
     for name in COMPANIONS:

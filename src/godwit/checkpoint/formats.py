@@ -1,4 +1,4 @@
-"""Names the formats in a directory that Godwit does not read, and what to do instead."""
+"""Recognise unsupported formats in a directory, and say what to do instead."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 
-_SIDE_BYTES = 1 << 20  # of a README or a small JSON file
+_SIDE_BYTES = 1 << 20  # read at most this much of a README or a small JSON file
 _BASE_MODEL = re.compile(r"^base_model:\s*(?:-\s*)?[\"']?([\w.-]+/[\w.-]+)", re.MULTILINE | re.ASCII)
-#: What a directory without *.safetensors may hold instead, in the order of the checks.
+#: What a directory without *.safetensors may have instead, in the order of the checks.
 _INSTEAD = (
     ((".onnx", ".onnx_data", ".ort"), "holds an ONNX model"),
     (PICKLES, "its weights are pickles (.bin, .pt, .pth), which can run code and are never opened"),
@@ -61,7 +61,7 @@ _COMPRESSED = {
     "int-quantized": "INT8",
     "pack-quantized": "INT4 or INT8",
 }
-#: Last part of a tensor's name -> the quantisation it belongs to, where no config names one.
+#: Last part of a tensor's name -> its quantisation, for when no config names one.
 _TENSORS = (
     (r"g_idx", "GPTQ"),
     (r"qweight|qzeros", "AWQ or GPTQ"),
@@ -77,7 +77,7 @@ _TENSORS = (
 
 
 def is_gguf(path: str | Path) -> bool:
-    """Whether ``path`` is a file that begins as a GGUF file does, whatever its name."""
+    """Whether ``path`` is a file that starts like a GGUF file, regardless of its name."""
     try:
         return os.path.isfile(path) and read_beginning(path, 4) == b"GGUF"
     except (OSError, CheckpointError):
@@ -85,10 +85,10 @@ def is_gguf(path: str | Path) -> bool:
 
 
 def check_directory(directory: Path) -> None:
-    """Refuse a directory without a checkpoint, and say what it holds instead.
+    """Reject a directory that is not a checkpoint, and say what it is.
 
     Raises:
-        UnsupportedModelError: another format, or a part of a model.
+        UnsupportedModelError: another format, or part of a model.
         CheckpointError: nothing usable, or an unfinished download.
         OSError: the directory cannot be read.
     """
@@ -107,7 +107,7 @@ def check_directory(directory: Path) -> None:
 
 
 def _refuse_parts(directory: Path, names: list[str]) -> None:
-    """Refuse what has weights but is not a language model by itself."""
+    """Reject directories that have weights but are not complete language models."""
     if "config.json" in names:
         return
     if "adapter_config.json" in names:
@@ -122,13 +122,13 @@ def _refuse_parts(directory: Path, names: list[str]) -> None:
         )
     if "params.json" in names:
         raise UnsupportedModelError(
-            f"{directory}: a checkpoint in Mistral's or Meta's own layout (params.json); fetch the one for "
+            f"{directory}: a checkpoint in Mistral's or Meta's layout (params.json); fetch the one for "
             "transformers, with config.json and *.safetensors files"
         )
 
 
 def _gguf(directory: Path, names: list[str]) -> Kind | None:
-    """The kind of a directory of GGUF files, or of one fetched from a repository of them."""
+    """The kind of a directory of GGUF files, or one downloaded from a GGUF repository."""
     if {"blobs", "manifests"} <= set(names):
         return Kind("Ollama's store, whose models are GGUF files (the format of llama.cpp)")
     files = [name for name in names if name.lower().endswith(".gguf") or name.startswith("sha256-")]
@@ -147,13 +147,13 @@ def _without_weights(directory: Path, names: list[str]) -> str:
     if not names:
         return "an empty directory; give one with config.json and *.safetensors files"
     if any(name.endswith(_UNFINISHED) for name in names):
-        return "its download is not finished; finish or repeat it"
+        return "an unfinished download; finish or repeat it"
     inside = _checkpoint_inside(directory)
     if inside is not None:
-        return f"not a checkpoint itself, but {inside} is one; give that directory"
+        return f"not a checkpoint, but {inside} is one; give that directory"
     if "config.json" in names:
         return "has a config.json but no weights (*.safetensors); fetch the weights too"
-    return "holds no checkpoint; give a directory with config.json and *.safetensors files"
+    return "not a checkpoint; give a directory with config.json and *.safetensors files"
 
 
 def _checkpoint_inside(directory: Path) -> Path | None:
@@ -177,7 +177,7 @@ def original_of(directory: Path, raw_config: Mapping[str, Any] | None = None) ->
 
 
 def _side_json(path: Path) -> dict[str, Any]:
-    """A small JSON object; empty where it cannot be read."""
+    """A small JSON object; empty if it cannot be read."""
     try:
         value = json.loads(read_beginning(path, _SIDE_BYTES, folder=path.parent))
     except (OSError, CheckpointError, ValueError, RecursionError):
@@ -186,7 +186,7 @@ def _side_json(path: Path) -> dict[str, Any]:
 
 
 def name_of_quantization(section: Mapping[str, Any]) -> str:
-    """The usual name of what a quantization section of ``config.json`` describes."""
+    """The usual name of the quantisation that a section of ``config.json`` describes."""
     method = section.get("quant_method")
     if method is None and "bits" in section and "group_size" in section:
         return f"MLX of {section['bits']!r:.10} bits"
@@ -206,7 +206,7 @@ def name_of_quantization(section: Mapping[str, Any]) -> str:
 
 
 def name_of_tensors(directory: Path, names: Iterable[str]) -> str | None:
-    """The quantisation that tensors with these names belong to, if it is known."""
+    """The quantisation indicated by tensor names, if known."""
     last = {name.rpartition(".")[2] for name in names}
     for pattern, name in _TENSORS:
         if any(re.fullmatch(pattern, part) for part in last):

@@ -1,9 +1,9 @@
-"""Block-wise FP8 weights, as the official Qwen FP8 checkpoints store them.
+"""Block-wise FP8 weights, as in the official Qwen FP8 checkpoints.
 
-A weight ``[..., out, in]`` in E4M3 (the "fn" flavour: largest value 448, no infinities) comes with a tensor
-of the same name plus ``_scale_inv``, ``[..., ceil(out / 128), ceil(in / 128)]``. Despite that name the scale
-multiplies: ``W[i, j] = float(q[i, j]) * scale[i // 128, j // 128]``. Source: ``FineGrainedFP8Config`` in
-transformers and the model cards of the Qwen FP8 releases.
+A weight ``[..., out, in]`` in E4M3 (the "fn" variant: largest value 448, no infinities) comes with a tensor
+of the same name plus ``_scale_inv``, ``[..., ceil(out / 128), ceil(in / 128)]``. Despite that name, weights
+are multiplied by the scale: ``W[i, j] = float(q[i, j]) * scale[i // 128, j // 128]``. Source:
+``FineGrainedFP8Config`` in transformers and the model cards of the Qwen FP8 releases.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ SCALE_SUFFIX = "_scale_inv"
 E4M3_MAX = 448.0
 DEFAULT_BLOCK = (128, 128)
 
-# Rows are converted in pieces of about this many elements, so that the float32 in between stays small.
+# Rows are converted in pieces of about this many elements, so that the float32 temporaries stay small.
 _PIECE = 1 << 18
 
 
 def fp8_block_size(raw_config: Mapping[str, Any], original: str | None = None) -> tuple[int, int]:
-    """The block [out, in] one scale covers, from a ``config.json``; 128 x 128 where it says nothing.
+    """The block size [out, in] of a scale, from a ``config.json``; 128 x 128 by default.
 
-    ``original`` is the repository of the weights before they were quantised, for the error.
+    ``original`` is the repository of the unquantised weights, for error messages.
 
     Raises:
-        UnsupportedModelError: the config announces another quantisation.
-        CheckpointError: the quantisation section makes no sense.
+        UnsupportedModelError: the config declares another quantisation.
+        CheckpointError: the quantisation section is invalid.
     """
     config = _quantization_section(raw_config)
     if config is None:
@@ -46,12 +46,12 @@ def fp8_block_size(raw_config: Mapping[str, Any], original: str | None = None) -
     if config.get("quant_method") != "fp8":
         name = name_of_quantization(config)
         raise UnsupportedModelError(
-            f"its weights are quantised with {name}, which is not read; {next_step(original)}"
+            f"its weights are quantised with {name}, which is not supported; {next_step(original)}"
         )
     for field, known in (("activation_scheme", "dynamic"), ("fmt", "e4m3")):
         if config.get(field, known) != known:
             raise UnsupportedModelError(
-                f"its FP8 weights have {field} {config[field]!r:.60}, which is not read; "
+                f"its FP8 weights have {field} {config[field]!r:.60}, which is not supported; "
                 f"{next_step(original)}"
             )
     sides = config.get("weight_block_size", list(DEFAULT_BLOCK))
@@ -61,9 +61,9 @@ def fp8_block_size(raw_config: Mapping[str, Any], original: str | None = None) -
 
 
 def coarse_scales(original: str | None) -> UnsupportedModelError:
-    """The error for FP8 weights whose scales are not those of blocks."""
+    """The error for FP8 weights whose scales are not per block."""
     return UnsupportedModelError(
-        f"its FP8 weights have one scale a tensor or channel, and only those with one a block are read; "
+        f"its FP8 weights have one scale per tensor or channel, but only one per block is supported; "
         f"{next_step(original)}"
     )
 
@@ -71,7 +71,7 @@ def coarse_scales(original: str | None) -> UnsupportedModelError:
 def _quantization_section(raw_config: Mapping[str, Any]) -> object:
     text = raw_config.get("text_config")
     for part in (raw_config, text if isinstance(text, Mapping) else {}):
-        # "compression_config" and "quantization" are the names older compressed-tensors and MLX files use.
+        # Older compressed-tensors files call it "compression_config", MLX files "quantization".
         for key in ("quantization_config", "compression_config", "quantization"):
             if part.get(key) is not None:
                 return part[key]
@@ -106,9 +106,9 @@ def dequantize_fp8(
 ) -> torch.Tensor:
     """The weight ``[..., out, in]`` in bfloat16, multiplied in float32 and rounded once.
 
-    With ``out`` given (same shape, any floating dtype and device) the rounded values are written there
-    instead; the memory in between is a few MiB either way. With ``rows``, a range of the first dimension,
-    only these are computed.
+    If ``out`` is given (same shape, any floating dtype and device), the rounded values are written there.
+    Temporaries take a few MiB either way. If ``rows``, a range of the first dimension, is given, only these
+    are computed.
 
     Raises:
         CheckpointError: the scales have the wrong shape, or some of them are not finite.
@@ -133,7 +133,7 @@ def dequantize_fp8(
 
 
 def _some_rows(q: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], rows: range) -> torch.Tensor:
-    height = block[0] if q.dim() == 2 else 1  # of more dimensions the first counts matrices, not rows
+    height = block[0] if q.dim() == 2 else 1  # with more dimensions, the first counts matrices, not rows
     first, last = rows.start // height, -(-rows.stop // height)
     begin = first * height
     part = dequantize_fp8(q[begin : last * height], scale[first:last], block)
@@ -145,7 +145,7 @@ def quantize_fp8(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise ``[..., out, in]`` to (E4M3 codes of the same shape, float32 scales).
 
-    The scale of a block is its largest magnitude / 448, or 1 for a block of zeros; codes are rounded to the
+    The scale of a block is its largest magnitude / 448, or 1 for a block of zeros; codes are rounded to
     nearest, ties to even.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Finds the weight files of a model directory and checks them against the index."""
+"""Find the weight files of a model directory and check them against the index."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from godwit.errors import CheckpointError
 from godwit.safe_files import read_bounded
 
 WEIGHTS = "model.safetensors"
-MAX_INDEX_BYTES = 32 << 20  # the largest models' have about 15 MB
+MAX_INDEX_BYTES = 32 << 20  # the largest models have an index of about 15 MB
 
 _NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors", re.ASCII)
 
@@ -20,8 +20,8 @@ _NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors", re.ASCII)
 def open_shards(directory: Path) -> dict[str, SafetensorsFile]:
     """Tensor name -> the open file that holds it, for all weights of the directory, in file and byte order.
 
-    With an index, the files are those it names (and a tensor such a file holds beyond the index is kept);
-    without one, ``model.safetensors``, or every ``*.safetensors``. Pickles are never opened.
+    With an index, its files are used, including tensors that the index does not list; without one,
+    ``model.safetensors``, or else every ``*.safetensors``. Pickles are never opened.
 
     Raises:
         CheckpointError: a missing shard, a damaged file, or files that contradict each other.
@@ -41,7 +41,7 @@ def open_shards(directory: Path) -> dict[str, SafetensorsFile]:
     for tensor, name in (index or {}).items():
         if tensor not in shards or shards[tensor].path.name != name:
             raise CheckpointError(
-                f"{directory / INDEX}: places tensor {shown(tensor)} in {name}, which lacks it; "
+                f"{directory / INDEX}: lists tensor {shown(tensor)} in {name}, which lacks it; "
                 "fetch the index and that file again"
             )
     return shards
@@ -66,19 +66,19 @@ def _read_index(directory: Path) -> dict[str, str] | None:
             )
     if WEIGHTS not in files and (directory / WEIGHTS).exists():
         raise CheckpointError(
-            f"{directory}: holds {WEIGHTS} and an index that does not name it, so there are two sets of "
-            "weights; remove one"
+            f"{directory}: has both {WEIGHTS} and an index of other files, so there are two sets of weights; "
+            "remove one"
         )
     return index
 
 
 def _check_shard_name(path: Path, name: object) -> None:
-    # A bare file name on any system: an index must not lead outside its directory.
+    # A plain file name on every system: an index must not point outside its directory.
     plain = isinstance(name, str) and name == PureWindowsPath(name).name and name.isprintable()
     if not plain or not str(name).endswith(".safetensors"):
         raise CheckpointError(
-            f"{path}: names the file {shown(name)}; only plain names of .safetensors files in the same "
-            "directory are followed"
+            f"{path}: names the file {shown(name)}, but may only name .safetensors files in the same "
+            "directory; fetch it again"
         )
 
 
@@ -97,6 +97,4 @@ def _check_numbers(directory: Path, names: list[str]) -> None:
         for number in range(1, int(match[3]) + 1) if match else ():
             wanted = f"{match[1]}-{number:05d}-of-{match[3]}.safetensors" if match else name
             if wanted not in names:
-                raise CheckpointError(
-                    f"{directory}: {wanted} is missing beside {name}; fetch the checkpoint again"
-                )
+                raise CheckpointError(f"{directory}: has {name} but not {wanted}; fetch the checkpoint again")

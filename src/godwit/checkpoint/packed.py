@@ -1,6 +1,6 @@
-"""The packed file: one model in one file, laid out as the native kernels read it (docs/packed-format.md).
+"""Packed files: a model in one file, in the layout of the native kernels (docs/packed-format.md).
 
-Everything is checked against the file's size first; tensors are views of a private memory map.
+The whole header is checked against the file's size first; tensors are views of a private memory map.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from godwit.qtensor import QuantExperts, QuantTensor, weight_bytes
 from godwit.safe_files import open_regular, read_beginning
 
 _CHUNK = 1 << 20
-_W13, _W2 = ".w13", ".w2"  # the parameters of a stack of experts
+_W13, _W2 = ".w13", ".w2"  # suffixes of the parameters of a stack of experts
 
 
 def is_packed(path: str | Path) -> bool:
-    """Whether ``path`` is a file with the magic bytes of a packed model, or its suffix."""
+    """Whether ``path`` is a file with the magic bytes or the suffix of a packed model."""
     file = Path(path)
     if not file.is_file():
         return False
@@ -53,11 +53,11 @@ def is_packed(path: str | Path) -> bool:
 
 
 class PackedFile:
-    """An open packed model: header checked, data mapped and not yet read.
+    """An open packed model: its header is checked, its data are mapped but not read.
 
-    As a :class:`~godwit.checkpoint.protocol.Checkpoint` its tensors are those of the unpacked model, in
-    float32; :meth:`packed` gives them as they are stored. The map is private: writing to a view changes this
-    process's copy of a page, never the file.
+    As a :class:`~godwit.checkpoint.protocol.Checkpoint` it has the tensors of the unpacked model, in float32;
+    :meth:`packed` returns them as stored. The map is private: writing to a view changes this process's copy
+    of a page, never the file.
     """
 
     native_names = True
@@ -85,7 +85,7 @@ class PackedFile:
         """Open a packed file.
 
         Raises:
-            CheckpointError: missing, unfinished, damaged, cut short or hostile; the sentence says which.
+            CheckpointError: missing, unfinished, damaged, truncated or malicious.
         """
         return PackedFile(Path(path))
 
@@ -100,9 +100,9 @@ class PackedFile:
 
     @property
     def blobs(self) -> dict[str, TensorBlob]:
-        """What is stored, in the order of its bytes, under the parameter names of ``CausalLM``.
+        """The stored blobs in file order, by the parameter names of ``CausalLM``.
 
-        A stack of experts is one blob, named like the module that holds its two parameters.
+        A stack of experts is one blob, named after the module of its two parameters.
         """
         return {name: self._place(name)[0] for name in self._tensors}
 
@@ -117,7 +117,7 @@ class PackedFile:
         return blob.view(data)
 
     def names(self) -> list[str]:
-        """The parameter names of ``CausalLM``, in the order of their bytes."""
+        """The parameter names of ``CausalLM``, in file order."""
         return [name for blob in self._tensors for name in self._parts(blob)]
 
     def __contains__(self, name: str) -> bool:
@@ -143,11 +143,11 @@ class PackedFile:
         return TensorInfo((blob.num_experts, rows, cols), torch.float32, format, nbytes)
 
     def tensor(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """One parameter, dequantised to float32 unless it is stored as it is.
+        """One parameter, dequantised to float32 if it is quantised.
 
         Args:
             name: one of :meth:`names`.
-            rows: only this range of the first dimension.
+            rows: read only this range of the first dimension.
 
         Raises:
             CheckpointError: there is no such tensor.
@@ -164,15 +164,15 @@ class PackedFile:
         return (value.dequantize() if isinstance(value, QuantTensor) else value)[wanted]
 
     def groups(self, name: str, rows: slice | None = None) -> None:
-        """None: a packed file is used as it is, or unpacked."""
+        """None: packed files are not packed again."""
 
     def release(self, name: str) -> None:
-        """Drop the resident pages of the blob that holds a parameter."""
+        """Drop the resident pages of a parameter's blob."""
         place = self._place(self._blob_of(name))[1]
         safetensors.release_pages(self._map, place.offset, place.end)
 
     def files(self) -> dict[str, bytes]:
-        """The embedded files: tokenizer, chat template and their like.
+        """The embedded files, such as tokenizer and chat template.
 
         Raises:
             CheckpointError: one of them does not match its checksum.
@@ -187,10 +187,10 @@ class PackedFile:
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Check every byte of the file: all checksums, and that the padding is zero.
 
-        ``progress`` is called with (bytes done, bytes in all).
+        ``progress`` is called with (bytes done, total bytes).
 
         Raises:
-            CheckpointError: lists what is damaged, up to a limit.
+            CheckpointError: the file is damaged; the message lists up to ten of the damaged parts.
         """
         wrong, done = [], 0
         try:
@@ -223,7 +223,7 @@ class PackedFile:
         return (blob + _W13, blob + _W2) if stack else (blob,)
 
     def _blob_of(self, name: str) -> str:
-        """The blob of a parameter: its own, or the stack of experts that it is a part of."""
+        """The name of a parameter's blob: its own, or the stack of experts that contains it."""
         stack = name.removesuffix(_W13).removesuffix(_W2)
         return stack if stack in self._tensors and name in self._parts(stack) else name
 

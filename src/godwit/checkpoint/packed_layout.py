@@ -1,7 +1,7 @@
-"""The table of a packed file: its blobs, their places, and the header that lists them.
+"""The table of a packed file: its blobs, their offsets, and the header that lists them.
 
-docs/packed-format.md specifies it byte by byte. Offsets follow from the order and sizes of the blobs, and
-sizes from formats and shapes, so an entry is checked by computing it again from its few free fields.
+docs/packed-format.md specifies every byte. Offsets follow from the order and sizes of the blobs, and sizes
+from formats and shapes, so an entry is checked by computing it from its few independent fields.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ SUFFIX = ".godwit"
 MAGIC = b"GODWIT\0\0"
 VERSION = 2
 PREFIX = struct.Struct("<8sIIQ32s8x")  # magic, version, 0, header bytes, SHA-256 of the header, zeros
-PAGE = 4096  # where blobs begin, and the alignment of experts
+PAGE = 4096  # alignment of the first blob and of experts
 ALIGNMENT = 64  # of every other tensor and embedded file
 MAX_HEADER_BYTES = 64 << 20
-MAX_FILE_BYTES = 256 << 20  # of one embedded file
+MAX_FILE_BYTES = 256 << 20  # per embedded file
 NO_SUM = "0" * 64
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
@@ -45,7 +45,7 @@ Packed = torch.Tensor | QuantTensor | QuantExperts
 
 @dataclass(frozen=True)
 class FileBlob:
-    """An embedded file of so many bytes."""
+    """An embedded file of ``nbytes`` bytes."""
 
     nbytes: int
     alignment = ALIGNMENT
@@ -56,7 +56,7 @@ class FileBlob:
 
 @dataclass(frozen=True)
 class Plain:
-    """A tensor as it is: row-major, little-endian."""
+    """An unquantised tensor: row-major, little-endian."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -105,7 +105,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class ExpertStack:
-    """The routed experts of a layer, each on pages of its own."""
+    """The routed experts of a layer, each starting at a page boundary."""
 
     format13: str
     format2: str
@@ -116,7 +116,7 @@ class ExpertStack:
 
     @property
     def layout(self) -> tuple[int, int]:
-        """Where ``w2`` begins in an expert, and the distance between experts."""
+        """Offset of ``w2`` in an expert, and the distance between experts, in bytes."""
         return expert_layout(self.format13, self.format2, self.hidden, self.intermediate)
 
     @property
@@ -152,7 +152,7 @@ Blob = FileBlob | TensorBlob
 
 @dataclass(frozen=True)
 class Place:
-    """A blob at an absolute offset; ``sha256`` is that of its bytes, in hexadecimal."""
+    """A blob, its absolute offset, and the SHA-256 of its bytes in hexadecimal."""
 
     blob: Blob
     offset: int
@@ -164,12 +164,12 @@ class Place:
 
 
 def data_start(header_bytes: int) -> int:
-    """Where the blobs begin after a header of ``header_bytes``; offsets count from there."""
+    """Start of the blobs after a header of ``header_bytes``; offsets are relative to it."""
     return -(-(PREFIX.size + header_bytes) // PAGE) * PAGE
 
 
 def arrange(files: Mapping[str, FileBlob], tensors: Mapping[str, TensorBlob]) -> dict[tuple[str, str], int]:
-    """Offset of each ("files" or "tensors", name), files first, each a multiple of its alignment."""
+    """Offset of each ("files" or "tensors", name); files come first, and each is aligned as required."""
     offsets, at = dict[tuple[str, str], int](), 0
     for table, blobs in (("files", files), ("tensors", tensors)):
         for name, blob in blobs.items():
@@ -180,9 +180,9 @@ def arrange(files: Mapping[str, FileBlob], tensors: Mapping[str, TensorBlob]) ->
 
 @dataclass(frozen=True)
 class Table:
-    """A parsed header; offsets are absolute, tensors and files in the order of their bytes."""
+    """A parsed header; offsets are absolute, tensors and files are in file order."""
 
-    start: int  # where the blobs begin, which is the end of the header rounded up
+    start: int  # of the blobs: the end of the header, rounded up
     config: Mapping[str, Any]
     metadata: Mapping[str, str]
     files: Mapping[str, Place]
@@ -196,7 +196,7 @@ def header_text(
     tensors: Mapping[str, TensorBlob],
     sums: Mapping[tuple[str, str], str],
 ) -> bytes:
-    """The header; missing checksums are zeros, so its length is known before the data are written."""
+    """The header; missing checksums are zeros, so that its length is known before the data are written."""
     offsets = arrange(files, tensors)
 
     def entry(table: str, name: str, blob: Blob) -> dict[str, Any]:
@@ -213,7 +213,7 @@ def header_text(
 
 
 def prefix_of(header: bytes) -> bytes:
-    """The bytes before a header."""
+    """The prefix of a header."""
     return PREFIX.pack(MAGIC, VERSION, 0, len(header), hashlib.sha256(header).digest())
 
 
@@ -221,19 +221,19 @@ def read_table(file: BinaryIO, size: int, path: Path) -> Table:
     """Read and check everything before the blobs of a file of ``size`` bytes.
 
     Raises:
-        CheckpointError: this is not a complete packed file; the message says why.
+        CheckpointError: not a complete packed file; the message says why.
     """
     first = file.read(PREFIX.size)
     if first[: len(MAGIC)] != MAGIC:
-        raise CheckpointError(f"{path}: not a packed model, or one that was never finished; pack it again")
+        raise CheckpointError(f"{path}: not a packed model, or an unfinished one; pack it again")
     if len(first) < PREFIX.size:
         damaged(path, f"only {size} bytes long, too short for a packed model")
     _, version, zero, length, digest = PREFIX.unpack(first)
     if version != VERSION:
         remedy = "quantize the model again" if version < VERSION else "update Godwit"
         raise CheckpointError(
-            f"{path}: written in version {version} of the packed format, and this Godwit reads version "
-            f"{VERSION}; {remedy}"
+            f"{path}: has version {version} of the packed format, but this Godwit reads version {VERSION}; "
+            f"{remedy}"
         )
     if zero or any(first[-8:]):
         damaged(path, "the reserved bytes of its prefix are not zero")
@@ -251,7 +251,7 @@ def read_table(file: BinaryIO, size: int, path: Path) -> Table:
 
 
 class _HeaderReader:
-    """Turns one parsed header into a table."""
+    """Converts a parsed header to a table."""
 
     def __init__(self, path: Path, size: int, start: int) -> None:
         self.path, self.size, self.start = path, size, start
@@ -267,7 +267,7 @@ class _HeaderReader:
         if not all(isinstance(text, str) and text.isprintable() and len(text) <= MAX_TEXT for text in texts):
             damaged(self.path, "the metadata of its header are not short printable texts")
         if not header["tensors"]:
-            damaged(self.path, "it holds no tensors")
+            damaged(self.path, "it has no tensors")
         files = {name: self._file(name, entry) for name, entry in header["files"].items()}
         tensors = {name: self._tensor(name, entry) for name, entry in header["tensors"].items()}
         return self._placed(header, files, tensors)
@@ -283,9 +283,9 @@ class _HeaderReader:
             digest = entry.get("sha256")
             if not isinstance(digest, str) or not _SUM.fullmatch(digest):
                 damaged(self.path, f"{shown(name)} has no checksum")
-            # The entry must be what Godwit would write: the same place and size, and no other field.
+            # The entry must be exactly as Godwit would write it: same offset and size, no other fields.
             if not _same(entry, {**blob.fields(), "offset": offset, "sha256": digest}):
-                damaged(self.path, f"the entry of {shown(name)} contradicts itself or its place in the file")
+                damaged(self.path, f"the entry of {shown(name)} contradicts itself or its offset")
             place = Place(blob, self.start + offset, digest)
             places[table][name], end = place, place.end
         if end != self.size:
@@ -341,7 +341,7 @@ class _HeaderReader:
 
 
 def _same(entry: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    # Compare types as well: in Python, 64 == 64.0 and 1 == True.
+    # Compare types too: in Python, 64 == 64.0 and 1 == True.
     return entry.keys() == wanted.keys() and all(
         type(entry[name]) is type(value) and entry[name] == value for name, value in wanted.items()
     )

@@ -1,7 +1,7 @@
-"""Writing a packed file: it appears whole or not at all, and a killed writer can be resumed.
+"""Write packed files atomically; a killed writer can be resumed.
 
-The file grows as ``NAME.partial``; ``NAME.journal`` beside it identifies its source and lists the tensors
-that are on disk, each line added only after its tensor. The prefix is written last, then the file is renamed.
+Data go to ``NAME.partial``; ``NAME.journal`` next to it identifies the source and lists the tensors on disk,
+each added only after its data. The prefix is written last, then the file is renamed.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from godwit.checkpoint.packed_layout import (
 from godwit.errors import CheckpointError
 from godwit.safe_files import read_bounded
 
-#: Written bytes are synced after this many; a kill loses at most that much and one tensor.
+#: Sync after this many bytes; a kill loses at most that much plus one tensor.
 SYNC_BYTES = 256 << 20
 _KEY = "sha256"
 _MAX_JOURNAL = 64 << 20
 
 
 class PackedWriter:
-    """Writes the tensors of a packed file one after the other, in any order; use it in a ``with`` statement.
+    """Writes the tensors of a packed file one at a time, in any order; use it in a ``with`` statement.
 
     Args:
         path: the file to create.
-        config: becomes the model's config.
-        files: embedded files.
-        tensors: what will be written.
-        metadata: text about the file.
+        config: the model's config.
+        files: files to embed.
+        tensors: the tensors to be written.
+        metadata: descriptive text about the file.
         identity: identifies the source; a partial file of another source is not resumed.
-        restart: start over in that case.
+        restart: discard such a partial file and start over.
 
     Raises:
-        CheckpointError: the file exists, another process writes it, a partial file is of something else, or
-            the disk refuses or lacks the space.
+        CheckpointError: the file exists, another process is writing it, there is a partial file of another
+            source, the disk is too full, or the file cannot be written.
     """
 
     def __init__(
@@ -99,16 +99,16 @@ class PackedWriter:
         try:
             if error is not None:
                 with suppress(OSError):
-                    self._record()  # keep as much of an interrupted run as possible
+                    self._record()  # so that a resumed run repeats as little as possible
         finally:
             os.close(self._file)
 
     def missing(self) -> list[str]:
-        """Tensors still to be written, in the order of the file."""
+        """Tensors still to be written, in file order."""
         return [name for name in self._table[3] if ("tensors", name) not in self._sums]
 
     def write(self, name: str, parts: Iterable[torch.Tensor]) -> None:
-        """Write a tensor from the uint8 tensors that make it up."""
+        """Write a tensor, given as consecutive uint8 tensors."""
         key = ("tensors", name)
         with self._explained():
             self._sums[key] = self._put(key, (_bytes(part) for part in parts))
@@ -136,7 +136,7 @@ class PackedWriter:
             os.fsync(self._file)
             _write_at(self._file, prefix_of(header), 0)
             os.fsync(self._file)
-            if hasattr(os, "posix_fadvise"):  # drop the small cached pages, as the reader asks for large ones
+            if hasattr(os, "posix_fadvise"):  # drop the small cached pages: the reader wants huge ones
                 os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
             os.rename(self.partial, self.path)
             publish.sync_directory(self.path.parent)
@@ -150,11 +150,11 @@ class PackedWriter:
             _write_at(self._file, part, at)
             at += len(part)
         if at - begin != self._sizes[key]:
-            raise ValueError(f"{key[1]} came with {at - begin} bytes, announced were {self._sizes[key]}")
+            raise ValueError(f"{key[1]} has {at - begin} bytes instead of {self._sizes[key]}")
         return digest.hexdigest()
 
     def _claim(self, restart: bool) -> int:
-        """Open and lock the partial file, and find out what it already holds."""
+        """Open and lock the partial file, and find out which tensors it already has."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
@@ -178,8 +178,8 @@ class PackedWriter:
         identity, sums = self._read_journal() if os.fstat(file).st_size else ("", {})
         if identity not in ("", self._identity) and not restart:
             raise CheckpointError(
-                f"{self.partial}: was begun from another model or recipe, so it cannot be continued; ask for "
-                "a restart, or choose another name"
+                f"{self.partial}: made from another model or recipe, so it cannot be continued; start over "
+                "with --restart, or choose another name"
             )
         known = identity == self._identity and os.fstat(file).st_size == self.nbytes and not restart
         if known:
@@ -217,8 +217,8 @@ class PackedWriter:
         free = shutil.disk_usage(self.partial.parent).free
         if self.nbytes - taken > free:
             raise CheckpointError(
-                f"{self.path}: will take {_size(self.nbytes)}, and the disk has {_size(free)} free; make "
-                "room or choose another place"
+                f"{self.path}: will take {_size(self.nbytes)}, but the disk has {_size(free)} free; free "
+                "some space or choose another place"
             )
 
     @contextmanager
@@ -227,7 +227,7 @@ class PackedWriter:
             yield
         except OSError as error:
             begun = os.path.lexists(self.partial)
-            rest = f"; the partial file stays in {self.partial.name}" if begun else "; choose another place"
+            rest = f"; the partial file is kept as {self.partial.name}" if begun else "; choose another place"
             raise CheckpointError(
                 f"{self.path}: could not be written ({error.strerror or error}){rest}"
             ) from error

@@ -1,4 +1,4 @@
-"""What the loader asks of a model on disk, whatever the format of its files."""
+"""The interface of a model on disk, independent of its file format."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from godwit.config import ModelConfig
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What :meth:`Checkpoint.tensor` would return, and how it is stored.
+    """Shape and dtype that :meth:`Checkpoint.tensor` returns, and how the tensor is stored.
 
-    ``stored`` is the name of the stored type; ``nbytes`` counts the file's bytes, with scales.
+    ``stored`` is the name of the stored type; ``nbytes`` is its size in the file, including scales.
     """
 
     shape: tuple[int, ...]
@@ -27,9 +27,9 @@ class TensorInfo:
 
 
 class Checkpoint(Protocol):
-    """An open model: headers checked, data mapped and not yet read.
+    """An open model: its headers are checked, its data are mapped but not read.
 
-    Opening one does not need a supported model type; :attr:`config` does.
+    Any model type can be opened; :attr:`config` requires a supported one.
     """
 
     @property
@@ -38,27 +38,27 @@ class Checkpoint(Protocol):
 
     @property
     def raw_config(self) -> Mapping[str, Any]:
-        """The model's config with the fields of a ``config.json``."""
+        """The model's config, with the fields of a ``config.json``."""
 
     @property
     def config(self) -> ModelConfig:
-        """The same, checked.
+        """The validated config.
 
         Raises:
-            UnsupportedModelError: the model type or a feature of it is not supported.
-            CheckpointError: a field is missing or makes no sense.
+            UnsupportedModelError: the model type or one of its features is not supported.
+            CheckpointError: a field is missing or invalid.
         """
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Text about the file that no computation depends on."""
+        """Descriptive text about the file; does not affect results."""
 
     @property
     def native_names(self) -> bool:
-        """Whether tensors have the names of ``CausalLM``'s parameters, rather than published ones."""
+        """Whether tensors are named like ``CausalLM``'s parameters rather than as published."""
 
     def names(self) -> list[str]:
-        """Tensor names, in the order in which reading them is fastest."""
+        """Tensor names, in the fastest order for reading."""
 
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype of one tensor, without reading it.
@@ -68,38 +68,37 @@ class Checkpoint(Protocol):
         """
 
     def tensor(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """One tensor on the CPU, dequantised where it is stored so; a view of the file where it can be.
+        """One tensor on the CPU, dequantised if necessary; a view of the file if possible.
 
         Args:
             name: one of :meth:`names`.
-            rows: a range of the first dimension (step 1), which is all that is read then.
+            rows: read only this range of the first dimension (step 1).
 
         Raises:
             CheckpointError: there is no such tensor, or it is damaged.
         """
 
     def groups(self, name: str, rows: slice | None = None) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """A matrix that q8 holds exactly: codes ``int8 [rows, cols]``, scales ``float16 [rows, cols / 32]``.
-
-        None for every other tensor.
+        """Codes ``int8 [rows, cols]`` and scales ``float16 [rows, cols / 32]`` of a matrix that q8 can
+        represent exactly; None for other tensors.
 
         Raises:
             CheckpointError: there is no such tensor, or it is damaged.
         """
 
     def release(self, name: str) -> None:
-        """Drop the resident pages of one tensor; a view of it stays valid and reads the file again."""
+        """Drop the resident pages of one tensor; views of it stay valid and read the file again."""
 
     def files(self) -> Mapping[str, bytes]:
-        """The tokenizer's files, chat template and generation settings, by name.
+        """The files of the tokenizer, chat template and generation settings, by name.
 
         Raises:
-            CheckpointError: one cannot be read.
+            CheckpointError: one of them cannot be read.
         """
 
 
 def num_parameters(checkpoint: Checkpoint) -> int:
-    """Elements of all tensors; scales do not count."""
+    """Number of elements of all tensors, without scales."""
     return sum(math.prod(checkpoint.info(name).shape) for name in checkpoint.names())
 
 

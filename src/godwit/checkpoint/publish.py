@@ -1,8 +1,7 @@
-"""A directory that appears whole or not at all, even if the process that writes it is killed.
+"""Write directories atomically, even if the writing process is killed.
 
-The new content grows in a sibling ``.<name>.saving`` and is renamed when complete. A directory that it
-replaces is renamed to ``.<name>.previous`` first and removed last. The next save cleans up after a killed
-one.
+New content is written to a sibling ``.<name>.saving`` and renamed when complete. A directory that it replaces
+is first renamed to ``.<name>.previous`` and removed last. The next save cleans up after one that was killed.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ _MARKER = "config.json"
 
 @contextmanager
 def published_directory(path: str | Path, *, overwrite: bool) -> Iterator[Path]:
-    """A staging directory to fill; if the block ends without an error, it becomes ``path``.
+    """A staging directory to fill, which becomes ``path`` if the block ends without an error.
 
-    ``path`` may be missing or empty; with ``overwrite`` it may also be a checkpoint, which is then replaced
-    as a whole.
+    ``path`` must be missing or empty; with ``overwrite`` it may also be a checkpoint, which is replaced as a
+    whole.
 
     Raises:
-        CheckpointError: ``path`` holds something else, another save is under way, or the disk refuses.
+        CheckpointError: ``path`` has other content, another save is in progress, or it cannot be written.
     """
     destination = Path(os.path.realpath(path))
     if not destination.name:
-        raise CheckpointError(f"{destination}: cannot be a checkpoint; name a directory to create")
+        raise CheckpointError(f"{destination}: cannot be a checkpoint; give a directory to create")
     staging = destination.with_name(f".{destination.name}.saving")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -47,19 +46,19 @@ def published_directory(path: str | Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def refuse_existing(path: Path) -> None:
-    """Make sure that a file can be created under this name.
+    """Check that no file has this name yet.
 
     Raises:
-        CheckpointError: the path exists already, or does not name a file.
+        CheckpointError: the path exists already, or is not a file name.
     """
     if not path.name:
-        raise CheckpointError(f"{str(path)!r}: not a file name; name the file to create")
+        raise CheckpointError(f"{str(path)!r}: not a file name; give the file to create")
     if os.path.lexists(path):
         raise CheckpointError(f"{path}: exists already; remove it or choose another name")
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a small file and wait until it is on the disk."""
+    """Write a small file and sync it to disk."""
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
@@ -70,16 +69,14 @@ def _check_destination(destination: Path, overwrite: bool) -> None:
     if not os.path.lexists(destination):
         return
     if not destination.is_dir():
-        raise CheckpointError(
-            f"{destination}: not a directory a checkpoint can be saved to; choose another name"
-        )
+        raise CheckpointError(f"{destination}: not a directory; choose another name")
     names = os.listdir(destination)
     if names and not overwrite:
-        raise CheckpointError(f"{destination}: not empty; choose another name, or ask to overwrite it")
+        raise CheckpointError(f"{destination}: not empty; choose another name, or allow overwriting it")
     if names and _MARKER not in names:
         raise CheckpointError(
-            f"{destination}: holds files but no {_MARKER}, so it is not a checkpoint and is not overwritten; "
-            "choose another name"
+            f"{destination}: not empty and has no {_MARKER}, so it is not a checkpoint to overwrite; choose "
+            "another name"
         )
 
 
@@ -89,7 +86,7 @@ def _claimed(staging: Path, destination: Path) -> Iterator[None]:
     staging.mkdir(exist_ok=True)
     descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        # The save that held the lock before may have published the directory behind this descriptor.
+        # The previous holder of the lock may have published the directory of this descriptor.
         if not lock(descriptor) or not is_still(staging, descriptor):
             raise CheckpointError(
                 f"{destination}: another process is saving there; wait, or choose another name"
@@ -119,7 +116,7 @@ def lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     except OSError:
-        # Some network file systems cannot lock directories; there, concurrent saves are up to the user.
+        # Some network file systems cannot lock directories; there, the user must avoid concurrent saves.
         return True
     return True
 
@@ -136,7 +133,7 @@ def _previous(destination: Path) -> Path:
 
 
 def _recover(destination: Path) -> None:
-    """Complete or undo a replacement that was cut off between or after its renames."""
+    """Complete or undo a replacement that was interrupted between or after its renames."""
     previous = _previous(destination)
     if not previous.is_dir():
         return
@@ -156,8 +153,8 @@ def _publish(staging: Path, destination: Path) -> None:
 
 
 def _replace(staging: Path, destination: Path) -> None:
-    """Put ``staging`` in the place of a checkpoint; :func:`_recover` completes it if this is cut off."""
-    # The lock keeps another save from taking the old directory for its staging while it is removed.
+    """Replace a checkpoint by ``staging``; if interrupted, :func:`_recover` completes it."""
+    # The lock keeps another save from using the old directory as its staging while it is being removed.
     old = os.open(destination, os.O_RDONLY | os.O_DIRECTORY)
     try:
         lock(old)
@@ -175,7 +172,7 @@ def _replace(staging: Path, destination: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make renames in a directory survive a loss of power."""
+    """Sync a directory, so that renames in it survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -23,22 +23,21 @@ from godwit.config import ModelConfig, read_config_json
 from godwit.errors import CheckpointError, UnsupportedModelError
 from godwit.file_kinds import next_step
 
-# Tensors that only a quantised weight brings along: the packings of GPTQ, AWQ, compressed-tensors and
-# bitsandbytes, and scales in other layouts. Without them the weight would be read as noise.
+# Tensors that accompany quantised weights: those of GPTQ, AWQ, compressed-tensors and bitsandbytes, and
+# scales in other layouts. A weight read without them would be noise.
 _COMPANION = re.compile(
     r"(?:.*[._])?(?:qweight|qzeros|scales?|scale_inv|scale_2|g_idx|weight_packed|zero_point|weight_shape"
     r"|absmax|quant_map|trellis|suh|svh|q_weight|W_q)"
 )
 
-_ROWS = 1024  # rows of the head and the embedding compared at a time
+_ROWS = 1024  # rows compared at a time, of head and embedding
 _log = logging.getLogger(__name__)
 
 
 class SafetensorsCheckpoint:
-    """An open checkpoint directory: headers checked, data mapped and not yet read.
+    """An open checkpoint directory: its headers are checked, its data are mapped but not read.
 
-    A :class:`~godwit.checkpoint.protocol.Checkpoint`. Code that a directory brings along (``auto_map``) is
-    never run.
+    A :class:`~godwit.checkpoint.protocol.Checkpoint`. Code in the directory (``auto_map``) is never run.
     """
 
     native_names = False
@@ -61,7 +60,7 @@ class SafetensorsCheckpoint:
 
     @cached_property
     def config(self) -> ModelConfig:
-        """The model's configuration, untied where the files hold a head other than the embedding.
+        """The model's configuration, untied if the files have a head that differs from the embedding.
 
         Raises:
             UnsupportedModelError: the model type or a feature of it is not supported.
@@ -77,7 +76,7 @@ class SafetensorsCheckpoint:
         return config.untied()
 
     def names(self) -> list[str]:
-        """Logical tensor names in the order of the files' bytes; the scales of FP8 weights are left out."""
+        """Logical tensor names in file order, without the scales of FP8 weights."""
         return [name for name in self._shards if name not in self._hidden]
 
     def __contains__(self, name: str) -> bool:
@@ -99,11 +98,11 @@ class SafetensorsCheckpoint:
         """One tensor on the CPU.
 
         A plain tensor is a view of the memory map (writing to it changes a private copy, never the file); an
-        FP8 weight is dequantised into a new bfloat16 tensor.
+        FP8 weight is dequantised to a new bfloat16 tensor.
 
         Args:
             name: one of :meth:`names`.
-            rows: only this range of the first dimension.
+            rows: read only this range of the first dimension.
 
         Raises:
             CheckpointError: there is no such tensor, or its scales are damaged.
@@ -118,9 +117,9 @@ class SafetensorsCheckpoint:
         """None: plain and FP8 weights are not integers times a scale."""
 
     def read_into(self, name: str, target: torch.Tensor) -> None:
-        """Copy one tensor into ``target`` (same shape, any dtype and device); drop the file's pages.
+        """Copy one tensor into ``target`` (same shape, any dtype and device), then drop the file's pages.
 
-        This is how a model is loaded within its own size: one tensor of the file is resident at a time.
+        Loading a model this way keeps only one tensor of the file resident at a time.
 
         Raises:
             CheckpointError: there is no such tensor, its shape differs, or its scales are damaged.
@@ -129,7 +128,7 @@ class SafetensorsCheckpoint:
         if entry.shape != tuple(target.shape):
             raise CheckpointError(
                 f"{self.path}: tensor {shown(name)} has shape {list(entry.shape)}, but the model expects "
-                f"{list(target.shape)}; config.json and the weights do not belong together"
+                f"{list(target.shape)}, so config.json does not match the weights; fetch the checkpoint again"
             )
         with torch.no_grad():
             if name in self._scales:
@@ -139,9 +138,9 @@ class SafetensorsCheckpoint:
         self.release(name)
 
     def release(self, name: str) -> None:
-        """Drop the resident pages of one tensor; a view of it stays valid and reads the file again.
+        """Drop the resident pages of one tensor; views of it stay valid and read the file again.
 
-        Changes made through such a view are lost.
+        Changes made through views are lost.
         """
         for stored in filter(None, (name, self._scales.get(name))):
             self._entry(stored)
@@ -157,29 +156,30 @@ class SafetensorsCheckpoint:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What the headers of the files say about them."""
+        """The metadata in the files' headers."""
         return {key: text for shard in self._shards.values() for key, text in shard.metadata.items()}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors in the files, with FP8 scales."""
+        """Size of all tensors in the files, including FP8 scales."""
         return sum(shard.entries[name].nbytes for name, shard in self._shards.items())
 
     @property
     def num_parameters(self) -> int:
-        """Elements of all logical tensors; FP8 scales do not count."""
+        """Number of elements of all logical tensors, without FP8 scales."""
         return num_parameters(self)
 
     def _entry(self, name: str) -> TensorEntry:
         shard: SafetensorsFile | None = self._shards.get(name)
         if shard is None:
             raise CheckpointError(
-                f"{self.path}: has no tensor {shown(name)}; config.json and the weights disagree"
+                f"{self.path}: has no tensor {shown(name)}, so config.json does not match the weights; fetch "
+                "the checkpoint again"
             )
         return shard.entries[name]
 
     def _has_own_head(self) -> bool:
-        """Whether there is a head that differs from the embedding."""
+        """Whether there is a head, and it differs from the embedding."""
         actual = {canonical_name(name): name for name in self.names()}
         head, embedding = actual.get(HEAD), actual.get(EMBEDDING)
         if head is None or embedding is None:
@@ -207,7 +207,7 @@ class SafetensorsCheckpoint:
             raise UnsupportedModelError(f"{self.path}: {error}") from None
 
     def _pair_scales(self) -> dict[str, str]:
-        """FP8 weight -> its scale tensor, each pair checked; every other quantisation is refused."""
+        """FP8 weight -> its scale tensor, after checking each pair; rejects all other quantisation."""
         pairs: dict[str, str] = {}
         for name in self._shards:
             if self._entry(name).dtype.startswith("F8"):
@@ -216,9 +216,9 @@ class SafetensorsCheckpoint:
         for name in self._shards:
             if name not in known and _COMPANION.fullmatch(name):
                 method = name_of_tensors(self.path, self._shards)
-                what = f"quantised with {method}" if method else "quantised in a way"
+                what = f"quantised with {method}" if method else "quantised in a format"
                 raise UnsupportedModelError(
-                    f"{self.path}: its weights are {what} that is not read (tensor {shown(name)}); "
+                    f"{self.path}: its weights are {what} that is not supported (tensor {shown(name)}); "
                     f"{next_step(self._original)}"
                 )
         return pairs
@@ -248,7 +248,7 @@ class SafetensorsCheckpoint:
 
 
 def _coarse_names(weight: str) -> tuple[str, str]:
-    """Names that per-tensor or per-channel scales of an FP8 weight have."""
+    """Names of the per-tensor or per-channel scales of an FP8 weight."""
     return weight + "_scale", weight.removesuffix("weight") + "scale_weight"
 
 
@@ -260,14 +260,13 @@ def _is_coarse(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
 def open_checkpoint(source: str | Path, *, revision: str | None = None) -> SafetensorsCheckpoint:
     """Open a checkpoint: a local directory, or a Hub repository, which is downloaded unless it is cached.
 
-    Text of the form ``organisation/name`` names a repository if no such local path exists; the prefix ``hf://``
-    always does, and a :class:`~pathlib.Path` is always local. ``revision`` is a branch, tag or commit
-    of the repository.
+    ``organisation/name`` is a repository unless that local path exists, ``hf://organisation/name`` always is,
+    and a :class:`~pathlib.Path` is always local. ``revision`` is a branch, tag or commit of the repository.
 
     Raises:
-        CheckpointError: missing, damaged, hostile or incomplete; also a config without weights.
-        UnsupportedModelError: quantised in a way that is not read.
-        OfflineError: the Hub cannot be reached and its cache lacks the repository.
+        CheckpointError: missing, damaged, malicious or incomplete; also a config without weights.
+        UnsupportedModelError: quantised in an unsupported format.
+        OfflineError: the Hub cannot be reached and the cache lacks the repository.
     """
     return SafetensorsCheckpoint(locate(source, revision))
 
@@ -277,6 +276,6 @@ def read_raw_config(source: str | Path, *, revision: str | None = None) -> dict[
 
     Raises:
         CheckpointError: missing, too large or not a JSON object.
-        OfflineError: the Hub cannot be reached and its cache lacks the file.
+        OfflineError: the Hub cannot be reached and the cache lacks the file.
     """
     return read_config_json(locate_config(source, revision))

@@ -1,10 +1,10 @@
-"""The safetensors container: a header checked in full, then views of a private memory map.
+"""Safetensors files: a fully validated header, and tensors as views of a private memory map.
 
 Format (https://github.com/huggingface/safetensors): a little-endian u64 header length, a JSON header
 ``{name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {...}}``, then the tensors,
 row-major and little-endian, at offsets counted from the end of the header, with neither overlaps nor gaps.
 
-No data is handed out before the whole header has been checked against the file.
+No data is returned before the whole header has been checked against the file.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from godwit.errors import CheckpointError, MemoryBudgetError, UnsupportedModelEr
 from godwit.file_kinds import HEAD_BYTES, kind_of, refusal
 from godwit.safe_files import check_json, open_regular
 
-#: Less than the 100 MB of the reference implementation: the largest models' files have less than 15 MB, and
-#: parsing takes many times the memory.
+#: Less than the 100 MB of the reference implementation: headers of the largest models have less than 15 MB,
+#: and parsing takes many times their size in memory.
 MAX_HEADER_BYTES = 32 << 20
 MAX_NAME = 1000
 MAX_RANK = 16
 _INT64_MAX = 2**63 - 1
 _LENGTH_BYTES = 8
 
-#: dtype strings of the format -> torch. The sub-byte and microscaling types are left out: no supported
-#: checkpoint stores them as plain tensors.
+#: dtype strings of the format -> torch. Sub-byte and microscaling types are omitted: no supported checkpoint
+#: has them as plain tensors.
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
         "BOOL": torch.bool,
@@ -56,8 +56,8 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     }
 )
 
-# Without it a private writable map of a file larger than memory is refused by the kernel's overcommit
-# heuristic, although not one page of it is ever written. Older Pythons do not name the constant.
+# Without this flag the kernel's overcommit heuristic refuses a private writable map of a file larger than
+# memory, although its pages are never written. Older Pythons lack the constant.
 _NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
@@ -78,13 +78,13 @@ class TensorEntry:
 
 
 def shown(name: object) -> str:
-    """A name from a file, made safe and short enough for an error message."""
+    """A name from a file, escaped and shortened for an error message."""
     text = ascii(name)
     return text if len(text) <= 120 else f"{text[:100]}...{text[-12:]}"
 
 
 def strict_json(data: bytes, path: Path, what: str) -> dict[str, Any]:
-    """Parse a JSON object in which no name occurs twice.
+    """Parse a JSON object; names must not be repeated.
 
     Raises:
         CheckpointError: not UTF-8, not JSON, nested too deeply, too large once parsed, a repeated name, or
@@ -94,13 +94,9 @@ def strict_json(data: bytes, path: Path, what: str) -> dict[str, Any]:
     try:
         parsed = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except _RepeatedNameError as error:
-        raise CheckpointError(
-            f"{path}: its {what} names {error} twice, so it cannot be trusted; fetch the file again"
-        ) from None
+        raise CheckpointError(f"{path}: its {what} has {error} twice; fetch the file again") from None
     except RecursionError:
-        raise CheckpointError(
-            f"{path}: its {what} is nested too deeply to be one; fetch the file again"
-        ) from None
+        raise CheckpointError(f"{path}: its {what} is nested too deeply; fetch the file again") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: its {what} is not JSON ({error}); fetch the file again") from None
     if not isinstance(parsed, dict):
@@ -124,16 +120,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class SafetensorsFile:
-    """One open safetensors file: ``entries`` in the order of their bytes, and tensors as views of the map.
+    """An open safetensors file: ``entries`` in file order, and tensors as views of a memory map.
 
-    The map is private: writing into a returned view changes this process's copy of a page, never the file. A
-    view keeps the map alive. Shortening the file while it is mapped kills the process on access, as with any
-    map.
+    The map is private: writing to a view changes this process's copy of a page, never the file. Views keep
+    the map alive. As with any map, truncating the file while it is mapped kills the process on access.
 
     Raises:
-        CheckpointError: the file is missing, damaged, cut short or inconsistent; the sentence says which.
+        CheckpointError: the file is missing, damaged, truncated or inconsistent.
         MemoryBudgetError: it cannot be mapped.
-        UnsupportedModelError: a tensor has a dtype that is not read.
+        UnsupportedModelError: a tensor has an unsupported dtype.
     """
 
     def __init__(self, path: Path, *, folder: Path | None = None) -> None:
@@ -150,7 +145,7 @@ class SafetensorsFile:
             ) from error
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A view of the stored tensor; a copy where the bytes are misaligned, or may not be true booleans."""
+        """A view of the tensor, or a copy if its bytes are misaligned or it is boolean."""
         entry = self.entries[name]
         dtype = DTYPES[entry.dtype]
         if entry.nbytes == 0:
@@ -163,13 +158,13 @@ class SafetensorsFile:
         return raw.view(dtype).reshape(entry.shape)
 
     def release(self, name: str) -> None:
-        """Unmap the pages that only this tensor occupies; a living view reads them from the file again."""
+        """Drop the resident pages that only this tensor occupies; views of it read the file again."""
         entry = self.entries[name]
         release_pages(self._map, entry.begin, entry.end)
 
 
 def release_pages(area: mmap.mmap, begin: int, end: int) -> None:
-    """Drop the resident pages that lie within bytes [begin, end) of a private map."""
+    """Drop the resident pages within bytes [begin, end) of a private map."""
     page = mmap.PAGESIZE
     first, last = -(-begin // page) * page, end // page * page
     if last > first and hasattr(mmap, "MADV_DONTNEED"):
@@ -200,7 +195,7 @@ def _read_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Tenso
     """The tensors in the order of their bytes, and the header's metadata."""
     first = file.read(_LENGTH_BYTES)
     length = int.from_bytes(first, "little")
-    if length >> 32:  # no header is that long, so these are the first bytes of something else
+    if length >> 32:  # no header is that long, so this is another kind of file
         kind = kind_of(first + file.read(HEAD_BYTES), size)
         if kind is not None:
             raise refusal(path, kind)
@@ -225,7 +220,7 @@ def _read_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Tenso
 def _metadata(metadata: object, path: Path) -> dict[str, str]:
     if metadata is None:
         return {}
-    # Some exporters write null for what they do not know; other values would be a sign of damage.
+    # Some exporters write null for unknown values; anything else is a sign of damage.
     if not isinstance(metadata, dict) or not all(
         value is None or isinstance(value, str) for value in metadata.values()
     ):

@@ -1,4 +1,4 @@
-"""One canonical name for each tensor of the text model."""
+"""Canonical names for the tensors of the text model."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _TOWERS = (
     "image_newline",
 )
 _WRAPPERS = ("model.language_model.", "language_model.model.", "language_model.")
-#: Top-level parts, which some wrappers put under their own prefix.
+#: Top-level parts, which some wrappers put under their prefix.
 _TOP = ("lm_head.", "mtp.")
-#: Parts that checkpoints of a bare decoder hold without its prefix.
+#: Parts that have no prefix in checkpoints of the decoder alone.
 _BARE = ("embed_tokens.", "layers.", "norm.")
 
 
 def canonical_name(name: str) -> str | None:
     """The canonical form of a published name; None for tensors that are not part of the text model.
 
-    Multimodal wrappers keep the text model under ``model.language_model.`` or ``language_model.model.``,
-    their towers and projectors beside it, and the head at the top or under ``language_model.``; some
-    converters write ``model.mtp.``; a checkpoint of the decoder alone has no prefix at all.
+    Multimodal wrappers have the text model under ``model.language_model.`` or ``language_model.model.``, next
+    to their towers and projectors, and the head at the top or under ``language_model.``; some converters
+    write ``model.mtp.``; a checkpoint of the decoder alone has no prefix.
     """
     if name.removeprefix("model.").startswith(_TOWERS) or name.endswith(".rotary_emb.inv_freq"):
         return None

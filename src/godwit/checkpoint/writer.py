@@ -1,4 +1,4 @@
-"""Writing a checkpoint: streamed shards, an index, ``config.json`` and extra files."""
+"""Write checkpoints: streamed shards, an index, ``config.json`` and extra files."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from godwit.errors import CheckpointError
 
 _NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
 _NO_FILES: Mapping[str, bytes] = MappingProxyType({})
-_OF_TORCH: Mapping[str, str] = MappingProxyType({"format": "pt"})  # what transformers asks for
+_OF_TORCH: Mapping[str, str] = MappingProxyType({"format": "pt"})  # required by transformers
 
 
 @dataclass(frozen=True)
 class TensorSource:
-    """A tensor to be saved: described now, produced by ``load`` when it is written.
+    """A tensor to save: its description, and ``load`` to produce it when it is written.
 
-    ``load`` must return exactly this shape and dtype, on any device and with any strides; it is called once,
-    and its result is dropped once written.
+    ``load`` is called once and must return exactly this shape and dtype, on any device and with any strides;
+    its result is freed after it is written.
     """
 
     name: str
@@ -39,7 +39,7 @@ class TensorSource:
 
     @property
     def nbytes(self) -> int:
-        """Bytes the tensor takes in the file."""
+        """Size in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -52,22 +52,22 @@ def save_checkpoint(
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
 ) -> None:
-    """Write a model directory that appears whole or not at all.
+    """Write a model directory atomically; ``safetensors`` and ``transformers`` can read it.
 
-    From a generator of pairs, at most one shard and the tensor after it are in memory; from
-    :class:`TensorSource` objects, one tensor. ``safetensors`` and ``transformers`` can read the files.
+    Given a generator of pairs, at most one shard and the tensor after it are in memory; given
+    :class:`TensorSource` objects, one tensor.
 
     Args:
         path: the directory to create. It must be missing or empty, unless ``overwrite`` is set and it is a
-            checkpoint: then all of it is replaced, including files that this save does not write.
-        tensors: pairs or sources, each name once; they are written in this order, shard by shard.
+            checkpoint, which is then replaced as a whole, including files that this save does not write.
+        tensors: pairs or sources with unique names; they are written in this order, shard by shard.
         raw_config: becomes ``config.json``.
         extra_files: file name -> content, such as the tokenizer's files.
-        max_shard_bytes: tensor bytes of a shard; a larger tensor gets a shard of its own.
+        max_shard_bytes: tensor bytes per shard; a larger tensor gets its own shard.
         overwrite: replace an existing checkpoint.
 
     Raises:
-        CheckpointError: the destination is taken, the disk refuses, or the tensors cannot be stored.
+        CheckpointError: the destination exists, cannot be written, or the tensors cannot be stored.
     """
     config = _config_bytes(raw_config)
     _check_extra_files(extra_files)
@@ -80,15 +80,15 @@ def save_checkpoint(
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write one safetensors file, which appears whole or not at all.
+    """Write one safetensors file atomically.
 
     Args:
         path: the file to create.
-        tensors: by their names.
-        metadata: text about the file, for its readers.
+        tensors: the tensors by name.
+        metadata: descriptive text about the file.
 
     Raises:
-        CheckpointError: the file exists, or cannot be written.
+        CheckpointError: the file exists or cannot be written.
     """
     refuse_existing(path)
     temporary = path.with_name(f".{path.name}.saving")
@@ -100,7 +100,9 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise CheckpointError(f"{path}: could not be written ({error.strerror or error})") from error
+        raise CheckpointError(
+            f"{path}: could not be written ({error.strerror or error}); choose another place"
+        ) from error
 
 
 def _config_bytes(raw_config: Mapping[str, Any]) -> bytes:
@@ -120,14 +122,14 @@ def _check_extra_files(files: Mapping[str, bytes]) -> None:
 def _check_quantization(raw_config: Mapping[str, Any], stored: set[torch.dtype]) -> None:
     if raw_config.get("quantization_config") is not None and torch.float8_e4m3fn not in stored:
         raise CheckpointError(
-            "the config has a quantization_config, but no tensor to be saved is FP8; remove that section"
+            "the config has a quantization_config, but no tensor to save is FP8; remove that section"
         )
 
 
 def _write_shards(
     staging: Path, tensors: Iterable[tuple[str, torch.Tensor] | TensorSource], max_bytes: int
 ) -> set[torch.dtype]:
-    """Write all shards, and an index if there are several; returns the dtypes seen."""
+    """Write all shards, and an index if there are several; return the dtypes written."""
     shard_names: list[list[str]] = []
     total_bytes = total_elements = 0
     dtypes: set[torch.dtype] = set()
@@ -137,7 +139,7 @@ def _write_shards(
         total_elements += sum(math.prod(source.shape) for source in shard)
         dtypes.update(source.dtype for source in shard)
         _write_shard(_numbered(staging, len(shard_names)), shard)
-        # The generator fills the next shard while this loop still refers to the last one.
+        # Free this shard's tensors before the generator fills the next one.
         shard.clear()
     if not shard_names:
         raise CheckpointError("there are no tensors to save")
@@ -165,7 +167,7 @@ def _sources(tensors: Iterable[tuple[str, torch.Tensor] | TensorSource]) -> Iter
         source = item if isinstance(item, TensorSource) else _source_of(*item)
         if source.name in seen:
             raise CheckpointError(
-                f"two tensors to be saved are named {shown(source.name)}, or the name is reserved"
+                f"tensor name {shown(source.name)} is used twice or reserved; rename one of the tensors"
             )
         if source.dtype not in _NAMES:
             raise CheckpointError(
@@ -193,7 +195,7 @@ def _shards(sources: Iterable[TensorSource], max_bytes: int) -> Iterator[list[Te
 
 
 def _write_shard(path: Path, shard: list[TensorSource], metadata: Mapping[str, str] = _OF_TORCH) -> None:
-    # Wide elements first keeps every tensor aligned to its element size, as the reference writer does.
+    # Wide elements first, as in the reference writer, so that every tensor is aligned to its element size.
     ordered = sorted(shard, key=lambda source: -source.dtype.itemsize)
     header: dict[str, object] = {"__metadata__": {**_OF_TORCH, **metadata}}
     at = 0

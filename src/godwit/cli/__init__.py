@@ -1,1 +1,1 @@
-"""The command line: one file a verb, each imported only when that verb runs."""
+"""The command line: one file per command, imported only when that command runs."""

@@ -1,4 +1,4 @@
-"""`godwit bench`: how fast a model runs here, and what share of the machine's own speed that is."""
+"""`godwit bench`: how fast a model runs, absolutely and relative to the machine's limits."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ def run(
     as_json: bool,
     output: Path | None,
 ) -> None:
-    """Measure, and print tables (or with `as_json` one JSON object) to stdout; `output` gets the object too.
+    """Measure, and print tables or, with `as_json`, a JSON object to stdout; also write it to `output`.
 
     Raises:
-        UsageError: numbers that make no sense; and all that opening a model raises.
+        UsageError: invalid numbers; also the errors of opening a model.
         KernelParityError: the kernels' results are wrong.
-        KeyboardInterrupt: after Ctrl-C, once the finished rounds are reported.
+        KeyboardInterrupt: after Ctrl-C, once the finished rounds have been reported.
     """
     asked_prompts = None if prompts is None else counts(prompts, "-p", low=0)
     asked_depths = None if depths is None else counts(depths, "-d", low=0)
     asked_batches = counts(batches, "-b", low=1)
     if output is not None and output.is_dir():
-        raise UsageError(f"--output {output}: a directory; name a file")
+        raise UsageError(f"--output {output}: a directory; give a file")
     from godwit.measure.bench import bench
     from godwit.measure.bench_cases import BenchPlan
 
@@ -71,7 +71,7 @@ def run(
         chunk,
         profile,
     )
-    plan.cases(limit)  # refused before any weights are read
+    plan.cases(limit)  # raises before any weights are loaded
     name = model or common.BUILT_IN
     with common.loading(name) as progress:
         loaded = common.load_weights(source, dtype, quantize, progress)
@@ -87,7 +87,7 @@ def run(
     if output is not None:
         save(output, row)
     if row["interrupted"]:
-        raise KeyboardInterrupt(f"interrupted; the figures are of {rounds_text(row)}")
+        raise KeyboardInterrupt(f"interrupted; the results are from {rounds_text(row)}")
 
 
 def save(path: Path, row: dict[str, Any]) -> None:
@@ -103,27 +103,27 @@ def save(path: Path, row: dict[str, Any]) -> None:
 
 
 def counts(text: str, option: str, low: int) -> tuple[int, ...]:
-    """Numbers separated by commas.
+    """Parse numbers separated by commas.
 
     Raises:
-        UsageError: the text is something else.
+        UsageError: the text has another form.
     """
     words = text.split(",")
     if not all(word.isdecimal() and low <= int(word) <= MAX_COUNT for word in words):
         raise UsageError(
-            f"{option} takes whole numbers from {low} up, separated by commas, such as 512,4096, "
+            f"{option} takes whole numbers of at least {low}, separated by commas, such as 512,4096, "
             f"not {text!r:.60}"
         )
     return tuple(int(word) for word in words)
 
 
 def usual(numbers: Sequence[int], limit: int) -> tuple[int, ...]:
-    """Those that fit into a model's context; if none does, the context itself."""
+    """The numbers that fit in a model's context, or the context itself if none does."""
     return tuple(number for number in numbers if number <= limit) or (max(0, limit),)
 
 
 def opened(model: str | None) -> Checkpoint | PackedFile:
-    """The model's files, not read yet; measuring a packed file needs no tokenizer."""
+    """Open the model's files without loading weights; benchmarks need no tokenizer."""
     from godwit.checkpoint import open_checkpoint
     from godwit.checkpoint.packed import PackedFile, is_packed
 
@@ -132,7 +132,7 @@ def opened(model: str | None) -> Checkpoint | PackedFile:
 
 
 def describe(model: CausalLM, name: str) -> dict[str, Any]:
-    """The model that was measured."""
+    """The measured model."""
     config = model.config
     return {
         "name": name,
@@ -160,7 +160,7 @@ def _head(row: dict[str, Any]) -> str:
     return (
         f"{model['name']}: {model['layers']} layers of {model['model_type']}, {', '.join(row['formats'])}; "
         f"{row['threads']} thread{'s' * (row['threads'] > 1)}, {row['instruction_set']}\n"
-        f"{row['machine']['cpu']} can now read {_range(ceilings['read_bandwidth'], 1)} GB/s and multiply "
+        f"{row['machine']['cpu']} can now read {_range(ceilings['read_bandwidth'], 1)} GB/s and compute "
         f"{_range(ceilings['int8'], 0)} GOP/s in int8, {_range(ceilings['bfloat16'], 0)} GFLOP/s in "
         f"bfloat16, {_range(ceilings['float32'], 0)} in float32"
     )
@@ -173,13 +173,13 @@ def _foot(row: dict[str, Any]) -> str:
     checks = ", ".join(f"{c['format']} {c['error']:.1e} of {c['limit']:.1e}" for c in row["parity"])
     return (
         f"memory: {text}\n"
-        f"medians of {rounds_text(row)}; {row['context']}; experts are those a step uses in a layer\n"
-        f"kernels against the reference: {checks or 'the reference itself ran'}"
+        f"medians of {rounds_text(row)}; {row['context']}; experts: used per step and layer\n"
+        f"kernel error against the reference: {checks or 'none, the reference itself was measured'}"
     )
 
 
 def rounds_text(row: dict[str, Any]) -> str:
-    """The number of rounds behind the figures."""
+    """The number of rounds measured."""
     many = "s" * (row["repeats"] != 1)
     return f"{row['repeats']} round{many}{' finished before Ctrl-C' * row['interrupted']}"
 

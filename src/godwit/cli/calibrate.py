@@ -1,4 +1,4 @@
-"""`godwit calibrate`: what a text says of the columns of a model's matrices, for `godwit quantize`."""
+"""`godwit calibrate`: measure the importance of matrix columns on a text, for `godwit quantize`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from godwit.shrink.importance import PRIOR, collect_importance, write_importance
 
 
 def run(model: str, text: Path, out: Path, *, tokens: int, threads: int | None, as_json: bool) -> None:
-    """Let `model` read at most `tokens` tokens of `text`, write importances to `out` and print a report.
+    """Run `model` on at most `tokens` tokens of `text`, write importances to `out` and print a report.
 
-    Raises: what reading a model raises; UsageError for a text that does not do; MemoryBudgetError where the
-    model does not fit; CheckpointError where `out` exists or cannot be written.
+    Raises: the errors of loading a model; UsageError if the text is unsuitable; MemoryBudgetError if the
+    model does not fit; CheckpointError if `out` exists or cannot be written.
     """
     common.use_threads(threads)
     refuse_existing(out)
@@ -51,4 +51,4 @@ def run(model: str, text: Path, out: Path, *, tokens: int, threads: int | None, 
     print(f"{out}: {len(found.values):,} matrices, {found.tokens:,} tokens read in {seconds:,.1f} s.")
     if found.rare:
         few = f"{found.rare:,} of {found.experts:,} experts saw fewer than {PRIOR} tokens"
-        print(f"{few}; more text would help.")
+        print(f"{few}; use more text for better results.")

@@ -1,4 +1,4 @@
-"""`godwit chat`: a conversation in the terminal, or line by line from a pipe."""
+"""`godwit chat`: a conversation in the terminal, or piped in line by line."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     from godwit.engine import Finish, Piece, SamplingParams
 
 HELP = '''\
-Type a message and press Enter. A line that ends with \\ goes on in the next one, and \
-""" begins a block of lines that ends with """. Ctrl-C stops an answer, Ctrl-D ends the chat.
+Type a message and press Enter. End a line with \\ to continue on the next, or put several lines \
+between """ and """. Ctrl-C stops an answer, Ctrl-D ends the chat.
 
-/help          this text
+/help          show this text
 /reset         forget the conversation
 /regenerate    answer the last message again
-/system TEXT   change the system message (without TEXT: show it; -: none)
-/tools FILE    let the model call the tools in a JSON file (without FILE: list them; -: none)
+/system TEXT   change the system message (without TEXT: show it; -: remove it)
+/tools FILE    let the model call the tools in a JSON file (without FILE: list them; -: remove them)
 /save FILE     write the conversation to a JSON file
 /quit          end the chat
 
-When the model calls a tool you are asked for the result; an empty line stands for {"success": true}.'''
+When the model calls a tool, type its result; an empty line means {"success": true}.'''
 EMPTY_RESULT = '{"success": true}'
-REASONS = {"cancelled": "stopped", "length": "cut off by the limit of its length"}
+REASONS = {"cancelled": "stopped", "length": "cut off at the length limit"}
 
 
 def run(
@@ -52,14 +52,14 @@ def run(
     quantize: QuantizeName | None,
     speculate: bool = True,
 ) -> None:
-    """Talk until the input ends.
+    """Chat until the input ends.
 
-    Raises: GodwitError of any kind before the first message; later ones are shown and the chat goes on.
+    Raises: GodwitError of any kind before the first message; later errors are shown and the chat continues.
     """
     listed = common.read_tools(tools) if tools is not None else []
     opened = common.open_model(model)
     if opened.tokenizer.chat_template is None:
-        raise TemplateError("this model has no chat template; use godwit generate --raw for plain texts")
+        raise TemplateError("this model has no chat template; use godwit generate --raw for plain text")
     params = common.sampling_params(sampling, opened.tokenizer.generation_defaults)
     opened.check_context(context)
     with opened.start(
@@ -80,7 +80,7 @@ def run(
 class TerminalChat:
     """The conversation and the commands that change it.
 
-    Messages have the shape that chat templates expect. The system message is kept apart from them.
+    Messages have the form that chat templates expect. The system message is kept separately.
     """
 
     def __init__(
@@ -109,9 +109,9 @@ class TerminalChat:
         self._stopped = False  # Ctrl-C was pressed during this answer
 
     def talk(self) -> None:
-        """Read and answer messages until the input ends or the user leaves."""
+        """Read and answer messages until the input ends or the user quits."""
         if self.terminal.interactive:
-            self.terminal.note("Type a message; /help shows what else there is.")
+            self.terminal.note("Type a message, or /help for commands.")
         warned, going = False, True
         while going:
             try:
@@ -122,7 +122,7 @@ class TerminalChat:
                     raise
                 going = not warned
                 warned = True
-                self.terminal.note("\nCtrl-C again or Ctrl-D ends the chat." if going else "")
+                self.terminal.note("\nPress Ctrl-C again or Ctrl-D to end the chat." if going else "")
 
     def _next(self) -> bool:
         """Read one message and act on it; False when the chat ends."""
@@ -138,9 +138,9 @@ class TerminalChat:
         return True
 
     def _attempt(self, messages: list[dict[str, Any]]) -> None:
-        """Answer `messages`, asking for the results of tools that are called on the way.
+        """Answer `messages`, asking the user for the results of tool calls.
 
-        If there is no answer, the conversation stays as it was.
+        If there is no answer, the conversation is unchanged.
         """
         count, before, self.messages = len(messages), self.messages, messages
         try:
@@ -151,7 +151,7 @@ class TerminalChat:
                 self.messages = before
 
     def _answer(self) -> list[ToolCall]:
-        """Show one answer and keep it; the calls in it, unless it was stopped."""
+        """Show one answer and add it to the conversation; return its tool calls, unless it was stopped."""
         try:
             with self._stoppable():
                 reply, finish = self._show_answer()
@@ -167,7 +167,7 @@ class TerminalChat:
         return [] if finish is None or finish.reason == "cancelled" else reply.calls
 
     def _show_answer(self) -> tuple[Reply, Finish | None]:
-        """Stream an answer to the terminal; no Finish where it was broken off hard."""
+        """Stream an answer to the terminal; the Finish is None if Ctrl-C was pressed twice."""
         from godwit.cli.reply import with_call_ids
         from godwit.engine import ChatRenderer
 
@@ -207,7 +207,7 @@ class TerminalChat:
 
     @contextlib.contextmanager
     def _stoppable(self) -> Iterator[None]:
-        """Within this context, the first Ctrl-C ends the answer at the next token, a second one at once."""
+        """Within this context, one Ctrl-C ends the answer at the next token, a second one immediately."""
         self._stopped = False
         if not self.terminal.interactive:
             yield
@@ -226,7 +226,7 @@ class TerminalChat:
             signal.signal(signal.SIGINT, previous)
 
     def _next_params(self) -> SamplingParams:
-        """Each answer has its own seed; with a given one /regenerate would repeat the answer."""
+        """Parameters with a different seed for each answer, or /regenerate would repeat the answer."""
         if self.params.seed is None or not self._num_answers:
             return self.params
         return replace(self.params, seed=(self.params.seed + self._num_answers) % 2**63)
@@ -264,7 +264,7 @@ class TerminalChat:
         self.terminal.note("; ".join(parts))
 
     def _ask_results(self, calls: Sequence[ToolCall]) -> bool:
-        """Ask for what the tools return; False when the user gives none."""
+        """Ask for the results of tool calls; False at the end of the input."""
         for call in calls:
             reply = self.terminal.read(f"result of {harmless(call.name)[:60]}> ")
             if reply is None:
@@ -288,7 +288,7 @@ class TerminalChat:
             return False
         if name not in commands:
             self.terminal.error(
-                f'unknown command {name[:40]}; /help lists them, and a message within """ is never one'
+                f'unknown command {name[:40]}; see /help, or put a message that starts with / between """'
             )
             return True
         try:
@@ -300,14 +300,14 @@ class TerminalChat:
     def _reset(self, rest: str) -> None:
         self.messages = []
         self.responder.forget()
-        self.terminal.note("The conversation is forgotten.")
+        self.terminal.note("Conversation reset.")
 
     def _regenerate(self, rest: str) -> None:
         messages = list(self.messages)
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
         if not messages:
-            raise UsageError("There is no message to answer yet.")
+            raise UsageError("there is no message to answer yet")
         self._attempt(messages)
 
     def _set_system(self, text: str) -> None:
@@ -323,11 +323,11 @@ class TerminalChat:
 
     def _save(self, file: str) -> None:
         if not file:
-            raise UsageError("Name the file, as in /save talk.json")
+            raise UsageError("give a file name, as in /save chat.json")
         path = Path(file).expanduser()
         content = {"model": self.name, "messages": self._all_messages(), "tools": self.tools}
         save_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        self.terminal.note(f"{len(content['messages'])} messages are in {path}")
+        self.terminal.note(f"Saved {len(content['messages'])} messages to {path}")
 
 
 def save_text(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Shared by the verbs: finding a model, its settings, and an engine that answers with it."""
+"""Shared by the commands: finding a model, its settings, and an engine to run it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PERSONA = "You are Godwit, a helpful assistant."
 DEFAULT_CONTEXT = 16384
 MIN_CONTEXT = 512
 MAX_TOOLS_BYTES = 16 << 20
-# The default where neither the user nor the model says how to sample.
+# The default if neither the user nor the model specifies how to sample.
 FALLBACK_SAMPLING = {"temperature": 0.7, "top_p": 0.9}
 _FROM_FILE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
               "frequency_penalty")  # fmt: skip
@@ -39,14 +39,14 @@ _FROM_FILE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "p
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model whose files are open and whose weights are not read yet."""
+    """A model whose files are open but whose weights are not loaded."""
 
     name: str
     source: Checkpoint
     tokenizer: Tokenizer
 
     def system(self, asked: str | None) -> str | None:
-        """The system message: the one asked for ("" is none), else the built-in model's with the date."""
+        """The system message: the given one ("" is none), else the built-in model's, with the date."""
         if asked is not None:
             return asked or None
         if self.name != BUILT_IN:
@@ -54,27 +54,25 @@ class OpenedModel:
         return f"{PERSONA} Today is {datetime.date.today().isoformat()}."
 
     def check_context(self, asked: int | None, num_prompt: int = 0) -> None:
-        """Refuse an impossible context or prompt before any weights are read.
+        """Reject an impossible context or prompt before any weights are loaded.
 
         Args:
-            asked: tokens of context; None: not asked for.
+            asked: tokens of context; None: the default.
             num_prompt: tokens of the prompt.
 
         Raises:
-            UsageError: more than the model is made for, or a prompt that leaves no room for an answer.
-            MemoryBudgetError: the caches alone would not fit the free memory.
+            UsageError: more than the model supports, or a prompt that leaves no room for an answer.
+            MemoryBudgetError: the caches alone do not fit the free memory.
         """
         most = self.source.config.max_position
         if asked is not None and asked > most:
-            raise UsageError(
-                f"--context {asked}: this model is made for at most {most} tokens; ask for fewer"
-            )
+            raise UsageError(f"--context {asked}: this model supports at most {most} tokens; use fewer")
         context = min(most, DEFAULT_CONTEXT) if asked is None else asked
         if num_prompt >= context:
             more = "" if context == most else f" or raise --context (at most {most})"
             raise UsageError(
-                f"the prompt has {num_prompt} tokens and the context {context}, so there is no room for an "
-                f"answer; shorten it{more}"
+                f"the prompt has {num_prompt} tokens and the context {context}, which leaves no room for an "
+                f"answer; shorten the prompt{more}"
             )
         available = memory()["available"]
         if asked is None or available is None:
@@ -82,8 +80,8 @@ class OpenedModel:
         needed = cache_size(self.source.config).total(asked)
         if needed > available:
             raise MemoryBudgetError(
-                f"--context {asked} takes {needed / 2**30:.1f} GiB for keys, values and states, and "
-                f"{available / 2**30:.1f} GiB of memory are free; ask for fewer tokens"
+                f"--context {asked} takes {needed / 2**30:.1f} GiB for keys, values and states, but "
+                f"{available / 2**30:.1f} GiB of memory are free; use fewer tokens"
             )
 
     def start(
@@ -99,13 +97,13 @@ class OpenedModel:
         """Load the weights and start an engine, with progress on stderr. Close it when done.
 
         Args:
-            context: tokens of prompt and answer together; None: :data:`DEFAULT_CONTEXT`, or fewer where the
-                model is made for fewer or half of the free memory holds fewer.
+            context: tokens of prompt and answer together; None: :data:`DEFAULT_CONTEXT`, or fewer if the
+                model supports fewer or half of the free memory holds fewer.
             threads: as for :func:`use_threads`.
             dtype, quantize: as for :func:`load_weights`.
             speculate, reuse: as for :class:`~godwit.cli.responder.Responder`.
 
-        Raises: what loading raises; MemoryBudgetError where the context does not fit.
+        Raises: the errors of loading; MemoryBudgetError if the context does not fit.
         """
         from godwit.cli.responder import Responder
 
@@ -139,7 +137,7 @@ def open_model(model: str | None) -> OpenedModel:
 
     trusted = isinstance(source, Path)  # the built-in one
     with ThreadPoolExecutor(1) as pool:
-        # Checked in another process while this one loads PyTorch.
+        # A child process checks it while this one loads PyTorch.
         early = pool.submit(Tokenizer.from_dir, source, trusted=trusted) if os.path.isdir(source) else None
         from godwit.models.open import open_source
 
@@ -163,17 +161,17 @@ def source_of(model: str | None) -> str | Path:
 
 
 def embedded_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer inside a model of one file.
+    """The tokenizer embedded in a single-file model.
 
     Raises:
-        CheckpointError: there is none, as in files for benchmarks.
+        CheckpointError: there is none, as in files made for benchmarks.
     """
     from godwit.text.tokenizer import Tokenizer
 
     files = checkpoint.files()
     if "tokenizer.json" not in files:
         raise CheckpointError(
-            f"{checkpoint.path}: has no tokenizer, so it can be measured but not used for chat"
+            f"{checkpoint.path}: has no tokenizer, so it can only be used with godwit bench and inspect"
         )
     return Tokenizer.from_files(files, str(checkpoint.path))
 
@@ -198,7 +196,7 @@ def load_weights(
 
 
 def described(model: CausalLM) -> str:
-    """Size, weights and kernels of a loaded model in a few words."""
+    """A short description of a loaded model: size, weight formats and kernels."""
     from godwit.models.open import described
 
     return described(model)
@@ -214,7 +212,7 @@ def built_in() -> Path:
     if not report["present"]:
         raise CheckpointError(
             f"the built-in model is not in this installation ({report['path']} lacks "
-            f"{', '.join(report['absent_files'])}); install a release of godwit-llm, or name a model: a "
+            f"{', '.join(report['absent_files'])}); install a release of godwit-llm, or give a model: a "
             "directory, or a Hugging Face repository as organisation/name"
         )
     return Path(report["path"])
@@ -222,7 +220,7 @@ def built_in() -> Path:
 
 @contextmanager
 def loading(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr while tensors are read, where stderr is a terminal."""
+    """A progress bar while tensors are loaded, if stderr is a terminal."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
@@ -236,7 +234,7 @@ def loading(name: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def use_threads(threads: int | None) -> int:
-    """Set the number of threads, by default one per usable core; returns it."""
+    """Set the number of threads, by default one per usable core, and return it."""
     import torch
 
     native = doctor.native_report()
@@ -252,7 +250,7 @@ def use_threads(threads: int | None) -> int:
 
 
 def resolve_context(model: CausalLM, budget: int | None) -> int:
-    """Default context in tokens: the model's own, up to a limit and to what fits ``budget`` bytes."""
+    """The default context in tokens: the model's, limited by :data:`DEFAULT_CONTEXT` and ``budget`` bytes."""
     from godwit.engine import CacheSize
 
     limit = min(model.config.max_position, DEFAULT_CONTEXT)
@@ -278,8 +276,8 @@ def sampling_params(
     """The user's options, then ``defaults`` from generation_config.json, then ours.
 
     Raises:
-        UsageError: an option makes no sense.
-        CheckpointError: a value in generation_config.json makes no sense.
+        UsageError: an option is invalid.
+        CheckpointError: a value in generation_config.json is invalid.
     """
     from godwit.engine import SamplingParams
 
@@ -287,7 +285,7 @@ def sampling_params(
     try:
         SamplingParams(**base)
     except UsageError as error:
-        raise CheckpointError(f"the model's generation_config.json: {error}; mend or remove it") from None
+        raise CheckpointError(f"the model's generation_config.json: {error}; correct or remove it") from None
     asked = {name: value for name, value in vars(options).items() if value is not None}
     return SamplingParams(**{**base, **asked, "logit_bias": logit_bias or {}})
 
@@ -310,7 +308,7 @@ def read_tools(path: Path) -> list[dict[str, Any]]:
     """Tools from a JSON file: a list of ``{"type": "function", "function": {...}}`` or of the inner objects.
 
     Raises:
-        UsageError: the file cannot be read, or holds something else.
+        UsageError: the file cannot be read or has other content.
     """
     try:
         if path.stat().st_size > MAX_TOOLS_BYTES:
@@ -323,7 +321,7 @@ def read_tools(path: Path) -> list[dict[str, Any]]:
     if isinstance(raw, dict) and isinstance(raw.get("tools"), list):
         raw = raw["tools"]
     if not isinstance(raw, list):
-        raise UsageError(f'{path}: has to hold a list of tools, such as [{{"name": ..., "parameters": ...}}]')
+        raise UsageError(f'{path}: must be a list of tools, such as [{{"name": ..., "parameters": ...}}]')
     return [_tool(entry, f"{path}: tool {index}") for index, entry in enumerate(raw, 1)]
 
 
@@ -335,13 +333,13 @@ def _tool(entry: Any, where: str) -> dict[str, Any]:
 
 
 def thinking_variables(tokenizer: Tokenizer, options: ThinkingOptions) -> dict[str, Any]:
-    """What the chat template is told about thinking."""
+    """The template variables that control thinking."""
     template = tokenizer.chat_template
     return {} if template is None else template.thinking_variables(None, options.reasoning_effort)
 
 
 def thinking_rules(options: ThinkingOptions, *, opened: bool) -> ThinkingRules:
-    """What holds for the thinking of an answer, which the prompt may have ``opened``.
+    """The limits of thinking in an answer; ``opened``: the prompt already starts it.
 
     Raises:
         UsageError: the message cannot be used.

@@ -1,4 +1,4 @@
-"""`godwit doctor`: what this machine offers, what Godwit will use of it, and what is missing."""
+"""`godwit doctor`: what this machine has, what Godwit uses, and what is missing."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ DEFAULT_MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
 def run(*, as_json: bool = False, root: Path = Path("/")) -> int:
-    """Print the report to stdout; 0 where all that is required is there, else 1.
+    """Print the report to stdout; return 0 if nothing required is missing, else 1.
 
-    `root` stands before /proc and /sys, for tests.
+    `root` is the parent of /proc and /sys, for tests.
     """
     report = examine(root)
     print(json.dumps(report, indent=2) if as_json else as_text(report))
@@ -30,7 +30,7 @@ def run(*, as_json: bool = False, root: Path = Path("/")) -> int:
 
 
 def examine(root: Path = Path("/")) -> dict[str, Any]:
-    """Collect the report. Sizes are bytes; `missing` needs mending, `notes` need not."""
+    """Collect the report. Sizes are in bytes; `missing` must be fixed, `notes` need not be."""
     missing: list[str] = []
     notes: list[str] = []
     required, optional = packages()
@@ -39,18 +39,18 @@ def examine(root: Path = Path("/")) -> dict[str, Any]:
     missing += [f"The package {name} is not installed." for name, found in required.items() if found is None]
     native = native_report()
     if native is None:
-        missing.append("The native module godwit._native was not built; install the package to build it.")
+        missing.append("The native module godwit._native is not built; install the package to build it.")
     torch = torch_report(native or {})
     if torch is None and required.get("torch"):
-        missing.append("PyTorch is installed but cannot be loaded; reinstall the package torch.")
+        missing.append("PyTorch is installed but cannot be imported; reinstall the package torch.")
     if torch and not torch["bf16_matmul_fast"]:
         notes.append(
             "PyTorch multiplies bfloat16 slowly on this CPU: godwit train uses float32 unless its recipe "
-            "says otherwise, and --dtype bfloat16 is slow. The native kernels are not concerned."
+            "says otherwise, and --dtype bfloat16 is slow. The native kernels are not affected."
         )
     default_model = default_model_report()
     if not default_model["present"]:
-        notes.append("The built-in model is not in this installation; name a model instead.")
+        notes.append("The built-in model is not installed; give a model to each command.")
     return {
         "godwit": godwit.__version__,
         "python": platform.python_version(),
@@ -69,7 +69,7 @@ def examine(root: Path = Path("/")) -> dict[str, Any]:
 
 
 def native_report() -> dict[str, Any] | None:
-    """Instruction sets and cores as the native module sees them; None where it is not built."""
+    """Instruction sets and cores as seen by the native module; None if it is not built."""
     try:
         from godwit import _native
     except ImportError:
@@ -84,10 +84,10 @@ def native_report() -> dict[str, Any] | None:
 
 
 def torch_report(native: dict[str, Any]) -> dict[str, Any] | None:
-    """Version, threads and devices of PyTorch; None where it cannot be loaded."""
+    """Version, threads and devices of PyTorch; None if it cannot be imported."""
     try:
         import torch
-    except (ImportError, OSError):  # OSError: a shared library of its own is absent
+    except (ImportError, OSError):  # OSError: one of its shared libraries is missing
         return None
     features: dict[str, bool] = native.get("features", {})
     return {
@@ -101,14 +101,14 @@ def torch_report(native: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def default_model_report() -> dict[str, Any]:
-    """Where the built-in model lies and which of its files are absent."""
+    """The directory of the built-in model, and its missing files."""
     directory = Path(godwit.__file__).parent / "default_model"
     absent = [name for name in DEFAULT_MODEL_FILES if not (directory / name).is_file()]
     return {"path": str(directory), "present": not absent, "absent_files": absent}
 
 
 def disk_paths() -> list[str]:
-    """Where files land: the current directory, and where models are downloaded to (or its parent)."""
+    """The current directory and the download directory of models (or its nearest existing parent)."""
     cache = Path(os.environ.get("HF_HUB_CACHE") or os.environ.get("HF_HOME") or "~/.cache/huggingface")
     cache = cache.expanduser().absolute()
     existing = next(path for path in (cache, *cache.parents) if path.exists())
@@ -137,7 +137,7 @@ def _version(name: str) -> str | None:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The report for a reader, one fact a line."""
+    """The report as text, one fact per line."""
     machine, native, torch = report["machine"], report["native"], report["torch"]
     cores, size = report["cores"], report["memory"]
     rows = [

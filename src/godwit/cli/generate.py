@@ -37,17 +37,17 @@ def run(
     quantize: QuantizeName | None,
     speculate: bool = True,
 ) -> None:
-    """Answer `prompt` (None: stdin) on stdout, ending with one line break.
+    """Write the answer to `prompt` (None: stdin) to stdout, ending with a line break.
 
-    Lengths are checked before the weights are read.
+    Lengths are checked before the weights are loaded.
 
-    Raises: GodwitError of any kind; UsageError for an empty prompt and for options that exclude each other.
+    Raises: GodwitError of any kind; UsageError if the prompt is empty or options exclude each other.
     """
     tolerate_any_text()
     if raw and (system is not None or tools is not None):
-        raise UsageError("--raw continues a text as it is, so --system and --tools cannot go with it")
+        raise UsageError("--raw cannot be combined with --system or --tools; omit one of them")
     if raw and thinking != ThinkingOptions():
-        raise UsageError("--raw continues a text as it is, so options about thinking cannot go with it")
+        raise UsageError("--raw cannot be combined with thinking options; omit one of them")
     listed = common.read_tools(tools) if tools is not None else []
     text = read_prompt() if prompt is None else prompt
     if not text.strip():
@@ -84,7 +84,7 @@ def run(
 def read_prompt() -> str:
     """The prompt from stdin, without its final line break."""
     if sys.stdin.isatty():
-        print("Type the prompt; Ctrl-D on a line of its own ends it.", file=sys.stderr)
+        print("Type the prompt; end it with Ctrl-D on an empty line.", file=sys.stderr)
     return sys.stdin.read().removesuffix("\n")
 
 
@@ -97,7 +97,7 @@ def make_prompt(
     tools: list[dict[str, Any]],
     variables: Mapping[str, Any],
 ) -> Prompt:
-    """The prompt: a plain text, or a conversation of one message.
+    """The prompt: plain text, or a conversation of one message.
 
     Raises:
         TemplateError: there is no chat template, or it fails.
@@ -107,14 +107,14 @@ def make_prompt(
     if raw:
         return Prompt(tuple(tokenizer.encode(text)))
     if tokenizer.chat_template is None:
-        raise TemplateError("this model has no chat template; continue a plain text with --raw")
+        raise TemplateError("this model has no chat template; use --raw to continue plain text")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
     return ChatRenderer(tokenizer, tools, variables).prompt(messages, last=True)
 
 
 def write(events: Iterable[Piece | Finish], *, at_once: bool) -> None:
-    """Write the text of an answer to stdout as it comes, or `at_once` at the end."""
+    """Write an answer to stdout as it is generated, or `at_once` at the end."""
     from godwit.engine import Piece
 
     texts = (event.text for event in events if isinstance(event, Piece))
@@ -128,7 +128,7 @@ def write(events: Iterable[Piece | Finish], *, at_once: bool) -> None:
 
 
 def collect(events: Iterable[Piece | Finish], reply: Reply) -> Finish:
-    """Read a whole answer into `reply`; how it ended."""
+    """Collect a whole answer in `reply`, and return how it ended."""
     from godwit.engine import Finish
 
     for event in events:
@@ -136,11 +136,11 @@ def collect(events: Iterable[Piece | Finish], reply: Reply) -> Finish:
             reply.flush()
             return event
         reply.push(event.text)
-    raise RuntimeError("an answer ended without saying why")
+    raise RuntimeError("an answer ended without a finish event")
 
 
 def report(reply: Reply, finish: Finish, model: str) -> dict[str, Any]:
-    """The object that --json writes; times are in seconds, and a rate is null where nothing was measured."""
+    """The object that --json writes; times are in seconds, rates are null if nothing was measured."""
 
     def rounded(value: float | None) -> float | None:
         return None if value is None else round(value, 6)

@@ -1,4 +1,4 @@
-"""`godwit inspect`: a model's parts and the memory it needs, without reading weights."""
+"""`godwit inspect`: a model's parts and the memory it needs, without loading weights."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def run(model: str | None, *, context: int | None = None, as_json: bool = False)
     """Print the report to stdout.
 
     Raises:
-        CheckpointError: no model there; or, after the report, weights that do not match the config.
-        UnsupportedModelError: a model type that Godwit does not run.
-        OfflineError: the config of a Hub repository cannot be fetched.
+        CheckpointError: there is no model; or, after the report, its weights do not match the config.
+        UnsupportedModelError: an unsupported model type.
+        OfflineError: the config of a Hub repository cannot be downloaded.
     """
     report = {**examine(common.source_of(model), context), "model": model or common.BUILT_IN}
     if as_json:
@@ -46,7 +46,7 @@ def run(model: str | None, *, context: int | None = None, as_json: bool = False)
 
 
 def examine(model: str | Path, context: int | None = None) -> dict[str, Any]:
-    """Collect the report; sizes are bytes, counts of parameters say so."""
+    """Collect the report; sizes are in bytes unless named parameters."""
     if is_packed(model):
         return _examine_packed(PackedFile.open(model), str(model), context)
     checkpoint = _with_weights(model)
@@ -85,7 +85,7 @@ def _examine_packed(packed: PackedFile, model: str, context: int | None) -> dict
 
 
 def _if_packed(sizes: Sizes, config: ModelConfig, num_mtp: int, recipe: str) -> dict[str, Any]:
-    """The model after `godwit quantize`: bytes, and the context that fits beside them."""
+    """The model after `godwit quantize`: its size, and the context that fits in the remaining memory."""
     packed = sizes_packed(sizes, config, num_mtp, recipe)
     room = _room(packed, config, None)
     spare = room["spare_without_context"]
@@ -117,7 +117,7 @@ def _cache(sizes: Sizes, possible: Sizes | None) -> dict[str, Any]:
 
 
 def _room(sizes: Sizes, config: ModelConfig, context: int | None) -> dict[str, Any]:
-    """What fits into the machine's memory; what other programs use now is reported separately."""
+    """What fits in the machine's memory; memory used by other programs is only reported."""
     machine = memory()
     budget, free = machine["total"], machine["available"]
     least = _contexts(config, context)[0]
@@ -131,7 +131,7 @@ def _room(sizes: Sizes, config: ModelConfig, context: int | None) -> dict[str, A
 
 
 def _with_weights(model: str | Path) -> Checkpoint | None:
-    """The checkpoint, if it is a local directory with weights; opened, but no weights are read."""
+    """The checkpoint if it is a local directory with weights; opened, but not loaded."""
     path = Path(model)
     if path.is_dir() and ((path / INDEX).exists() or any(path.glob("*.safetensors"))):
         return open_checkpoint(path)
@@ -139,14 +139,14 @@ def _with_weights(model: str | Path) -> Checkpoint | None:
 
 
 def _count_mtp(config: ModelConfig, checkpoint: Checkpoint | None) -> int | None:
-    """MTP layers; None if only the weights could tell and there are none here."""
+    """Number of MTP layers; None if only the weights could tell and they are missing."""
     if checkpoint is not None:
         return count_mtp(name for name in map(canonical_name, checkpoint.names()) if name is not None)
     return config.num_mtp_layers if config.family.hybrid else 0
 
 
 def _with_mtp(config: ModelConfig) -> Sizes | None:
-    """Sizes with an MTP module; None where the model has no attention layer that it could copy."""
+    """Sizes with an MTP module; None if the model has no attention layer, which the module copies."""
     attends = any(layer.mixer.part == "attention" for layer in config.layers)
     return sizes_of(config, 1) if attends else None
 
@@ -178,7 +178,7 @@ def _shape(config: ModelConfig, num_mtp: int | None) -> dict[str, Any]:
 
 
 def _weights(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The files' tensors by stored dtype, and what is wrong with them, in one sentence."""
+    """The files' tensors by stored dtype, and the first problem found, if any."""
     names = checkpoint.names()
     tensors, parameters, nbytes = Counter[str](), Counter[str](), Counter[str]()
     for name in names:
@@ -210,7 +210,7 @@ def _contexts(config: ModelConfig, asked: int | None) -> list[int]:
 
 
 def _context(sizes: Sizes, tokens: int, budget: int | None) -> dict[str, Any]:
-    """Cache, memory and traffic of one sequence of ``tokens``; ``spare`` is negative if it does not fit."""
+    """Cache, memory and traffic for one sequence of ``tokens``; ``spare`` is negative if it does not fit."""
     spare = None if budget is None else budget - sizes.resident(tokens)
     return {
         "tokens": tokens,

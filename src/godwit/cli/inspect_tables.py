@@ -1,4 +1,4 @@
-"""The report of `godwit inspect` as text: tables that fit 60 columns, a verdict, and what to do next."""
+"""The report of `godwit inspect` as text: tables that fit 60 columns, a verdict and what to do next."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _about(report: dict[str, Any]) -> Table:
         text = f"{delta['key_heads']} key heads of {delta['key_dim']}, "
         rows.append(("delta", text + f"{delta['value_heads']} value heads of {delta['value_dim']}"))
     if report["experts"]:
-        rows.append(("experts", f"{report['experts']} a layer, {report['experts_per_token']} a token"))
+        rows.append(("experts", f"{report['experts']} per layer, {report['experts_per_token']} per token"))
     rows += _weight_rows(report)
     for row in rows:
         table.add_row(*row)
@@ -59,13 +59,13 @@ def _layers_text(layers: dict[str, Any]) -> str:
 def _weight_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     weights = report["weights"]
     if weights is None:
-        return [("weights", "none here: this is the config alone")]
+        return [("weights", "none, only the config")]
     held = weights["dtypes"].items()
     kinds = ", ".join(f"{kind} {size_text(part['bytes'])} in {part['tensors']:,}" for kind, part in held)
     rows = [("weights", f"{size_text(weights['bytes'])} in {weights['tensors']:,} tensors ({kinds})")]
     if weights["beside_the_text_model"]:
-        rows.append(("", f"{weights['beside_the_text_model']:,} of them are not of the text model"))
-    verdict = "they do not match the config: see the end" if weights["problem"] else "those of the config"
+        rows.append(("", f"{weights['beside_the_text_model']:,} of them are not part of the text model"))
+    verdict = "do not match the config (see below)" if weights["problem"] else "match the config"
     rows.append(("names and shapes", verdict))
     packed = report.get("packed")
     if packed:
@@ -76,10 +76,10 @@ def _weight_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _parts(report: dict[str, Any]) -> Table:
-    """Parameters by part; for packed files bytes and bits in place of the parameters read per token."""
+    """Parameters by part; for packed files, bytes and bits instead of the parameters read per token."""
     parameters, packed = report["parameters"], report.get("packed", {}).get("parts", {})
     table = Table(box=box.SIMPLE, show_footer=True, padding=(0, 1), pad_edge=False)
-    table.add_column("parameters", "in all", overflow="fold")
+    table.add_column("parameters", "total", overflow="fold")
     table.add_column("total", f"{parameters['total']:,}", justify="right", no_wrap=True)
     if packed:
         stored = sum(part["bytes"] for part in packed.values())
@@ -97,7 +97,7 @@ def _parts(report: dict[str, Any]) -> Table:
             more = ["", ""] if packed else [f"{part['active']:,}" if part["active"] else ""]
         table.add_row(PARTS[name], f"{part['total']:,}", *more)
     if parameters["mtp_if_present"]:
-        table.add_row("(prediction module, if there)", f"({parameters['mtp_if_present']:,})", "")
+        table.add_row("(prediction module, if any)", f"({parameters['mtp_if_present']:,})", "")
     return table
 
 
@@ -115,9 +115,9 @@ def _memory(report: dict[str, Any]) -> Table:
 def _cache_text(cache: dict[str, int]) -> str:
     mtp = cache["mtp_kv_per_token"] or cache["mtp_kv_per_token_if_present"]
     more = f" (+ {mtp:,} with the prediction module)" if mtp else ""
-    text = f"A sequence keeps {cache['kv_per_token']:,} bytes a token{more}"
+    text = f"A sequence takes {cache['kv_per_token']:,} bytes per token{more}"
     if cache["state"]:
-        text += f", and {cache['state']:,} of state and {cache['conv']:,} of convolution"
+        text += f", plus {cache['state']:,} of state and {cache['conv']:,} of convolution"
     return text + "."
 
 
@@ -125,7 +125,7 @@ def _machine_text(report: dict[str, Any]) -> str:
     total, free = report["memory"]["total"], report["memory"]["available"]
     if total is None:
         return "The memory of this machine is unknown."
-    now = "" if free is None else f", {size_text(free)} of it free now"
+    now = "" if free is None else f", of which {size_text(free)} are free now"
     return f"This machine has {size_text(total)} of memory{now} (1 GB is 10^9 bytes)."
 
 
@@ -133,7 +133,7 @@ def _verdict(report: dict[str, Any]) -> str:
     longest, most = report["longest_context"], report["max_context"]
     weights = "packed weights" if "packed" in report else "weights in bfloat16"
     if longest is None:
-        return f"Whether {weights} fit is unknown."
+        return f"It is unknown whether {weights} fit."
     if report["spare_without_context"] < 0:
         return f"With {weights} the model is {size_text(-report['spare_without_context'])} too large."
     share = "all" if longest == most else f"{longest:,}"
@@ -153,12 +153,12 @@ def _packed_text(recipe: str, packed: dict[str, Any], most: int) -> str:
     if longest is None:
         return f"{text}."
     if spare < 0:
-        return f"{text}, {size_text(-spare)} too much."
+        return f"{text}, {size_text(-spare)} too large."
     return f"{text}; {'all' if longest == most else f'{longest:,}'} of {most:,} tokens of context fit."
 
 
 def _advice(report: dict[str, Any]) -> str:
-    """What to do next, depending on what fits: the model as it is, packed, or not at all."""
+    """What to do next, depending on whether the model fits as it is, packed, or not at all."""
     model, weights = report["model"], report["weights"]
     if weights and weights["problem"]:
         return "To do: fetch the checkpoint again; its weights do not match its config."
@@ -174,12 +174,12 @@ def _advice(report: dict[str, Any]) -> str:
         command = f"godwit quantize{name or ' built-in'} OUT.godwit --recipe {recipe}"
         return f"To do: {first}pack it with {command}, then godwit chat OUT.godwit."
     least = min([report["contexts"][0]["resident"], *(packed["resident"] for packed in sizes.values())])
-    return f"To do: take a machine with more than {size_text(least)} of memory, or a smaller model."
+    return f"To do: use a machine with more than {size_text(least)} of memory, or a smaller model."
 
 
 def _start(report: dict[str, Any], name: str) -> str:
     longest, most = report["longest_context"], report["max_context"]
     limit = "" if longest == most else f" --context {longest}"
     if report["fits_now"] is False:
-        return f"free some memory (other programs use it now), then godwit chat{name}{limit}."
-    return f"talk to it with godwit chat{name}{limit}, or serve it with godwit serve{name}{limit}."
+        return f"free some memory that other programs use, then run godwit chat{name}{limit}."
+    return f"chat with it using godwit chat{name}{limit}, or serve it with godwit serve{name}{limit}."

@@ -1,4 +1,4 @@
-"""The `godwit` command, assembled from its verbs."""
+"""The `godwit` program, assembled from its commands."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ app = typer.Typer(
     name="godwit",
     no_args_is_help=True,
     add_completion=False,
-    # Rich help and rich tracebacks would cost more start-up time than the rest of the command.
+    # Rich help and tracebacks would take more start-up time than everything else.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -41,11 +41,11 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback(
     epilog="Answers go to stdout, everything else to stderr. MODEL is a directory, a packed file, a Hugging "
-    "Face repository, or the model built in. Exit codes: docs/commands.md."
+    "Face repository, or the built-in model. Exit codes: docs/commands.md."
 )
 def _shared(
     ctx: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
@@ -54,7 +54,7 @@ def _shared(
     ctx.obj = debug
 
 
-# In the order in which the help lists them.
+# In the order of the help.
 for command in (
     *(chat, generate, serve, inspect, doctor, bench),
     *(quantize, calibrate, synth, verify, train),
@@ -63,12 +63,12 @@ for command in (
 
 
 def main() -> None:
-    """The console script `godwit`; ends the process with the verb's exit code."""
+    """The console script `godwit`; exits with the command's exit code."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started us
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (as long as the process)
+        if getattr(sys, name) is None:  # closed by the parent process
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (stays open until exit)
     try:
         app(prog_name="godwit")
-    except OSError as error:  # of the help, which typer prints
+    except OSError as error:  # while typer prints the help
         drop_output()
-        sys.exit(f"godwit: the output cannot be written ({error.strerror or error})")
+        sys.exit(f"godwit: cannot write the output ({error.strerror or error})")

@@ -1,4 +1,4 @@
-"""Options shared by several verbs, each with its type, range and help, and the decorator of verbs."""
+"""Options shared by several commands, and the decorator that declares a command."""
 
 from __future__ import annotations
 
@@ -23,133 +23,137 @@ QuantizeName = Literal["q8", "q4"]
 Model = Annotated[
     str | None,
     typer.Argument(
-        help="A directory, a packed file or a Hugging Face repository; without it, built-in.",
+        help="A directory, a packed file or a Hugging Face repository; default: the built-in model.",
         metavar="MODEL",
     ),
 ]
 System = Annotated[str | None, typer.Option(help="The system message.", metavar="TEXT")]
 Tools = Annotated[
-    Path | None, typer.Option(help="A JSON file with the tools that the model may call.", metavar="FILE")
+    Path | None, typer.Option(help="A JSON file of tools that the model may call.", metavar="FILE")
 ]
 Context = Annotated[
     int | None,
     typer.Option(
         min=2,
-        help="Tokens of prompt and answer together; without it, 16384 or what fits half of the free memory.",
+        help="Maximum tokens of prompt and answer; default: 16384, or what fits in half of the free memory.",
         metavar="N",
     ),
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, max=1024, help="Cores to use; without it, all that this process may use."),
+    typer.Option(min=1, max=1024, help="Threads to use; default: one per core available."),
 ]
 Dtype = Annotated[
     DtypeName,
-    typer.Option(help="auto takes the native kernels where they fit; others are PyTorch's arithmetic."),
+    typer.Option(help="auto uses the native kernels if possible; the others use PyTorch."),
 ]
 Quantize = Annotated[
     QuantizeName | None,
-    typer.Option(help="Pack the weights in 8 or 4 bits while loading; see godwit quantize."),
+    typer.Option(help="Quantize the weights to 8 or 4 bits while loading; see godwit quantize."),
 ]
 Original = Annotated[
     str,
-    typer.Argument(help="A directory, a Hugging Face repository, or built-in; not packed.", metavar="MODEL"),
+    typer.Argument(
+        help="A directory, a Hugging Face repository, or built-in; not a packed file.", metavar="MODEL"
+    ),
 ]
 RecipeName = Annotated[
     str,
     typer.Option(
-        "--recipe", "--format", help="q4, q8, bf16, or a TOML file with formats.", metavar="NAME|FILE"
+        "--recipe", "--format", help="q4, q8, bf16, or a TOML file of formats.", metavar="NAME|FILE"
     ),
 ]
 Restart = Annotated[
-    bool, typer.Option("--restart", help="Start over if OUT.partial was made from something else.")
+    bool, typer.Option("--restart", help="Start over if OUT.partial is from another model or recipe.")
 ]
-Speculate = Annotated[bool, typer.Option(help="Draft tokens ahead where that pays; answers stay the same.")]
+Speculate = Annotated[bool, typer.Option(help="Speculative decoding when it is faster; same answers.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How to choose the next token, as asked for on the command line.
-
-    None: not asked for, so what the model recommends holds.
-    """
+    """Sampling options from the command line; None: use the model's recommendation."""
 
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="Spread of the choice; 0 always takes the likeliest token.")
+        float | None, typer.Option(min=0.0, help="Randomness; 0 always picks the likeliest token.")
     ] = None
     top_k: Annotated[
-        int | None, typer.Option(min=0, help="Choose among the K likeliest tokens; 0 is no limit.")
+        int | None, typer.Option(min=0, help="Sample from the K likeliest tokens; 0: no limit.")
     ] = None
     top_p: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1.0, help="Choose among the fewest tokens that reach this probability."),
+        typer.Option(min=0.0, max=1.0, help="Sample from the fewest tokens that have this probability."),
     ] = None
     min_p: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1.0, help="Drop tokens less likely than this share of the likeliest one."),
+        typer.Option(
+            min=0.0, max=1.0, help="Drop tokens less likely than this fraction of the likeliest one."
+        ),
     ] = None
     repetition_penalty: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Weaken tokens that are already in the text by this factor; 1 is off."),
+        typer.Option(min=0.0, help="Penalize tokens already in the text by this factor; 1: off."),
     ] = None
     presence_penalty: Annotated[
-        float | None, typer.Option(help="Take this from the score of each token already in the answer.")
+        float | None, typer.Option(help="Subtract this from the score of each token already in the answer.")
     ] = None
     frequency_penalty: Annotated[
-        float | None, typer.Option(help="Take this from a token's score for each time it is in the answer.")
+        float | None,
+        typer.Option(help="Subtract this from a token's score for each time it is in the answer."),
     ] = None
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="End an answer after this many tokens.")] = (
-        None
-    )
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum tokens of an answer.")] = None
     stop: Annotated[
-        list[str], typer.Option(help="End the answer before this text; may be repeated.", metavar="TEXT")
+        list[str], typer.Option(help="Stop before this text; may be repeated.", metavar="TEXT")
     ] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ThinkingOptions:
-    """How much a model is to think, as asked for on the command line; None leaves it to the template."""
+    """Thinking options from the command line; None: the chat template's default."""
 
     reasoning_effort: Annotated[
-        Effort | None, typer.Option(help="How much to think, for chat templates that know it; none is off.")
+        Effort | None,
+        typer.Option(help="How much to think, if the chat template supports it; none: no thinking."),
     ] = None
     thinking_budget: Annotated[
         int | None,
-        typer.Option(min=0, max=1 << 24, help="Close thinking after this many tokens.", metavar="N"),
+        typer.Option(min=0, max=1 << 24, help="End thinking after this many tokens.", metavar="N"),
     ] = None
     thinking_budget_message: Annotated[
         str | None,
-        typer.Option(help="The last words of thinking that is cut short; by default Qwen's.", metavar="TEXT"),
+        typer.Option(
+            help="The text that ends thinking at its budget; default: Qwen's.",
+            metavar="TEXT",
+        ),
     ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServedThinkingOptions(ThinkingOptions):
-    """The same for a server, where requests may ask for something else."""
+    """Thinking options of a server, which requests can override."""
 
     effort_budgets: Annotated[
         bool,
         typer.Option(
-            "--effort-budgets", help="Where the template has no efforts, turn them into thinking budgets."
+            "--effort-budgets", help="Map efforts to thinking budgets if the template has no efforts."
         ),
     ] = False
     no_empty_answers: Annotated[
         bool,
-        typer.Option("--no-empty-answers", help="Close thinking in time to answer, and never end within it."),
+        typer.Option("--no-empty-answers", help="Always end thinking early enough to leave room to answer."),
     ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """What an engine may use; None: what suits the model and the machine."""
+    """Limits of an engine; None: chosen by model and machine."""
 
     context: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of prompt and answer together.", metavar="N")
+        int | None, typer.Option(min=2, help="Maximum tokens of prompt and answer.", metavar="N")
     ] = None
     max_sequences: Annotated[
-        int, typer.Option(min=1, max=4096, help="Answers that run at a time.", metavar="N")
+        int, typer.Option(min=1, max=4096, help="Maximum answers generated at a time.", metavar="N")
     ] = 64
     memory_gib: Annotated[
         float | None,
@@ -157,25 +161,25 @@ class EngineOptions:
             "--memory",
             min=0,
             max=1 << 20,
-            help="For caches, in GiB; without it, half of what is free.",
+            help="Memory for caches in GiB; default: half of the free memory.",
             metavar="GIB",
         ),
     ] = None
     cache_dir: Annotated[
-        Path | None, typer.Option(help="Keep what was read here across restarts.", metavar="DIR")
+        Path | None, typer.Option(help="Keep the prefix cache here across restarts.", metavar="DIR")
     ] = None
     self_check: Annotated[
-        bool, typer.Option("--self-check", help="Check the engine's books whenever there is nothing to do.")
+        bool, typer.Option("--self-check", help="Check the engine's internal consistency when it is idle.")
     ] = False
     speculate: Speculate = True
 
 
 def verb(module: str, function: str = "run") -> Callable[[Callable[..., Any]], Callable[..., None]]:
-    """Turn a function that declares the options of a verb into a command that runs it.
+    """Turn a function that declares a command's options into a command.
 
-    The options go to ``function`` of ``godwit.cli.<module>``, which is imported only then, under their own
-    names; or what the declaring function makes of them, where it returns the arguments itself. Typer is shown
-    one option for each field of the arguments that are dataclasses, in place of these.
+    The command imports ``godwit.cli.<module>`` and calls its ``function`` with the options as keyword
+    arguments, or with the arguments that the declaring function returns, if any. Parameters that are
+    dataclasses appear to Typer as one option per field.
     """
 
     def decorate(declaration: Callable[..., Any]) -> Callable[..., None]:
@@ -217,15 +221,16 @@ def _options_of(group: Any) -> list[inspect.Parameter]:
 
 
 def parse_logit_bias(pairs: list[str]) -> dict[int, float]:
-    """Read ["42=-3.5", ...] as {token id: what is added to its logit}; -inf bans a token.
+    """Parse ["42=-3.5", ...] as {token id: value to add to its logit}; -inf bans a token.
 
-    Raises UsageError where a pair is not that.
+    Raises:
+        UsageError: a pair has another form.
     """
     bias: dict[int, float] = {}
     for pair in pairs:
         token, _, value = pair.partition("=")
         if not (token.isdecimal() and _is_bias(value)):
-            raise UsageError(f"--logit-bias takes ID=VALUE, such as 42=-3.5, and not {pair!r}.")
+            raise UsageError(f"--logit-bias takes ID=VALUE, such as 42=-3.5, not {pair!r}")
         bias[int(token)] = float(value)
     return bias
 

@@ -1,4 +1,4 @@
-"""How a command ends: one sentence on stderr for an exception, and an exit code."""
+"""Turn exceptions into one sentence on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import typer
 from godwit.cli.stopping import Terminated
 from godwit.errors import GodwitError, MemoryBudgetError, UsageError
 
-# As shells report a process that ended by a signal: 128 + its number.
+# Exit codes after a signal, as shells report them: 128 + its number.
 INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143
 INSTRUCTION_SET = "GODWIT_INSTRUCTION_SET"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-_NO_MEMORY = "memory ran out; end other programs, or choose a smaller model, fewer bits or a shorter context"
+_NO_MEMORY = "out of memory; close other programs, or use a smaller model, fewer bits or a shorter context"
 
 
 @contextmanager
 def one_sentence(ctx: typer.Context) -> Iterator[None]:
-    """Turn exceptions into one sentence on stderr and an exit code; --debug adds the traceback."""
+    """Report exceptions in one sentence on stderr and exit with their code; --debug adds the traceback."""
     try:
         _check_instruction_set()
         yield
@@ -33,7 +33,7 @@ def one_sentence(ctx: typer.Context) -> Iterator[None]:
     except KeyboardInterrupt as stop:
         _explain(ctx, f"\ngodwit: {str(stop) or 'interrupted'}")
         raise typer.Exit(TERMINATED if isinstance(stop, Terminated) else INTERRUPTED) from None
-    except BrokenPipeError:  # the reader left
+    except BrokenPipeError:  # the reader closed the pipe
         drop_output()
         raise typer.Exit(BROKEN_PIPE) from None
     except GodwitError as error:
@@ -42,7 +42,7 @@ def one_sentence(ctx: typer.Context) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
             drop_output()
-            _explain(ctx, f"godwit: the output cannot be written ({error.strerror}); make room for it")
+            _explain(ctx, f"godwit: cannot write the output ({error.strerror}); free some disk space")
             raise typer.Exit(1) from None
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             _explain(ctx, f"godwit: {_NO_MEMORY}")
@@ -56,10 +56,10 @@ def one_sentence(ctx: typer.Context) -> Iterator[None]:
 
 
 def _check_instruction_set() -> None:
-    """Import the native module early where the environment chooses its instruction set.
+    """Import the native module early if the environment selects its instruction set.
 
     Raises:
-        UsageError: the set does not exist, or this CPU lacks it.
+        UsageError: the instruction set is unknown, or this CPU lacks it.
     """
     if not os.environ.get(INSTRUCTION_SET):
         return
@@ -71,7 +71,7 @@ def _check_instruction_set() -> None:
 
 
 def drop_output() -> None:
-    """Redirect stdout to the null device: Python flushes it again at exit and would report the error."""
+    """Redirect stdout to the null device, since Python flushes it again at exit and would fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -18,7 +18,7 @@ from godwit.models.recipe import QuantRecipe, tensor_blobs
 
 @dataclass(frozen=True)
 class PackedSizes(Sizes):
-    """Sizes of a packed model: the file's own bytes in place of bfloat16's."""
+    """Sizes of a packed model: the bytes of the file instead of those of bfloat16."""
 
     stored: int
     read: float
@@ -27,7 +27,7 @@ class PackedSizes(Sizes):
     def of(sizes: Sizes, parts: Mapping[str, Mapping[str, Any]]) -> PackedSizes:
         read = 0.0
         for name, part in sizes.parts.items():
-            own = parts.get(name) or parts.get("embedding")  # a tied head's bytes are the embedding's
+            own = parts.get(name) or parts.get("embedding")  # a tied head shares the embedding's bytes
             read += own["bytes"] * part.active / own["weights"] if own and part.active else 0
         stored = sum(part["bytes"] for part in parts.values())
         return PackedSizes(**vars(sizes), stored=stored, read=read)
@@ -41,17 +41,17 @@ class PackedSizes(Sizes):
 
 
 def sizes_packed(sizes: Sizes, config: ModelConfig, num_mtp: int, recipe: str) -> PackedSizes:
-    """Sizes of a model once it is packed with a recipe.
+    """Sizes of a model if packed with a recipe.
 
     Raises:
-        CheckpointError: the config describes tensors that no machine can address.
+        CheckpointError: the config describes tensors too large to address.
     """
     blobs = tensor_blobs(config, num_mtp, QuantRecipe.find(recipe))
     return PackedSizes.of(sizes, bytes_of_parts(blobs, config))
 
 
 def bytes_of_parts(blobs: Mapping[str, TensorBlob], config: ModelConfig) -> dict[str, dict[str, Any]]:
-    """Weights, bytes and bits a weight (scales and padding included) of each part, the largest first."""
+    """Weights, bytes and bits per weight (including scales and padding) of each part, largest first."""
     found: dict[str, dict[str, Any]] = {}
     parts = {p.packed_name: p.part for p in parameters(config, count_mtp(blobs))}
     for name, blob in blobs.items():
@@ -64,7 +64,7 @@ def bytes_of_parts(blobs: Mapping[str, TensorBlob], config: ModelConfig) -> dict
 
 
 def weights_of(blobs: Mapping[str, TensorBlob]) -> dict[str, Any]:
-    """What the file holds by format."""
+    """The file's contents by format."""
     kinds: dict[str, dict[str, int]] = {}
     for blob in blobs.values():
         kind = kinds.setdefault(_format_of(blob), {"tensors": 0, "parameters": 0, "bytes": 0})
@@ -80,10 +80,10 @@ def weights_of(blobs: Mapping[str, TensorBlob]) -> dict[str, Any]:
 
 
 def checked_blobs(packed: PackedFile, num_mtp: int) -> dict[str, TensorBlob]:
-    """The tensors of a packed file, which are those of its config.
+    """The tensors of a packed file, checked against its config.
 
     Raises:
-        CheckpointError: they are not.
+        CheckpointError: they do not match.
     """
     found = packed.blobs
     wanted = tensor_blobs(packed.config, num_mtp, QuantRecipe.find("q4"))
@@ -92,7 +92,8 @@ def checked_blobs(packed: PackedFile, num_mtp: int) -> dict[str, TensorBlob]:
     if odd:
         names = ", ".join(sorted({name for name, _ in odd})[:10])
         raise CheckpointError(
-            f"{packed.path} does not fit its config; missing, unexpected or misshapen: {names}"
+            f"{packed.path} does not match its config (missing, unexpected or misshapen: {names}); pack the "
+            "model again"
         )
     return found
 

@@ -1,4 +1,4 @@
-"""`godwit quantize`, `synth` and `verify`: making and checking packed files."""
+"""`godwit quantize`, `synth` and `verify`: write and check packed files."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def run_quantize(
     restart: bool,
     as_json: bool,
 ) -> None:
-    """Pack `model` into the file `out`, compare the two on the text `evaluate`, and print a report.
+    """Pack `model` into the file `out`, compare them on the text `evaluate`, and print a report.
 
-    Raises: what reading and packing raise; MemoryBudgetError where the original is too large to compare with.
+    Raises: the errors of loading and packing; MemoryBudgetError if the original does not fit for comparison.
     """
     common.use_threads(threads)
     rules = QuantRecipe.find(recipe)
@@ -77,7 +77,7 @@ def run_synth(
     restart: bool,
     as_json: bool,
 ) -> None:
-    """Write a random model of the shape in `config` to the file `out`, and print a report."""
+    """Write a random model with the architecture of `config` to the file `out`, and print a report."""
     raw = read_raw_config(common.source_of(config))
     with tidy_stop(_STOPPED.format(out=out)), working("drawing") as progress:
         report = synthesize(
@@ -111,7 +111,7 @@ def run_verify(file: Path, *, as_json: bool = False) -> None:
 
 @contextmanager
 def working(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar with the time left on stderr, where that is a terminal."""
+    """A progress bar with the remaining time, if stderr is a terminal."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
@@ -124,22 +124,22 @@ def working(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:
-    """Check the tokenizer before the long work; warn if there is none."""
+    """Check the tokenizer before the slow part; warn if there is none."""
     from godwit.text.tokenizer import Tokenizer
 
     if (checkpoint.path / "tokenizer.json").is_file():
         Tokenizer.from_dir(checkpoint.path)
     else:
-        without = "has no tokenizer.json, so the packed model can be measured but not used for chat"
+        without = "has no tokenizer.json, so the packed model can only be used with godwit bench and inspect"
         print(f"warning: {checkpoint.path} {without}", file=sys.stderr)
 
 
 def read_text(path: Path, checkpoint: Checkpoint, what: str) -> list[int]:
-    """The tokens of a text for the original model to read.
+    """The tokens of a text, for running the original model on it.
 
     Raises:
         UsageError: the text cannot be read, or is too short or too long.
-        MemoryBudgetError: the original does not fit in memory; `what` needs it.
+        MemoryBudgetError: the original, which `what` needs, does not fit in memory.
     """
     from godwit.text.tokenizer import Tokenizer
 
@@ -150,9 +150,9 @@ def read_text(path: Path, checkpoint: Checkpoint, what: str) -> list[int]:
             )
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror or error}); name another file") from None
+        raise UsageError(f"{path}: cannot be read ({error.strerror or error}); give another file") from None
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text ({error.reason}); name another file") from None
+        raise UsageError(f"{path}: not UTF-8 text ({error.reason}); give another file") from None
     ids = Tokenizer.from_dir(checkpoint.path).encode(text)
     if len(ids) < 2:
         raise UsageError(f"{path}: has {len(ids)} tokens; at least two are needed")
@@ -160,8 +160,8 @@ def read_text(path: Path, checkpoint: Checkpoint, what: str) -> list[int]:
     available = memory()["available"]
     if available is not None and needed > available:
         raise MemoryBudgetError(
-            f"{what} loads the original, which takes {size_text(needed)} or more, and "
-            f"{size_text(available)} are available; use a machine with more memory, or leave it out"
+            f"{what} loads the original, which takes at least {size_text(needed)}, but "
+            f"{size_text(available)} are available; use a machine with more memory, or omit it"
         )
     return ids
 
@@ -197,17 +197,17 @@ def _print(report: PackingReport, config: ModelConfig, quality: Quality | None, 
 
 def _show(content: dict[str, Any]) -> None:
     table = Table(box=box.SIMPLE, show_footer=True)
-    table.add_column("part", "in all")
+    table.add_column("part", "total")
     table.add_column("weights", f"{content['weights']:,}", justify="right", no_wrap=True)
     table.add_column("size", size_text(content["bytes"]), justify="right", no_wrap=True)
-    table.add_column("bits a weight", f"{content['bits']:.2f}", justify="right", no_wrap=True)
+    table.add_column("bits per weight", f"{content['bits']:.2f}", justify="right", no_wrap=True)
     for name, part in content["parts"].items():
         row = (f"{part['weights']:,}", size_text(part["bytes"]), f"{part['bits']:.2f}")
         table.add_row(PARTS[name], *row)
     console = Tables()
     console.print(table)
     resumed = content["resumed_tensors"]
-    went_on = f"; {resumed:,} tensors were already there" if resumed else ""
+    went_on = f"; {resumed:,} tensors were already written" if resumed else ""
     console.print(
         f"{content['path']}: written in {content['seconds']:,.1f} s{went_on}.", soft_wrap=True, markup=False
     )

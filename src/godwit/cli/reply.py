@@ -1,4 +1,4 @@
-"""Answers taken apart for the terminal: text, thinking, and tool calls in the dialect of the model."""
+"""Parse answers for the terminal: text, thinking, and tool calls in the model's dialect."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class TextPart:
-    """A part of an answer's text, or of the thinking before it."""
+    """Part of an answer's text or thinking."""
 
     kind: Literal["text", "thinking"]
     text: str
 
 
 class Reply:
-    """One answer: pushed in pieces of text, given out in parts, and complete after :meth:`flush`.
+    """One answer: takes pieces of text, returns parsed parts, and is complete after :meth:`flush`.
 
-    A call that cannot be read stays a part of the text.
+    Calls that cannot be parsed are treated as text.
 
     Args:
         parser: splits the text; None: all of it is the answer.
-        one_call: what follows the first call is dropped.
+        one_call: drop everything after the first call.
 
     Attributes:
-        text, thinking, calls: what has been given out.
-        empty: nothing has been pushed.
+        text, thinking, calls: the parts returned so far.
+        empty: no text has been pushed.
     """
 
     def __init__(self, parser: AnswerParser | None = None, *, one_call: bool = False) -> None:
@@ -54,7 +54,7 @@ class Reply:
         self.empty = True
         self._parser = parser
         self._one_call = one_call
-        self._name = self._arguments = ""  # of the call that is being read
+        self._name = self._arguments = ""  # of the current call
 
     @property
     def ended(self) -> bool:
@@ -62,12 +62,12 @@ class Reply:
         return self._one_call and bool(self.calls)
 
     def push(self, text: str) -> list[TextPart | ToolCall]:
-        """The parts that are certain with ``text``."""
+        """Add ``text``; return the parts completed by it."""
         self.empty &= not text
         return self._take([Text(text)] if self._parser is None else self._parser.push(text))
 
     def flush(self) -> list[TextPart | ToolCall]:
-        """The parts that are left when the answer ends."""
+        """End the answer; return the remaining parts."""
         return [] if self._parser is None else self._take(self._parser.flush())
 
     def as_message(self) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class Reply:
 
 
 class ReplyFormat:
-    """How a model writes its answers, judged by its chat template. Where that does not tell: as Hermes does.
+    """The format of a model's answers, detected from its chat template; Hermes if unknown.
 
     Attributes:
         dialect: of tool calls.
@@ -134,23 +134,23 @@ class ReplyFormat:
         """A new answer.
 
         Args:
-            tools: that the model may call, in the shape of OpenAI's API.
-            thinking: the prompt has opened the thinking of the answer.
+            tools: the tools that the model may call, in the format of the OpenAI API.
+            thinking: the prompt has already started the thinking.
         """
         return Reply(AnswerParser(self.dialect, _schemas(tools), thinking=thinking), one_call=self._one_call)
 
     def rules(self, rules: ThinkingRules, tools: Sequence[Mapping[str, Any]]) -> ThinkingRules:
-        """The rules, with the calls of these tools that end thinking which the model leaves open."""
+        """The rules, extended so that a call of one of these tools ends unfinished thinking."""
         return replace(rules, dialect=self.dialect, schemas=_schemas(tools))
 
 
 def _schemas(tools: Sequence[Mapping[str, Any]]) -> Schemas:
-    """The parameters of tools in the shape of OpenAI's API, by name."""
+    """The parameters of tools by name; the tools have the format of the OpenAI API."""
     return {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
 
 
 def parse_reply(text: str, dialect: Dialect = HERMES, *, thinking: bool = False) -> Reply:
-    """A whole answer taken apart; ``thinking``: the prompt has opened it."""
+    """Parse a whole answer; ``thinking``: the prompt has already started it."""
     reply = Reply(AnswerParser(dialect, thinking=thinking))
     reply.push(text)
     reply.flush()
@@ -158,9 +158,9 @@ def parse_reply(text: str, dialect: Dialect = HERMES, *, thinking: bool = False)
 
 
 def with_call_ids(messages: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Messages whose calls and results have ids, which some templates demand: nine letters or digits.
+    """Add ids to calls and results, since some templates require them: nine letters or digits.
 
-    Results belong to the calls before them in order.
+    Results are matched to the preceding calls in order.
     """
     numbers, waiting = count(), list[str]()
     for message in map(dict, messages):

@@ -25,24 +25,24 @@ from godwit.text.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
 
-# The engine logs its faults, and `answer` raises them again. Without a handler the log would go to stderr.
+# The engine logs its errors, and `answer` raises them. Without a handler the log would go to stderr.
 logging.getLogger("godwit").addHandler(logging.NullHandler())
 
 
 class Responder:
-    """Answers prompts one after another and reuses what is cached of earlier ones. Close it when done.
+    """Answers prompts one at a time, reusing cached prefixes of earlier ones. Close it when done.
 
     Args:
-        model, tokenizer: of the same checkpoint.
-        max_context: tokens of prompt and answer together; None takes all that the model is made for.
-        max_bytes: limit for the caches; half of what the context leaves of it may hold copies of recurrent
-            states, at which later prompts continue. None is no limit.
-        chunk_size: tokens of a prompt that are read in one step.
-        speculate: guess tokens ahead where that pays; the answers stay the same.
-        reuse: keep what later prompts may continue; False saves the work where there is only one prompt.
+        model, tokenizer: from the same checkpoint.
+        max_context: tokens of prompt and answer together; None: as many as the model supports.
+        max_bytes: limit for the caches; None: no limit. Half of what the context does not need is for
+            snapshots of recurrent states, from which later prompts can continue.
+        chunk_size: prompt tokens processed per step.
+        speculate: use speculative decoding when it is faster; answers stay the same.
+        reuse: keep the cache for later prompts; False is faster if there is only one.
 
     Raises:
-        UsageError: a context that the model is not made for.
+        UsageError: the model does not support the context.
         MemoryBudgetError: the context does not fit ``max_bytes``.
     """
 
@@ -92,14 +92,14 @@ class Responder:
 
         Args:
             prompt: the whole text.
-            params: how to choose tokens, and when to end.
-            thinking: limits of the thinking of the answer; None: its whole text is the answer.
-            shown_ids: special tokens that are a part of the answer's text.
-            progress: called with (tokens read, tokens to read) while a long prompt is being read.
+            params: sampling parameters and stop conditions.
+            thinking: limits of thinking; None: treat all text as the answer.
+            shown_ids: special tokens to include in the text.
+            progress: called with (tokens read, total tokens) while a long prompt is being read.
 
         Raises:
-            UsageError: the prompt is empty or leaves no room for an answer, or ``params`` make no sense.
-            Exception: whatever went wrong in the engine.
+            UsageError: the prompt is empty or leaves no room for an answer, or ``params`` are invalid.
+            Exception: an internal error of the engine.
         """
         events = SimpleQueue[Event | int]()
         self._stream = stream = self.engine.submit(
@@ -130,16 +130,16 @@ class Responder:
             stream.cancel()
 
     def cancel(self) -> None:
-        """End the answer under way after the current step; also for signal handlers and other threads."""
+        """End the current answer after this step; safe to call from signal handlers and other threads."""
         if self._stream is not None:
             self._stream.cancel()
 
     def forget(self) -> None:
-        """Reuse nothing of what was read before."""
+        """Do not reuse anything cached so far."""
         self._num_forgotten += 1
 
     def close(self) -> None:
-        """End the engine; waits for the step under way."""
+        """Stop the engine after the current step."""
         self.engine.close()
 
     def __enter__(self) -> Responder:

@@ -1,4 +1,4 @@
-"""`godwit serve`: a model behind the APIs of OpenAI and Anthropic."""
+"""`godwit serve`: serve a model through the OpenAI and Anthropic APIs."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def run(
     dtype: DtypeName,
     quantize: QuantizeName | None,
 ) -> None:
-    """Serve until told to end.
+    """Serve until stopped by a signal.
 
-    Raises: GodwitError of any kind before the server runs.
+    Raises: GodwitError of any kind, before the server starts.
     """
     try:
         from godwit.server.app import make_app
@@ -64,11 +64,11 @@ def run(
     opened.check_context(engine.context)
     sampling = common.recommended(opened.tokenizer.generation_defaults)
     common.sampling_params(SamplingOptions(), opened.tokenizer.generation_defaults)
-    with listen(host, port) as listener:  # before the weights are read: a port that is taken is known at once
+    with listen(host, port) as listener:  # before loading weights, to fail early if the port is taken
         if not (keys or allowed or is_loopback(listener)):
             raise UsageError(
-                f"everyone who reaches {host} could use this server: set keys with --api-key-file, or say "
-                "with --allow-host by which names clients may address it"
+                f"anyone who can reach {host} could use this server; set API keys with --api-key-file, or "
+                "the host names that clients may use with --allow-host"
             )
         num_threads = common.use_threads(threads)
         with common.loading(opened.name) as progress:
@@ -90,20 +90,20 @@ def run(
         _log.info("%s: %s, %s", opened.name, common.described(weights), threads_used)
         if not keys and not is_loopback(listener):
             _log.warning(
-                "warning: everyone who reaches this address may use it; --api-key-file asks for keys"
+                "warning: anyone who can reach this address can use the server; --api-key-file requires keys"
             )
         allow_open_files(settings.limits)
         address, bound = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         place = f"http://{shown}:{bound}"
         _log.info(
-            "serving %s at %s with a context of %d (Ctrl-C ends it)", settings.name, place, service.context
+            "serving %s at %s with a context of %d (Ctrl-C to stop)", settings.name, place, service.context
         )
         make_server(make_app(service), settings).run([listener])
 
 
 def thinking_settings(options: ServedThinkingOptions) -> ThinkingSettings:
-    """What a server does about thinking where requests leave it open.
+    """A server's defaults for thinking, which requests can override.
 
     Raises:
         UsageError: the message cannot be used.
@@ -121,24 +121,24 @@ def thinking_settings(options: ServedThinkingOptions) -> ThinkingSettings:
 
 
 def checked_origins(origins: Sequence[str]) -> tuple[str, ...]:
-    """Origins as browsers send them.
+    """Check that origins have the form that browsers send.
 
     Raises:
-        UsageError: one that no browser would send, which would silently allow nothing.
+        UsageError: an origin that no browser would send, so that it would never match.
     """
     for origin in origins:
         if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
             raise UsageError(
-                f"--cors-origin {origin!r:.100} is no origin; give one such as https://example.org"
+                f"--cors-origin {origin!r:.100} is not an origin; give one such as https://example.org"
             )
     return tuple(origins)
 
 
 def checked_hosts(hosts: Sequence[str]) -> tuple[str, ...]:
-    """Host names as they stand in the Host header without a port, an IPv6 address in brackets; or ``*``.
+    """Host names as in a Host header, without a port and with IPv6 addresses in brackets; or ``*``.
 
     Raises:
-        UsageError: one that could never be there, which would silently allow nothing.
+        UsageError: one that cannot occur in the header, so that it would never match.
     """
     return tuple(_checked_host(host) for host in hosts)
 
@@ -150,16 +150,17 @@ def _checked_host(host: str) -> str:
         if host == "*" or re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252})", host):
             return host
         raise UsageError(
-            f"--allow-host {host!r:.100} is no host name; give one such as llm.example.org, without a port"
+            f"--allow-host {host!r:.100} is not a host name; give one such as llm.example.org, without a port"
         ) from None
     return f"[{address}]" if address.version == 6 else str(address)
 
 
 def make_engine(model: CausalLM, opened: common.OpenedModel, options: EngineOptions) -> Engine:
-    """An engine within its share of memory: as much as was allowed, else half of what is free.
+    """An engine within its memory limit, by default half of the free memory.
 
     Raises:
-        UsageError, MemoryBudgetError: the options make no sense, or leave too little.
+        UsageError: invalid options.
+        MemoryBudgetError: the limit is too low.
     """
     from godwit.engine import Engine
 
@@ -178,7 +179,7 @@ def make_engine(model: CausalLM, opened: common.OpenedModel, options: EngineOpti
 
 
 def shares(model: CausalLM, memory_gib: float | None) -> tuple[int | None, int]:
-    """Bytes for the caches of what runs, and for snapshots of states: a quarter, and 1 GiB at most."""
+    """Bytes for the caches of running sequences, and for state snapshots (a quarter, at most 1 GiB)."""
     from godwit.engine.cache import CacheSize
     from godwit.engine.engine import DEFAULT_SNAPSHOT_BYTES
 
@@ -193,14 +194,14 @@ def shares(model: CausalLM, memory_gib: float | None) -> tuple[int | None, int]:
 
 
 def shown_name(name: str) -> str:
-    """What clients call the model: the last part of a path or of a repository's name."""
+    """The model's name for clients: the last part of its path or repository name."""
     if name == common.BUILT_IN:
         return "godwit"
     return name.rstrip("/").rpartition("/")[2].removesuffix(".godwit") or "godwit"
 
 
 def log_to_stderr() -> None:
-    """One line for each request and event, on stderr; what anyone can cause, at a bounded rate."""
+    """Log one line per request and event to stderr; events that any client can cause are rate-limited."""
     from godwit.server.connections.pace import BoundedRate
     from godwit.server.log import OneLine
 

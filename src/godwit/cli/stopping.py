@@ -1,4 +1,4 @@
-"""Stopping in good order on Ctrl-C and SIGTERM."""
+"""Clean shutdown on Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from contextlib import contextmanager
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came while it was being handled like Ctrl-C."""
+    """SIGTERM, handled like Ctrl-C."""
 
 
 @contextmanager
 def tidy_stop(advice: str) -> Iterator[None]:
-    """Within this context, SIGTERM raises like Ctrl-C does, and the exception of either carries `advice`."""
+    """Within this context SIGTERM raises like Ctrl-C, and either exception has `advice` as its text."""
     own = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, _terminate) if own else None
     try:

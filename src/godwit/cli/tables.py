@@ -1,4 +1,4 @@
-"""What tables share: where they go, which is stdout by way of rich, and how sizes are written."""
+"""Shared by tables: a rich console on stdout, and formatted sizes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ class Tables(Console):
         super().__init__(highlight=False)
 
     def on_broken_pipe(self) -> None:
-        """Leave it to the command, as with all other output; rich would end the process with 1."""
+        """Let the command handle it, as for all output; rich would exit with code 1."""
         raise BrokenPipeError
 
 
 def size_text(size: int) -> str:
-    """Bytes for a reader, in decimal units."""
+    """A number of bytes in readable decimal units."""
     for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
         if size >= unit:
             return f"{size / unit:,.2f} {name}"

@@ -1,4 +1,4 @@
-"""The terminal side of a chat: reading messages, and showing answers with or without colours."""
+"""Terminal input and output of a chat: reading messages and showing answers, with colours if possible."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import IO, Any
 
 DIM, CYAN, RED, PLAIN = "\x1b[2m", "\x1b[36m", "\x1b[31m", "\x1b[0m"
 BLOCK = '"""'
-# A model may write any character; control characters are shown as such instead of reaching the terminal.
+# A model can write any character; control characters must not reach the terminal.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -24,7 +24,7 @@ def harmless(text: str) -> str:
 
 
 def tolerate_any_text() -> None:
-    """Replace characters that the standard streams cannot encode or decode, instead of failing."""
+    """Make the standard streams replace characters that they cannot encode or decode, instead of failing."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -32,7 +32,7 @@ def tolerate_any_text() -> None:
 
 @dataclass(frozen=True)
 class TypedMessage:
-    """What the user typed; `literal`: in a block, so it is never a command."""
+    """What the user typed; `literal`: in a block, so never a command."""
 
     text: str
     literal: bool = False
@@ -41,24 +41,24 @@ class TypedMessage:
 class Terminal:
     """Reads from stdin; writes answers to stdout and everything else to stderr.
 
-    Prompts, colours and line editing appear only where the streams are terminals.
+    Prompts, colours and line editing are only used if the streams are terminals.
     """
 
     def __init__(self) -> None:
         tolerate_any_text()
         self.interactive = sys.stdin.isatty()
-        self._open: IO[str] | None = None  # the stream whose last line has no end yet
+        self._open: IO[str] | None = None  # the stream with an unfinished line
         self._kind = ""
         self._after_tag = False
         self._progress = ""
         if self.interactive:
-            with contextlib.suppress(ImportError):  # not in every build of Python
-                import readline  # noqa: F401 (gives input() editing and a history)
+            with contextlib.suppress(ImportError):  # missing from some builds of Python
+                import readline  # noqa: F401 (adds editing and history to input())
 
     def read(self, prompt: str) -> TypedMessage | None:
         r"""The next message, or None at the end of the input; raises KeyboardInterrupt.
 
-        A line that ends with ``\`` continues in the next one; text between two ``\"\"\"`` is taken literally.
+        A line that ends with ``\`` continues on the next; text between two ``\"\"\"`` is literal.
         """
         line = self._line(prompt)
         if line is None:
@@ -93,11 +93,11 @@ class Terminal:
         return line.removesuffix("\n") if line else None
 
     def begin_answer(self) -> None:
-        """The next part is the first of an answer."""
+        """Start a new answer."""
         self._kind, self._after_tag = "", False
 
     def part(self, kind: str, text: str) -> None:
-        """Show a part of the answer's "text", or of the "thinking" before it."""
+        """Show a part of the answer, of kind "text" or "thinking"."""
         if kind != self._kind:
             self.end_line()
             self._after_tag = self._kind != "" or kind == "thinking"
@@ -122,7 +122,7 @@ class Terminal:
             self._say(self._open, "\n")
 
     def note(self, text: str) -> None:
-        """Show a remark of the program."""
+        """Show a message from the program."""
         self._clear_progress()
         self._write(sys.stderr, _styled(sys.stderr, harmless_lines(text), DIM) + "\n")
 
@@ -132,7 +132,7 @@ class Terminal:
         self._write(sys.stderr, _styled(sys.stderr, harmless_lines(text), RED) + "\n")
 
     def progress(self, done: int, total: int, step: int) -> None:
-        """Show how far a prompt of several steps has been read, where stderr is a terminal."""
+        """Show the progress of reading a prompt of several steps, if stderr is a terminal."""
         if total > step and sys.stderr.isatty():
             self._clear_progress()
             self._progress = f"reading {done} of {total} tokens"
@@ -156,7 +156,7 @@ class Terminal:
 
 
 def harmless_lines(text: str) -> str:
-    """`text` for a remark: harmless, and without trailing white space."""
+    """`text` without control characters and trailing whitespace."""
     return harmless(text).rstrip()
 
 

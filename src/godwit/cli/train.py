@@ -1,4 +1,4 @@
-"""`godwit train`: train a recipe, say on stderr how it goes, export the model."""
+"""`godwit train`: train from a recipe, with progress on stderr, and export the model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from godwit.train.trainer import Trainer, active_parameters
 
 
 def run(recipe: Path, *, resume: bool = True, steps: int | None = None, out: Path | None = None) -> None:
-    """Train `recipe` into `out` (runs/<its name>), `steps` more steps at most; print the model's path.
+    """Train `recipe` into `out` (default: runs/<its name>) for at most `steps` steps; print the model's path.
 
     Raises:
-        UsageError: a recipe that cannot work, absent data, or a state in `out` of another model.
-        CheckpointError: a state in `out` that is damaged or cannot be written.
+        UsageError: an invalid recipe, missing data, or a state of another model in `out`.
+        CheckpointError: the state in `out` is damaged or cannot be written.
         GodwitError: the training diverged.
         KeyboardInterrupt: after Ctrl-C, with the state saved.
     """
@@ -35,16 +35,16 @@ def run(recipe: Path, *, resume: bool = True, steps: int | None = None, out: Pat
         try:
             trainer.run(progress.report, resume=resume, stop_after=steps)
         except KeyboardInterrupt:
-            progress.say(f"Stopped at once: all since the last saved state is lost. To go on: {again}")
+            progress.say(f"Stopped; steps since the last saved state are lost. To continue: {again}")
             raise
         except Exception:
             if not interrupt.asked:
-                raise  # else it may be what Ctrl-C did to a compiler that was running for us
+                raise  # otherwise Ctrl-C may have killed the compiler of a kernel
     if interrupt.asked:
-        progress.say(f"Saved after step {trainer.step} of {trainer.recipe.steps}. To go on: {again}")
+        progress.say(f"Saved after step {trainer.step} of {trainer.recipe.steps}. To continue: {again}")
         raise KeyboardInterrupt
     if trainer.step < trainer.recipe.steps:
-        progress.say(f"Ended after step {trainer.step} of {trainer.recipe.steps}. To go on: {again}")
+        progress.say(f"Ended after step {trainer.step} of {trainer.recipe.steps}. To continue: {again}")
     if parallel.rank() == 0:
         progress.say(f"Exporting the model to {out / 'model'}.")
         trainer.export(out / "model")
@@ -53,13 +53,13 @@ def run(recipe: Path, *, resume: bool = True, steps: int | None = None, out: Pat
 
 
 def can_compile() -> bool:
-    """Whether the C++ compiler is there that torch.compile calls."""
+    """Whether the C++ compiler used by torch.compile is installed."""
     usual = "clang++" if platform.system() == "Darwin" else "g++"
     return shutil.which(os.environ.get("CXX") or usual) is not None
 
 
 class Interrupt:
-    """The first Ctrl-C lets the trainer finish its step and save; the second ends the program at once."""
+    """On the first Ctrl-C the trainer finishes its step and saves; on the second the program exits."""
 
     def __init__(self, trainer: Trainer, progress: Progress) -> None:
         self.trainer, self.progress = trainer, progress
@@ -77,22 +77,22 @@ class Interrupt:
             raise KeyboardInterrupt
         self.asked = True
         self.trainer.stop()
-        self.progress.say("Finishing this step, then saving; press Ctrl-C again to stop at once.")
+        self.progress.say("Finishing this step, then saving; press Ctrl-C again to stop now.")
 
 
 class Progress:
-    """One line on stderr, rewritten where it is a terminal; the first process of several speaks for all."""
+    """A progress line on stderr, rewritten in place on a terminal; only the first process prints it."""
 
     def __init__(self, trainer: Trainer, steps: int | None) -> None:
         self.recipe, self.model, self.autocast = trainer.recipe, trainer.model, trainer.autocast
         self.steps = steps
-        self.last: int | None = None  # the step this run ends with, known once it has begun
-        self.pace: float | None = None  # seconds a step, the recent ones counting most
+        self.last: int | None = None  # the last step of this run, known after its first
+        self.pace: float | None = None  # seconds per step, a moving average
         self.rewrites = sys.stderr.isatty()
         self.open_line = False
 
     def begin(self, out: Path, compiles: bool) -> None:
-        """Say what is about to happen."""
+        """Show what will be trained."""
         total = sum(param.numel() for param in self.model.parameters()) / 1e6
         active = active_parameters(self.model) / 1e6
         self.say(
@@ -103,16 +103,14 @@ class Progress:
         if compiles:
             self.say("The first step compiles the kernels, which takes about a minute.")
         else:
-            self.say(
-                "There is no C++ compiler to compile the kernels with: training is several times slower."
-            )
+            self.say("There is no C++ compiler to compile the kernels; training is several times slower.")
 
     def report(self, record: dict[str, Any]) -> None:
         """Show the record of a step."""
         step = record["step"]
         if self.last is None:
             self.last = min(self.recipe.steps, step - 1 + (self.steps or self.recipe.steps))
-            self.pace = None  # the first step has compiled
+            self.pace = None  # the first step includes compilation
         elif self.pace is None:
             self.pace = record["seconds"]
         else:
@@ -121,10 +119,10 @@ class Progress:
         self._show(line_text(record, self.recipe.steps, left))
         if "evaluation" in record:
             bits = ", ".join(f"{name} {value:.4f}" for name, value in record["evaluation"].items())
-            self.say(f"step {step}: bits per held-out byte: {bits}")
+            self.say(f"step {step}: held-out bits per byte: {bits}")
 
     def say(self, sentence: str) -> None:
-        """A line of its own."""
+        """Show a separate line."""
         self._show(sentence)
         if self.open_line:
             print(file=sys.stderr)
@@ -141,16 +139,16 @@ class Progress:
 
 
 def _arithmetic(autocast: bool, chosen: bool) -> str:
-    """What matrix products run in, and why, where the recipe leaves it open."""
+    """The dtype of matrix products, and the reason for it."""
     if not chosen:
         return f"Matrix products run in {'bfloat16' if autocast else 'float32'}, as the recipe says."
     if autocast:
-        return "Matrix products run in bfloat16, which this CPU multiplies fast (autocast in the recipe)."
-    return "Matrix products run in float32: this CPU multiplies bfloat16 slowly (autocast in the recipe)."
+        return "Matrix products run in bfloat16, which is fast on this CPU (set autocast to change it)."
+    return "Matrix products run in float32, as bfloat16 is slow on this CPU (set autocast to change it)."
 
 
 def line_text(record: dict[str, Any], steps: int, left: str) -> str:
-    """Step, losses, speed, expert balance (the busiest expert's load over the mean) and time left."""
+    """Step, losses, speed, expert balance (the busiest expert's load relative to the mean) and time left."""
     mtp = f"  mtp {record['mtp_loss']:.3f}" if record["mtp_loss"] else ""
     return (
         f"step {record['step']}/{steps}  loss {record['loss']:.3f}{mtp}  "
@@ -160,7 +158,7 @@ def line_text(record: dict[str, Any], steps: int, left: str) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """Such as 2h05m, 12m or 40s."""
+    """A duration such as 2h05m, 12m or 40s."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{round(seconds)}s"

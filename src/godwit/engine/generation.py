@@ -214,5 +214,5 @@ class Generation:
 
 
 def client_message(error: Exception) -> str:
-    """What a client is told of an error."""
+    """The message about an error for clients."""
     return str(error) if isinstance(error, GodwitError) else "an internal error ended this request; try again"

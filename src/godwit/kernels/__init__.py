@@ -1,1 +1,1 @@
-"""Arithmetic: :mod:`~godwit.kernels.ops` is its surface, :mod:`~godwit.kernels.reference` defines it."""
+"""Kernels: models call :mod:`~godwit.kernels.ops`; :mod:`~godwit.kernels.reference` defines the results."""

@@ -1,4 +1,4 @@
-"""Where PyTorch multiplies bfloat16 fast. The native kernels do not depend on it: they widen such weights."""
+"""Whether PyTorch has fast bfloat16 products on a CPU. The native kernels widen bfloat16 weights instead."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ UNITS = ("amx_bf16", "avx512_bf16", "bf16")
 
 
 def bf16_units(features: Mapping[str, bool]) -> list[str]:
-    """Those of a CPU's features that multiply bfloat16."""
+    """The CPU features that multiply bfloat16."""
     return [name for name in UNITS if features.get(name)]
 
 
 def multiplies_bf16_fast(features: Mapping[str, bool] | None = None) -> bool:
-    """Whether products of bfloat16 pay on this CPU, or on one with ``features``; without a unit they cost
-    several times as much as float32."""
+    """Whether this CPU, or one with ``features``, has fast bfloat16 products; on others they are several
+    times slower than float32."""
     import torch
 
     if features is None:

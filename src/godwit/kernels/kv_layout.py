@@ -1,8 +1,9 @@
-"""How the native kernels lay out keys and values inside a block of paged KV.
+"""The native kernels' layout of keys and values inside a block of paged KV.
 
-A cache is ``[blocks, 16, kv_heads, D]`` for everyone. In the bytes of a native block the heads come one after
-the other; the keys of a head are ``[D / 2][16 tokens][2 dims]`` and its values
-``[8 token pairs][D][2 tokens]``, so that both products of attention load 64 bytes of bf16 pairs as they are.
+Every cache has the shape ``[blocks, 16, kv_heads, D]``. Inside a native block the heads are stored one after
+another; the keys of a head are ``[D / 2][16 tokens][2 dims]`` and its values
+``[8 token pairs][D][2 tokens]``, so that both products of attention load 64 bytes of bf16 pairs without
+shuffling.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_TOKENS = 16  # of a block
+_TOKENS = 16  # per block
 
 
 def keys_to_native(keys: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The native CPU kernels for packed weights, behind the surface of :mod:`godwit.kernels.ops`.
+"""The native CPU kernels for packed weights, called through :mod:`godwit.kernels.ops`.
 
 Importing this module registers them for the formats of :mod:`godwit.qtensor`. They take float32 activations
-and run on their own threads; a row's result depends on nothing but that row (see ``csrc/kernels.h``).
+and run on their own threads; the result of a row depends only on that row (see ``csrc/kernels.h``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from godwit.qtensor import FORMATS, QuantTensor
 
 
 def weight(w: QuantTensor) -> _native.Weight:
-    """The native view of packed bytes; made once and kept with them."""
+    """The native view of packed bytes; created once and cached on the tensor."""
     view = vars(w).get("_native")
     if not isinstance(view, _native.Weight):
         view = _native.Weight(w.format, *w.shape, w.data)
@@ -41,7 +41,7 @@ def embed(ids: Tensor, w: QuantTensor) -> Tensor:
 
 
 def top_k(values: NDArray[np.float32], k: int) -> tuple[list[float], list[int]]:
-    """The k largest of ``values [C]`` in memory, falling, and where they are: of equal ones the first."""
+    """The k largest of ``values [C]`` in descending order, and their indices; ties go to the first."""
     top, places = _native.top_k(np.ascontiguousarray(values), k)
     return top, places
 

@@ -1,7 +1,7 @@
-"""The surface of the arithmetic: models call these, and a table picks the kernel.
+"""The ops that models call; a table picks the kernel.
 
-A kernel is looked up by op, weight format and device; where none is registered the plain PyTorch
-reference runs. The table is the only module-level mutable state.
+Kernels are looked up by op, weight format and device; if none is registered, the plain PyTorch reference
+runs. The table is the only mutable state at module level.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
 
 
 def causal_conv1d_packed(x: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
-    """Convolution and SiLU of whole packed sequences; ``positions [T]`` return to zero where one begins."""
+    """Convolution and SiLU of whole packed sequences; ``positions [T]`` is zero at the start of each."""
     kernel = _lookup("causal_conv1d_packed", x, reference.causal_conv1d_packed)
     result: Tensor = kernel(x, weight, positions)
     return result
@@ -152,7 +152,7 @@ def paged_attention(
 
 
 def use_training_kernels(device: str = "cpu") -> None:
-    """Register the compiled, bfloat16 training forms for a device, for the life of the process."""
+    """Register the compiled training kernels for a device, until the process exits."""
     register("rms_norm", "dense", device, training.compiled(reference.rms_norm))
     register("rms_norm_gated", "dense", device, training.compiled(reference.rms_norm_gated))
     register("causal_conv1d_packed", "dense", device, training.compiled(reference.causal_conv1d_packed))

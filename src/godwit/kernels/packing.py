@@ -1,4 +1,4 @@
-"""How floats are packed, in plain torch: the reference of the native packers, which give the same bytes."""
+"""Weight quantisation in plain PyTorch: the reference for the native packers, which give the same bytes."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from godwit.qtensor import (
 )
 
 _MAX_SCALE = 65504.0  # the largest number in half precision
-_BLOCK = 1 << 16  # weights quantised at a time: the temporaries stay in a core's cache
+_BLOCK = 1 << 16  # weights quantised at a time, so that temporaries stay in a core's cache
 
-# A group's weights are (code - zero) times a width. Widths are tried relative to the least that reaches both
-# extremes, for the two zeros that fit these best.
+# A group's weights are (code - zero) times a width. Candidate widths are relative to the smallest one that
+# reaches both extremes, for the two zeros that fit these best.
 _WIDTHS = (0.8, 0.88, 0.96)
-_ZEROS = (4.0, 11.0)  # the least and the greatest zero that is tried
-# A span's scale is tried relative to the one that maps its greatest width to the greatest size.
+_ZEROS = (4.0, 11.0)  # the smallest and the largest zero tried
+# Candidate scales of a span are relative to the one that maps its largest width to the largest size.
 _SCALES = tuple(1.0 - 0.02 * i for i in range(-2, 9))
-_SIZES = 15  # of a q4 step, which is size + 16 * zero
-_LEAST_SCALE = 2.0**-24  # the smallest number in half precision
-_TINY = 1e-30  # what is smaller has no inverse in float32 and no scale in half precision
+_SIZES = 15  # largest size of a q4 step, which is size + 16 * zero
+_LEAST_SCALE = 2.0**-24  # the smallest positive number in half precision
+_TINY = 1e-30  # smaller numbers have no inverse in float32 and no scale in half precision
 
 
 def quantize(weight: Tensor, format: str, importance: Tensor | None = None) -> QuantTensor:
     """Pack floats ``[rows, cols]``; scales minimise the squared error, weighted by ``importance [cols]``.
 
-    ``importance`` is how much the square of an error in a column matters, such as the mean square of its
-    input; None takes all columns as equal. Memory beyond the result is small, whatever the size.
+    ``importance`` is the weight of a squared error in each column, such as the mean square of its input; None
+    weighs all columns equally. Little memory beyond the result is needed, regardless of size.
 
     Raises:
-        UsageError: an unknown format, no matrix, or weights or importances that cannot be represented.
+        UsageError: an unknown format, not a matrix, or weights or importances that cannot be represented.
     """
     check_matrix(weight, format)
     rows, cols = weight.shape
@@ -51,7 +51,7 @@ def quantize(weight: Tensor, format: str, importance: Tensor | None = None) -> Q
 
 
 def _padded(block: Tensor, rows: int) -> Tensor:
-    """Zeros around ``block``, up to ``rows`` rows and whole groups."""
+    """``block`` padded with zeros to ``rows`` rows and whole groups."""
     if block.shape == (rows, groups(block.shape[1]) * GROUP):
         return block
     full = torch.zeros(rows, groups(block.shape[1]) * GROUP, dtype=block.dtype)
@@ -60,7 +60,7 @@ def _padded(block: Tensor, rows: int) -> Tensor:
 
 
 def _by_group(full: Tensor) -> Tensor:
-    """``[rows, cols]`` as ``[32, rows, groups]``: sums over a group then run over whole vectors."""
+    """``[rows, cols]`` as ``[32, rows, groups]``, so that sums over a group use whole vectors."""
     return full.view(full.shape[0], -1, GROUP).permute(2, 0, 1).contiguous()
 
 
@@ -85,7 +85,7 @@ def _pack_block(block: Tensor, format: str, spread: Tensor | None) -> QuantTenso
 
 
 def _added(x: Tensor) -> Tensor:
-    """The sum over the first dimension, a power of two; halves are added to halves."""
+    """Pairwise sum over the first dimension, whose size is a power of two."""
     while x.shape[0] > 1:
         half = x.shape[0] // 2
         x = x[:half] + x[half:]
@@ -93,21 +93,21 @@ def _added(x: Tensor) -> Tensor:
 
 
 def _inverse(scales: Tensor) -> Tensor:
-    """1 / scale, and 0 where the scale is 0 or next to it."""
+    """1 / scale, or 0 where the scale is (almost) 0."""
     return torch.where(scales.abs() < _TINY, 0.0, scales.reciprocal())
 
 
 def _rounded(x: Tensor, width: Tensor, zeros: Tensor, out: Tensor) -> Tensor:
-    """``x / width`` to the nearest differences of a code of 4 bits and the zero, in ``out``."""
+    """Round ``x / width`` into ``out``, limited to the values of a 4-bit code minus the zero."""
     torch.mul(x, _inverse(width), out=out).round_()
     return torch.minimum(torch.maximum(out, -zeros, out=out), 15 - zeros, out=out)
 
 
 def _fit(q: Tensor, weighted: Tensor, spread: Tensor | None, work: Tensor) -> tuple[Tensor, Tensor]:
-    """The best width of each group for given integers q, and what a deviation of 1 from it costs.
+    """The best width of each group for given integers q, and the cost of a deviation of 1 from it.
 
-    The (weighted) squared error for a width is that of the best one, <q, x> / <q, q>, plus <q, q> times the
-    square of the difference.
+    The (weighted) squared error of a width is that of the best one, <q, x> / <q, q>, plus <q, q> times the
+    squared difference.
     """
     along = _added(torch.mul(q, weighted, out=work))
     torch.mul(q, q, out=work)
@@ -116,7 +116,7 @@ def _fit(q: Tensor, weighted: Tensor, spread: Tensor | None, work: Tensor) -> tu
 
 
 def _q8_scales(x: Tensor, weighted: Tensor, spread: Tensor | None) -> Tensor:
-    """Half-precision scales ``[rows, groups]``: the best ones for the codes that the extreme weight gives."""
+    """Half-precision scales ``[rows, groups]``: the best ones for the codes given by the extreme weight."""
     extreme = x.gather(0, x.abs().argmax(0, keepdim=True)).squeeze(0)
     q = (x * (_inverse(extreme) * -127)).round_().clamp_(-127, 127)
     scales, _ = _fit(q, weighted, spread, torch.empty_like(x))
@@ -124,7 +124,7 @@ def _q8_scales(x: Tensor, weighted: Tensor, spread: Tensor | None) -> Tensor:
 
 
 def _q4_widths(x: Tensor, weighted: Tensor, spread: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Widths and zeros ``[rows, groups]`` with a small error, and what deviations from the widths cost."""
+    """Widths and zeros ``[rows, groups]`` of small error, and the cost of deviations from these widths."""
     low, high = x.amin(0).clamp_max_(0).neg_(), x.amax(0).clamp_min_(0)
     middle = (15 * low * _inverse(low + high)).clamp_(*_ZEROS)
     best_gain = torch.full_like(low, -1.0)
@@ -146,12 +146,12 @@ def _q4_widths(x: Tensor, weighted: Tensor, spread: Tensor | None) -> tuple[Tens
 
 
 def _most(zeros: Tensor) -> Tensor:
-    """The greatest size beside a zero: products with all codes are within a signed byte."""
+    """The largest size for a zero such that products with all codes fit a signed byte."""
     return torch.div(127, torch.maximum(zeros, 15 - zeros), rounding_mode="floor").clamp_max_(_SIZES)
 
 
 def _q4_scales(widths: Tensor, zeros: Tensor, sharpness: Tensor) -> Tensor:
-    """Half-precision scales ``[rows, spans]`` whose multiples come nearest to the widths of their groups."""
+    """Half-precision scales ``[rows, spans]`` whose multiples best match the widths of their groups."""
     rows, size = widths.shape
     shape = (rows, -(-size // SPAN), SPAN)
 
@@ -177,7 +177,7 @@ def _q4_scales(widths: Tensor, zeros: Tensor, sharpness: Tensor) -> Tensor:
 def _q4_codes(
     x: Tensor, spread: Tensor | None, widths: Tensor, zeros: Tensor, scales: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Codes ``[32, rows, groups]`` and steps: of the sizes around a width, the one with the least error."""
+    """Codes ``[32, rows, groups]`` and steps; of the two sizes nearest a width, the one with less error."""
     unit = scales.float().repeat_interleave(SPAN, 1)[:, : widths.shape[1]]
     most = _most(zeros)
     wanted = (widths * _inverse(unit)).floor_()

@@ -1,7 +1,7 @@
-"""Every op of the supported models in plain PyTorch: the specification that faster kernels are compared with.
+"""Every op of the supported models in plain PyTorch: the specification for faster kernels.
 
-All ops differentiate. Statistics, decays, recurrences and softmaxes are float32 whatever the activations are,
-and results are cast back to the activation dtype where the published models round.
+All ops are differentiable. Statistics, decays, recurrences and softmaxes are always float32, and results are
+cast back to the activation dtype where the published models round.
 
 Shape legend: T packed tokens of all sequences, S sequences, H hidden size, K key heads, V value heads
 (V = K * R), D head width (Dk, Dv where they differ), C conv channels or the chunk length, E experts, I expert
@@ -31,7 +31,7 @@ R = TypeVar("R")
 
 
 def in_full_precision(op: Callable[P, R]) -> Callable[P, R]:
-    """Run ``op`` with autocast off: it chooses its own dtypes and its recurrences must stay float32."""
+    """Run ``op`` with autocast off, since it chooses its own dtypes and its recurrences must stay float32."""
 
     @wraps(op)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -49,8 +49,8 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, zero_centered: bool) -> Tensor:
     """Root-mean-square norm over the last dimension, statistics in float32.
 
-    ``zero_centered`` stores an offset from one and rounds once, after the weight (Qwen3-Next); the plain kind
-    rounds the normalised values first and multiplies in the activation dtype (Llama, Qwen3).
+    If ``zero_centered`` (Qwen3-Next), the weight is an offset from one, and only the product is rounded;
+    otherwise (Llama, Qwen3) the normalised values are rounded and multiplied in the activation dtype.
     """
     u = x.float()
     normed = u * torch.rsqrt(u.square().mean(-1, keepdim=True) + eps)
@@ -60,14 +60,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, zero_centered: bool) -> T
 
 
 def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMS norm of a value head, then ``silu(gate)`` in float32; three roundings as published (Qwen3-Next)."""
+    """RMS norm of a value head times ``silu(gate)`` in float32; rounded three times, as in Qwen3-Next."""
     u = x.float()
     normed = (u * torch.rsqrt(u.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
     return ((weight * normed).float() * F.silu(gate.float())).to(x.dtype)
 
 
 def rotary_frequencies(spec: RotarySpec) -> Tensor:
-    """Inverse frequencies ``[dim / 2]``, float32, of the default, linear, YaRN and Llama-3 kinds."""
+    """Inverse frequencies ``[dim / 2]`` in float32: default, linear, YaRN or Llama 3."""
     periods = spec.theta ** (torch.arange(0, spec.dim, 2, dtype=torch.int64).float() / spec.dim)
     base = 1.0 / periods
     if spec.kind == "linear":
@@ -82,8 +82,8 @@ def rotary_frequencies(spec: RotarySpec) -> Tensor:
 def _yarn_frequencies(periods: Tensor, spec: RotarySpec) -> Tensor:
     """Peng et al. 2023: interpolate slow frequencies by ``factor``, keep fast ones, ramp between.
 
-    The order of operations is that of ``transformers``: at position 262143 the last bit of a frequency is a
-    hundredth of a radian.
+    The order of operations is that of ``transformers``: at position 262143 the last bit of a frequency
+    changes the angle by a hundredth of a radian.
     """
 
     def correction(turns: float) -> float:
@@ -119,7 +119,7 @@ def rotary_cos_sin(
 
 
 def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first dim = ``2 * cos.shape[-1]`` places of ``x [T, heads, D]``: i with i + dim / 2."""
+    """Rotate the first dim = ``2 * cos.shape[-1]`` components of ``x [T, heads, D]``: i with i + dim / 2."""
     half = cos.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     cos, sin = cos[:, None, :], sin[:, None, :]
@@ -162,7 +162,7 @@ def causal_conv1d(
 
 @in_full_precision
 def causal_conv1d_packed(x: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
-    """:func:`causal_conv1d` without history: taps that reach before position 0 count as zero."""
+    """:func:`causal_conv1d` without history: inputs before position 0 count as zero."""
     width = weight.shape[1]
     total = x.float() * weight[:, width - 1].float()
     for shift in range(1, width):
@@ -173,7 +173,7 @@ def causal_conv1d_packed(x: Tensor, weight: Tensor, positions: Tensor) -> Tensor
 
 
 def _owned_rows(lengths: Sequence[int], gap: int, device: torch.device) -> Tensor:
-    """Index of each packed token when every sequence but the first is preceded by ``gap`` extra rows."""
+    """Index of each packed token if ``gap`` extra rows precede every sequence except the first."""
     counts = torch.tensor(lengths, device=device)
     shift = torch.arange(len(lengths), device=device) * gap
     return torch.arange(sum(lengths), device=device) + torch.repeat_interleave(shift, counts)
@@ -182,14 +182,14 @@ def _owned_rows(lengths: Sequence[int], gap: int, device: torch.device) -> Tenso
 def gdn_gates(a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
     """Log decay ``g <= 0`` and write strength ``beta`` in (0, 1), both ``[T, V]`` float32.
 
-    The sigmoid is taken in the activation dtype as published; the decay in float32.
+    As published, the sigmoid is computed in the activation dtype and the decay in float32.
     """
     decay = -a_log.float().exp() * F.softplus(a.float() + dt_bias.float())
     return decay, b.sigmoid().float()
 
 
 def l2_normalize(x: Tensor) -> Tensor:
-    """``x / sqrt(sum(x^2) + 1e-6)`` over the last dimension, in float32 (float64 stays)."""
+    """``x / sqrt(sum(x^2) + 1e-6)`` over the last dimension, in float32 (or float64 if x is)."""
     u = x.to(torch.promote_types(x.dtype, torch.float32))
     return u * torch.rsqrt(u.square().sum(-1, keepdim=True) + L2_EPS)
 
@@ -204,7 +204,7 @@ def recurrent_gated_delta_rule(
     lengths: Sequence[int],
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gated delta rule token by token (Yang, Kautz, Hatamizadeh 2024), the definition.
+    """The gated delta rule by definition, token by token (Yang, Kautz, Hatamizadeh 2024).
 
     Args:
         q, k: ``[T, K, Dk]``, raw; normalised and scaled here.
@@ -215,7 +215,7 @@ def recurrent_gated_delta_rule(
 
     Returns:
         Outputs ``[T, V, Dv]`` float32, final states ``[S, V, Dk, Dv]`` and the written rows
-        ``delta [T, V, Dv]``: a state is replayed from ``g``, the normalised k and delta alone.
+        ``delta [T, V, Dv]``; ``g``, the normalised k and delta suffice to replay a state.
     """
     ratio = v.shape[1] // k.shape[1]
     keys = l2_normalize(k).repeat_interleave(ratio, 1)
@@ -251,7 +251,7 @@ def recurrent_gated_delta_rule(
 
 
 def replay_delta_rule(state: Tensor, g: Tensor, keys: Tensor, deltas: Tensor) -> Tensor:
-    """Apply recorded writes to ``state [V, Dk, Dv]``: bit for bit what the recurrence did.
+    """Apply recorded writes to ``state [V, Dk, Dv]``, bit for bit as the recurrence did.
 
     ``g [N, V]``, normalised ``keys [N, V, Dk]`` and ``deltas [N, V, Dv]`` of N tokens, oldest first.
     """
@@ -275,8 +275,8 @@ def chunk_gated_delta_rule(
     """The gated delta rule in chunks (WY form): matrix products inside a chunk, one state step per chunk.
 
     Arguments and the first two results are those of :func:`recurrent_gated_delta_rule`. Sequences are padded
-    to whole chunks with zero keys, values and log decays, which change nothing; chunks of all sequences are
-    computed at once and only the state passes from chunk to chunk.
+    to whole chunks with zero keys, values and log decays, which have no effect; all chunks are computed at
+    once, except that the state passes from chunk to chunk.
     """
     num_seqs, heads, groups = len(lengths), v.shape[1], k.shape[1]
     ratio, dk, dv = heads // groups, k.shape[-1], v.shape[-1]
@@ -325,7 +325,7 @@ def chunk_gated_delta_rule(
 
 
 class _ChunkLayout:
-    """Where each packed token lies in ``[N chunks, C]`` and which chunks each sequential step touches."""
+    """The place of each packed token in ``[N chunks, C]`` and the chunks of each sequential step."""
 
     def __init__(self, lengths: Sequence[int], chunk: int, device: torch.device) -> None:
         self.chunk = chunk
@@ -369,8 +369,8 @@ def attention(
     """Causal grouped-query attention; the queries of a sequence are its last tokens.
 
     Args:
-        q: ``[T, heads, D]`` of all sequences, packed.
-        keys, values: per sequence ``[L, kv_heads, D]`` with L >= its number of queries.
+        q: ``[T, heads, D]``, all sequences packed.
+        keys, values: ``[L, kv_heads, D]`` for each sequence, L >= its number of queries.
         lengths: queries of each sequence.
         scale: factor of the scores.
 
@@ -422,13 +422,13 @@ def paged_attention(
     """:func:`attention` with the keys and values in the blocks of a cache.
 
     Args:
-        q: ``[T, heads, D]`` of all sequences, packed.
-        k_cache, v_cache: ``[blocks, block, kv_heads, D]``; the queries' own tokens are stored already.
+        q: ``[T, heads, D]``, all sequences packed.
+        k_cache, v_cache: ``[blocks, block, kv_heads, D]``; they already contain the queries' own tokens.
         block_tables: ``[S, width]`` int64, the blocks of each sequence in order; unused entries are ignored.
         lengths: queries of each sequence.
-        seq_lens: tokens of each sequence in the cache, its queries included.
+        seq_lens: tokens of each sequence in the cache, including its queries.
         scale: factor of the scores.
-        attend: computes :func:`attention` of the keys and values gathered for it.
+        attend: computes :func:`attention` on the gathered keys and values.
 
     Returns:
         ``[T, heads, D]`` in the dtype of q.
@@ -440,7 +440,7 @@ def paged_attention(
 
 
 def topk_softmax(logits: Tensor, k: int, *, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """Router: softmax in float32 over all experts, then the k largest; weights and ids ``[T, k]``."""
+    """Router: float32 softmax over all experts, then the k largest; weights and ids ``[T, k]``."""
     weights, ids = logits.softmax(-1, dtype=torch.float32).topk(k, dim=-1)
     return (weights / weights.sum(-1, keepdim=True) if renormalize else weights), ids
 
@@ -460,13 +460,13 @@ def moe_experts(x: Tensor, weights: Tensor, ids: Tensor, w13: Tensor, w2: Tensor
         w13, w2: ``[E, 2 I, H]`` and ``[E, H, I]``.
 
     Returns:
-        ``[T, H]`` in the dtype of x; the k results of a token are summed in float32 and rounded once.
+        ``[T, H]`` in the dtype of x; a token's k results are summed in float32 and rounded once.
     """
     num_tokens, k = ids.shape
     by_expert = ids.flatten().argsort(stable=True)
     counts = ids.flatten().bincount(minlength=w13.shape[0]).tolist()
     rows = torch.split(x.index_select(0, by_expert // k), counts)
-    # unbind: the gradient of a select would be one whole zero-filled stack per expert
+    # unbind, since the gradient of a select is a zero-filled copy of the whole stack for each expert
     parts = [
         swiglu(row, gate_up, down)
         for row, gate_up, down in zip(rows, w13.unbind(0), w2.unbind(0), strict=True)

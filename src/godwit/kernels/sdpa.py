@@ -30,9 +30,7 @@ paged_attention = partial(reference.paged_attention, attend=attention)
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     num_queries, num_keys = query.shape[0], key.shape[0]
     mask = None
-    if (
-        1 < num_queries < num_keys
-    ):  # the kernel's own causal mask is aligned to the first key, not to the last
+    if 1 < num_queries < num_keys:  # the kernel's causal mask is aligned to the first key, not the last
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
         mask = mask.tril(num_keys - num_queries)
     mixed = F.scaled_dot_product_attention(

@@ -1,8 +1,8 @@
-"""Training forms of the heavy ops: same results as the reference, shaped for throughput.
+"""Training versions of the expensive ops: the results of the reference, at higher throughput.
 
-Shapes are static (rows of a fixed length, documents packed inside), so that ``torch.compile`` fuses the
-element-wise work; matrix products run in bfloat16 where autocast asks for it; backward passes that the tape
-would do wastefully are written out. Document borders are positions that return to zero.
+Shapes are static (rows of a fixed length with packed documents), so that ``torch.compile`` fuses the
+element-wise work; matrix products run in bfloat16 under autocast; backward passes that autograd would do
+inefficiently are written by hand. A document starts wherever the position is zero.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from torch import Tensor
 
 from godwit.kernels.reference import CHUNK, in_full_precision, l2_normalize
 
-# Log decays below this are treated as it: exp(-25) is far below float32's resolution of what it multiplies,
-# and the subnormal numbers that products of smaller values breed cost a hundred times a normal one.
+# Log decays are clamped to this: exp(-25) is already far below float32's relative resolution, and smaller
+# factors produce subnormal numbers, which are a hundred times slower.
 MIN_LOG_DECAY = -25.0
-# An expert's rows are padded to a multiple of this: each new matrix shape costs the library a compilation.
+# An expert's rows are padded to a multiple of this, since each new matrix shape is compiled anew.
 ROW_TILE = 256
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of matrix products with x: bfloat16 where autocast asks for it, else that of x."""
+    """The dtype of matrix products with x: autocast's if it is on, otherwise that of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compile`` for fixed shapes; autocast is off inside, the function picks its dtypes."""
+    """``torch.compile`` for fixed shapes, with autocast off inside: the function chooses its own dtypes."""
     return in_full_precision(torch.compile(function, dynamic=False))
 
 
 class _UnitLowerInverse(torch.autograd.Function):
-    """``(I + A)^-1`` for strictly lower A ``[..., C, C]``; its backward pass is two products, not a solve."""
+    """``(I + A)^-1`` for strictly lower A ``[..., C, C]``; the backward pass is two products, not a solve."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor) -> Tensor:
@@ -61,9 +61,10 @@ def _unit_lower_inverse(a: Tensor) -> Tensor:
 def _delta_prepare(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, positions: Tensor, row_length: int
 ) -> tuple[Tensor, ...]:
-    """All of the chunked rule that needs no inverse and no state; chunks ``N = rows * row_length / C``.
+    """The part of the chunked rule that needs neither inverse nor state, in ``N = rows * row_length / C``
+    chunks.
 
-    Documents inside a row are kept apart by masks: decay between two documents is zero.
+    Masks separate the documents in a row: nothing carries over from one to the next.
     """
     chunks, heads, groups = q.shape[0] // CHUNK, v.shape[1], k.shape[1]
     ratio = heads // groups
@@ -78,7 +79,7 @@ def _delta_prepare(
     gap = (total[..., :, None] - total[..., None, :]).clamp(MIN_LOG_DECAY, 0.0)
     between = torch.where(together[:, None], gap.exp(), 0.0)  # [N, V, C, C]
     strength = beta.view(chunks, CHUNK, heads).transpose(1, 2)[..., None]
-    # a token reads the carried state only if its document began before the chunk
+    # a token reads the carried state only if its document starts before the chunk
     carried = (starts == 0)[:, None]
     grown = torch.where(carried, total.clamp_min(MIN_LOG_DECAY).exp(), 0.0)[..., None]
     last = (starts == starts[:, -1:])[:, None]
@@ -97,7 +98,7 @@ def _delta_prepare(
 def _delta_scan(
     inverse: Tensor, right: Tensor, from_delta: Tensor, queries: Tensor, survive: Tensor, rows: int, dv: int
 ) -> Tensor:
-    """State from chunk to chunk, all rows at once, two products a step; outputs ``[T, V, Dv]``."""
+    """Carry the state from chunk to chunk, all rows at once, two products per step; ``[T, V, Dv]``."""
     written, reads = torch.split(inverse @ right, [dv, queries.shape[-1]], -1)
     from_state = torch.cat((reads, queries), -2)  # [N, V, 2 C, Dk]
 
@@ -128,7 +129,7 @@ class DeltaRule:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, positions: Tensor, row_length: int
     ) -> Tensor:
-        """Arguments of the reference, positions ``[T]``, the row length; outputs ``[T, V, Dv]`` float32."""
+        """Arguments of the reference plus positions ``[T]`` and the row length; ``[T, V, Dv]`` float32."""
         triangle, *rest = self.prepare(q, k, v, g, beta, positions, row_length)
         inverse = _unit_lower_inverse(triangle)
         return self.scan(inverse, *rest, q.shape[0] // row_length, v.shape[-1])
@@ -163,7 +164,7 @@ def _sum_places(rows: Tensor, places: Tensor) -> Tensor:
 
 
 class MoeExperts:
-    """:func:`reference.moe_experts` with rows sorted by expert and padded, and its backward written out."""
+    """:func:`reference.moe_experts` with rows sorted by expert and padded, and its own backward pass."""
 
     def __init__(self, compile_parts: bool = True) -> None:
         wrap = compiled if compile_parts else in_full_precision
@@ -181,7 +182,7 @@ class MoeExperts:
 
 
 class _Segments:
-    """Rows of every expert, padded to the tile, in one buffer of a size that depends on shapes alone."""
+    """Rows of every expert, padded to whole tiles, in one buffer whose size depends on shapes only."""
 
     def __init__(self, ids: Tensor, num_experts: int) -> None:
         num_tokens, k = ids.shape
@@ -203,13 +204,13 @@ class _Segments:
         self.spans = [slice(a, b) for a, b in pairwise(bounds)]
 
     def buffer(self, like: Tensor, width: int) -> Tensor:
-        """Uninitialised ``[size, width]`` whose rows beyond the last span are zero."""
+        """Uninitialised ``[size, width]``, except that rows after the last span are zero."""
         made = like.new_empty(self.size, width)
         made[self.spans[-1].stop :].zero_()
         return made
 
     def row_weights(self, weights: Tensor) -> Tensor:
-        """Weight of each buffer row; zero in the padding."""
+        """Weight of each buffer row; zero for padding."""
         rows, order = self.slots
         return weights.new_zeros(self.size, dtype=torch.float32).index_copy_(
             0, rows, weights.flatten().float()[order]
@@ -257,7 +258,7 @@ class _Experts(torch.autograd.Function):
 
 
 def _entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed weighted loss and its gradient with respect to the logits."""
+    """Weighted sum of the losses, and its gradient with respect to the logits."""
     full = logits.float()
     log_total = full.logsumexp(-1)
     chosen = full.gather(-1, targets[:, None])[:, 0]
@@ -268,7 +269,7 @@ def _entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, 
 
 
 class LinearCrossEntropy:
-    """Weighted cross entropy of ``hidden @ weight.T``, never holding logits of more than ``tile`` rows."""
+    """Weighted cross entropy of ``hidden @ weight.T``, computing the logits of ``tile`` rows at a time."""
 
     def __init__(self, tile: int = 1024, compile_parts: bool = True) -> None:
         self.tile = tile
@@ -277,7 +278,7 @@ class LinearCrossEntropy:
     def __call__(self, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Sum over rows of ``weights [T]`` times the loss of ``targets [T]`` for ``hidden [T, H]``."""
         kept = -(-int(weights.count_nonzero()) // self.tile) * self.tile
-        if kept < hidden.shape[0]:  # rows that weigh nothing are left out, in whole tiles
+        if kept < hidden.shape[0]:  # skip whole tiles of rows of weight zero
             rows = (weights == 0).to(torch.uint8).argsort(stable=True)[:kept]
             hidden, targets, weights = hidden.index_select(0, rows), targets[rows], weights[rows]
         out: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, weights, self)  # type: ignore[no-untyped-call]

@@ -1,1 +1,1 @@
-"""What models and machines amount to: sizes, memory, speed."""
+"""Measuring models and machines: sizes, memory, speed, quality."""

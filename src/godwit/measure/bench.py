@@ -1,8 +1,7 @@
-"""How fast a model runs, compared with what the machine can do at the same moment.
+"""How fast a model runs, compared with what the machine can do at the same time.
 
-The cases of a run take turns, round after round, and the machine's own ceilings are measured between rounds,
-so that a disturbance of the machine affects all of them alike. Each figure is a median with the smallest and
-largest beside it.
+The cases of a run take turns, round after round, and the machine's limits are measured between rounds, so
+that a disturbance affects all of them equally. Each result is a median with the minimum and maximum.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from godwit.measure.costs import ARITHMETICS, Costs, costs_of, distinct_experts,
 from godwit.measure.parity import KernelCheck, check_kernels, require_parity
 from godwit.models.causal_lm import CausalLM
 
-PAUSE = 0.05  # seconds for the threads to fall asleep after the ceilings
+PAUSE = 0.05  # seconds for threads to go idle after measuring the ceilings
 
 Say = Callable[[str], None]
 
@@ -142,7 +141,7 @@ def report(
     formats: dict[str, str],
     checks: list[KernelCheck],
 ) -> dict[str, Any]:
-    """All figures of a run as JSON values; seconds and bytes unless a name says otherwise."""
+    """All results of a run as JSON values, in seconds and bytes unless a name says otherwise."""
     costs = costs_of(model.config, formats, trunk_caches(model))
     ceilings = {name: spread([getattr(found, name) for found in measured.ceilings]) for name in FIGURES}
     bandwidth = 1e9 * ceilings["read_bandwidth"]["median"]

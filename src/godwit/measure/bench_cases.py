@@ -81,7 +81,7 @@ class BenchPlan:
         ]
         found = list(dict.fromkeys(prefill + (decode if self.new_tokens else [])))
         if not found:
-            raise UsageError("there is nothing to measure: ask for a prompt (-p) or for new tokens (-n)")
+            raise UsageError("there is nothing to measure; give prompts (-p) or new tokens (-n)")
         longest = max(case.depth + case.tokens for case in found)
         if longest > max_position:
             raise UsageError(
@@ -112,7 +112,7 @@ class CaseRunner:
         if available is not None and self.cache_bytes > available:
             raise MemoryBudgetError(
                 f"the caches of these cases take {self.cache_bytes / 1e9:.1f} GB, but only "
-                f"{available / 1e9:.1f} GB are free; ask for smaller depths or batches"
+                f"{available / 1e9:.1f} GB are free; use smaller depths or batches"
             )
         self.cache = HybridCache(model, blocks, rows)
         self.generator = torch.Generator().manual_seed(0)
@@ -126,7 +126,7 @@ class CaseRunner:
         return ids
 
     def seconds(self, case: Case) -> float:
-        """Run one case once: until the first token is known (prefill), or the last one (decoding)."""
+        """Run one case once: until the first token (prefill) or the last one (decoding)."""
         with torch.inference_mode():
             if case.kind == "prefill":
                 return self._prefill(case)

@@ -1,4 +1,4 @@
-"""What the machine can do at this moment: memory bandwidth, arithmetic, and how much others use it."""
+"""The machine's current limits: memory bandwidth, arithmetic, and interference by other processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from godwit.measure.machine import memory
 
 MIN_BYTES = 256 << 20
 NOISY_BANDWIDTH = 0.15  # (largest - smallest) / median of the bandwidths of one run
-NOISY_SHARE = 0.05  # of the processors' time, taken by others
+NOISY_SHARE = 0.05  # of the processors' time, used by others
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def measure_ceilings(num_bytes: int | None = None, seconds: float = 0.1) -> Ceil
     """The best of a few attempts each, with all threads of the kernels.
 
     Args:
-        num_bytes: how much memory to read; None: more than fits into the processor's caches.
+        num_bytes: how much memory to read; None: more than fits in the processor's caches.
         seconds: for each arithmetic; a few milliseconds at least.
     """
     return Ceilings(
@@ -54,7 +54,7 @@ def bytes_beyond_cache(root: Path = Path("/")) -> int:
 
 
 def last_level_cache(root: Path = Path("/")) -> int:
-    """Bytes of the largest cache of the first processor; 0 where the system does not report it."""
+    """Bytes of the largest cache of the first processor; 0 if the system does not report it."""
     sizes = [0]
     for file in (root / "sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = file.read_text().strip()
@@ -75,7 +75,7 @@ class CpuTimes:
 
     @staticmethod
     def now(root: Path = Path("/")) -> CpuTimes | None:
-        """None where the system does not report them."""
+        """None if the system does not report them."""
         cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
         names = {f"cpu{core}" for core in cores}
         try:
@@ -96,7 +96,7 @@ class CpuTimes:
 
 @dataclass(frozen=True)
 class Noise:
-    """How steady a run was; shares of the processors' time are None where the system does not report them.
+    """How steady a run was; shares of the processors' time are None if the system does not report them.
 
     Attributes:
         bandwidth_spread: (largest - smallest) / median of the repeated measurement.
@@ -119,7 +119,7 @@ class Noise:
         return Noise(spread, (after.steal - before.steal) / total, max(0.0, others / total))
 
     def warnings(self) -> list[str]:
-        """One sentence for each disturbance that the figures may depend on."""
+        """One sentence for each disturbance that may affect the results."""
         found = []
         if self.bandwidth_spread > NOISY_BANDWIDTH:
             found.append(f"the memory bandwidth varied by {self.bandwidth_spread:.0%} during the run")
@@ -132,7 +132,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes of this process; None where the system does not report them.
+    """Bytes of this process; None if the system does not report them.
 
     Attributes:
         peak: most resident memory so far, including pages of mapped files.
@@ -146,7 +146,7 @@ class MemoryUse:
 
     @staticmethod
     def now(root: Path = Path("/")) -> MemoryUse:
-        """Of this process, at this moment."""
+        """The current values."""
         status = _kib(root / "proc/self/status")
         rollup = _kib(root / "proc/self/smaps_rollup")
         return MemoryUse(status.get("VmHWM"), status.get("VmRSS"), rollup.get("Pss"))
@@ -163,7 +163,7 @@ def _kib(path: Path) -> dict[str, int]:
 
 
 def reset_peak(root: Path = Path("/")) -> bool:
-    """Reset the peak of resident memory; False where the system does not support that."""
+    """Reset the peak of resident memory; False if the system does not support that."""
     try:
         (root / "proc/self/clear_refs").write_text("5")
     except OSError:

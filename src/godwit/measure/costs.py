@@ -67,7 +67,7 @@ class Costs:
     """Bytes and operations of a model without its MTP module.
 
     Attributes:
-        weights: bytes that every step reads, whatever the batch.
+        weights: bytes that every step reads, regardless of the batch.
         experts: one entry per sparse layer.
         kv_per_token: bytes of keys and values that a token adds to the caches.
         state: bytes of recurrent state and convolution window of a sequence.
@@ -112,7 +112,7 @@ def costs_of(
     """Costs of a model whose parameters are stored in ``formats``.
 
     Args:
-        config: what the model is.
+        config: the model's config.
         formats: parameter name -> a packed format or the name of a torch dtype.
         caches: of the decoder layers.
         other: format of the parameters that are not in ``formats``.
@@ -156,14 +156,14 @@ def _products(parameter: Parameter) -> int:
 
 
 def _context_flops(config: ModelConfig, caches: Sequence[CacheSpec]) -> Flops:
-    """Attention's operations for a pair of tokens, in the arithmetic of what the caches hold."""
+    """Attention's operations for a pair of tokens, in the arithmetic of the caches' dtype."""
     paged = [spec.dtype for spec in caches if isinstance(spec, PagedKVSpec)]
     count = sum(layer.mixer.flops_per_pair for layer in config.layers)
     return _flops(str(paged[0]).removeprefix("torch.") if paged else "bfloat16", count)
 
 
 def stored_bytes(format: str, shape: Sequence[int]) -> int:
-    """Bytes of one tensor; of one expert of a stack (three dimensions)."""
+    """Bytes of one tensor, or of one expert of a stack (three dimensions)."""
     if format not in FORMATS:
         dtype: torch.dtype = getattr(torch, format)
         count = 1
@@ -196,5 +196,5 @@ def packed_weights(model: CausalLM) -> Iterator[tuple[str, QuantTensor | QuantEx
 
 
 def trunk_caches(model: CausalLM) -> list[CacheSpec]:
-    """The caches of the layers of ``model``, without its MTP module's."""
+    """The caches of the layers of ``model``, without those of its MTP module."""
     return model.cache_specs()[: len(model.config.layers)]

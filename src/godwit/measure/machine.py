@@ -11,7 +11,7 @@ _NO_LIMIT = 1 << 60  # cgroup v1 writes "no limit" as a number near 2^63
 
 
 def cpu_name(root: Path = Path("/")) -> str:
-    """The processor's model name, or the architecture where the system does not report it."""
+    """The processor's model name, or the architecture if the system does not report it."""
     for line in _lines(root / "proc/cpuinfo"):
         key, _, value = line.partition(":")
         if key.strip() == "model name":
@@ -22,7 +22,7 @@ def cpu_name(root: Path = Path("/")) -> str:
 def memory(root: Path = Path("/")) -> dict[str, int | None]:
     """Bytes of memory, total and available to this process, within the limit of its cgroup (v2 and v1).
 
-    None where the system does not report it. `root` is a prefix of /proc and /sys, for tests.
+    None if the system does not report it. `root` is a prefix of /proc and /sys, for tests.
     """
     kib = {}
     for line in _lines(root / "proc/meminfo"):
@@ -44,7 +44,7 @@ def _total_by_sysconf() -> int | None:
 
 
 def _cgroup_memory(root: Path) -> Iterator[tuple[int, int]]:
-    """(limit, used) in bytes of this process's cgroup and its ancestors, where a limit is set."""
+    """(limit, used) in bytes of this process's cgroup and its ancestors, if a limit is set."""
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         if controllers == "":

@@ -25,7 +25,7 @@ Pack = Callable[[CausalLM, str], CausalLM]
 
 HIDDEN, VOCAB, WIDTH = 96, 160, 64
 LENGTHS = (37, 21)  # tokens of two sequences, read in one step or in several
-CUTS = (16, 1, 17)  # steps of the longer one; its other tokens follow one by one
+CUTS = (16, 1, 17)  # steps of the longer one; its remaining tokens follow one by one
 
 #: Relative error (root mean square) of rounding the inputs of one product: to eight bits, with the largest of
 #: a group or span setting the scale and at worst all others small; to bfloat16 for bf16 weights.
@@ -47,7 +47,7 @@ class KernelCheck:
         error: relative error of the hidden states. Median over the tokens: rounding may send a token
             to another expert.
         limit: the largest error that rounding explains.
-        cut_invariant: whether the states are bit for bit the same however the sequences are split into steps.
+        cut_invariant: whether splitting the sequences into steps leaves the states bit for bit the same.
     """
 
     format: str
@@ -66,7 +66,7 @@ def check_kernels(config: ModelConfig, formats: Iterable[str], pack: Pack | None
     Args:
         config: of the model to be measured.
         formats: of its weights; formats that are not packed are skipped.
-        pack: makes a packed model; tests pass their own.
+        pack: packs a model; tests pass their own.
     """
     present = set(formats)
     packed = [name for name in FORMATS if name in present]
@@ -76,7 +76,7 @@ def check_kernels(config: ModelConfig, formats: Iterable[str], pack: Pack | None
 
 
 def require_parity(checks: Iterable[KernelCheck]) -> None:
-    """Check that no check failed.
+    """Raise if a check failed.
 
     Raises:
         KernelParityError: one did.
@@ -89,7 +89,7 @@ def require_parity(checks: Iterable[KernelCheck]) -> None:
                 else "depend on how a prompt is split into steps"
             )
             raise KernelParityError(
-                f"no speed is reported: with {check.format} weights the native kernels' results {what}; "
+                f"no speeds are reported: with {check.format} weights the native kernels' results {what}; "
                 "rebuild Godwit and run the tests in tests/kernels"
             )
 
@@ -111,7 +111,7 @@ def _small_fields(config: ModelConfig, text: Mapping[str, Any]) -> dict[str, Any
         "vocab_size": VOCAB,
         "num_hidden_layers": 2,
         "intermediate_size": WIDTH,
-        "initializer_range": HIDDEN**-0.5,  # so that layers change their input as much as at full width
+        "initializer_range": HIDDEN**-0.5,  # layers change their input as much as at full width
     }
     mixers: dict[str, Any] = {layer.mixer.part: layer.mixer for layer in reversed(config.layers)}
     kinds = []

@@ -27,14 +27,14 @@ class PartSize:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a model; bytes unless called parameters.
+    """Sizes of a model, in bytes unless called parameters.
 
     Attributes:
         parts: by the names of :data:`~godwit.models.inventory.PARTS`. A head tied to the embedding has no
-            parameters of its own but is read whole; the MTP module counts as inactive.
+            parameters but is read whole; the MTP module counts as inactive.
         kv_per_token: keys and values of the decoder layers.
         mtp_kv_per_token: the same for the MTP module.
-        state, conv: per sequence, whatever its length.
+        state, conv: per sequence, regardless of its length.
     """
 
     parts: dict[str, PartSize]
@@ -72,7 +72,7 @@ class Sizes:
         return self.active * DTYPE.itemsize + kv + 2 * (self.state + self.conv)
 
     def context_in(self, budget: int, limit: int) -> int:
-        """The longest context, up to ``limit``, that fits into ``budget`` bytes beside the weights."""
+        """The longest context, up to ``limit``, that fits in ``budget`` bytes together with the weights."""
         room = budget - self.resident(0)
         if room < 0:
             return 0

@@ -1,4 +1,4 @@
-"""How much a changed model lost: two models read the same text, and their predictions are compared."""
+"""Quality loss of a changed model: compare its predictions with the original's on the same text."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from godwit.models.batch import BLOCK_SIZE, ForwardBatch
 from godwit.models.caches import Caches
 from godwit.models.causal_lm import CausalLM
 
-WINDOW = 512  # tokens of a step
+WINDOW = 512  # tokens per step
 CONTEXT = 4096  # tokens after which a new context starts
-_ROWS = 64  # of logits at a time: the vocabulary may be large
+_ROWS = 64  # logits computed at a time, as the vocabulary may be large
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,15 @@ def compare(
         original: the reference.
         changed: the same model in another form.
         ids: a text in the vocabulary of both.
-        window: tokens of a step.
+        window: tokens per step.
         context: tokens after which both start a new context.
-        progress: called with (tokens done, tokens in all).
+        progress: called with (tokens done, total tokens).
 
     Raises:
         UsageError: fewer than two tokens.
     """
     if len(ids) < 2:
-        raise UsageError("the text to measure with needs at least two tokens")
+        raise UsageError("the text needs at least two tokens")
     readers = [_CachedReader(model, min(context, len(ids))) for model in (original, changed)]
     found: list[Tensor] = []
     for begin in range(0, len(ids), context):

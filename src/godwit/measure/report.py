@@ -1,4 +1,4 @@
-"""Result rows: every figure comes with the command, machine, commit and date of its measurement."""
+"""Benchmark results with the command, machine, commit and date of their measurement."""
 
 from __future__ import annotations
 

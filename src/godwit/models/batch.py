@@ -1,4 +1,4 @@
-"""ForwardBatch: the tokens of a forward pass, and where each sequence's caches lie."""
+"""ForwardBatch: the tokens of a forward pass, and the location of each sequence's caches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model keeps between steps: the specs of its caches and the tensors that hold them.
+"""A model's caches between steps: their specs and tensors.
 
 Attention layers keep keys and values in blocks of :data:`~godwit.models.batch.BLOCK_SIZE` tokens. Delta
 layers keep a window of convolution inputs and a float32 state per sequence. A state cannot be cropped, so the
@@ -39,13 +39,13 @@ class PagedKVSpec:
     def allocate(
         self, num_blocks: int, num_rows: int, max_rollback: int, device: torch.device | str
     ) -> PagedKV:
-        """Zeroed blocks; sequences need no rows of their own."""
+        """Zeroed blocks; sequences need no rows."""
         return PagedKV(self, num_blocks, device)
 
 
 @dataclass(frozen=True)
 class RecurrentSpec:
-    """Convolution window and state of one delta layer; the state is float32 whatever ``conv_dtype`` is."""
+    """Convolution window and state of one delta layer; the state is always float32."""
 
     conv_dim: int
     conv_history: int

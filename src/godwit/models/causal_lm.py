@@ -44,12 +44,12 @@ class DecoderLayer(nn.Module):
         return out
 
     def cache_spec(self, dtype: torch.dtype) -> CacheSpec:
-        """What the layer keeps, in ``dtype`` unless its mixer has a dtype of its own for it."""
+        """The layer's cache, in ``dtype`` unless its mixer specifies another one."""
         return cache_spec(self.spec.mixer, self.mixer.cache_dtype or dtype)
 
 
 class Stack(Protocol):
-    """Runs decoder layers and the norm after them in place of the modules' own ``forward``."""
+    """Runs decoder layers and the norm after them, instead of the modules' own ``forward``."""
 
     def __call__(
         self,
@@ -103,7 +103,7 @@ class CausalLM(nn.Module):
 
     Args:
         config: what to build.
-        num_mtp: MTP layers; None takes the config's count (0 where it states none).
+        num_mtp: MTP layers; None: the config's number, or 0.
 
     Attributes:
         stack: runs the layers of a model with packed weights; None: the modules run themselves.
@@ -242,7 +242,7 @@ class CausalLM(nn.Module):
 
 
 def _held(module: Embedding | Linear) -> Tensor | QuantTensor:
-    """A module's weight; in a packed model it is not a parameter."""
+    """A module's weight, which in a packed model is not a parameter."""
     held: Tensor | QuantTensor = module.weight
     return held
 

@@ -1,4 +1,4 @@
-"""Naive generation: the whole sequence again at every step. What every faster way has to agree with."""
+"""Naive generation, which recomputes the whole sequence at every step: the reference for faster methods."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from godwit.models.causal_lm import CausalLM
 
 
 def argmax(logits: Tensor) -> int:
-    """The id of the largest of ``logits [V]``, the lowest such id where several are equal."""
+    """The id of the largest of ``logits [V]``, the lowest if several are equal."""
     return int(logits.argmax())
 
 
@@ -31,18 +31,18 @@ def generate(
     Args:
         model: any supported family; the work grows with the square of the length.
         prompt_ids: at least one token.
-        max_tokens: how many to add at most.
+        max_tokens: the most tokens to add.
         pick: chooses the next id from logits ``[V]`` in the activation dtype.
         stop_ids: ids that end the text.
 
     Returns:
-        The new ids, ending with the one of ``stop_ids`` that ended them, if one did.
+        The new ids, including the one of ``stop_ids`` that ended them, if any.
 
     Raises:
         UsageError: an empty prompt.
     """
     if not prompt_ids:
-        raise UsageError("a model continues at least one token, and the prompt has none")
+        raise UsageError("the prompt is empty; give at least one token")
     ids, made = list(prompt_ids), list[int]()
     while len(made) < max_tokens:
         batch = ForwardBatch.packed(torch.tensor(ids, device=model.device), [len(ids)])

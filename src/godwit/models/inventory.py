@@ -1,6 +1,6 @@
-"""The parameters of a model as one list, from the config alone: no tensor is made.
+"""The list of a model's parameters, computed from the config without creating tensors.
 
-Memory plans, costs, packing and reports read this list; nothing else takes parameter names apart.
+Memory plans, costs, packing and reports use this list; no other module parses parameter names.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from godwit.config import AttentionSpec, DenseSpec, GatedDeltaNetSpec, LayerSpec, ModelConfig, MoeSpec
 from godwit.errors import CheckpointError
 
-#: The parts of a model and what reports call them, in the order of a report.
+#: The parts of a model and their names in reports, in report order.
 PARTS = MappingProxyType(
     {
         "delta": "delta mixers",
@@ -50,7 +50,7 @@ class Parameter:
         shape: of the unpacked tensor; of a stack of experts the first dimension counts the experts.
         part: a key of :data:`PARTS`.
         layer: number of its decoder layer; None outside of them and in the MTP module.
-        top_k: how many experts of a stack a token reads; 0: no stack, read whole.
+        top_k: experts of a stack used per token; 0: not a stack.
     """
 
     name: str
@@ -61,25 +61,25 @@ class Parameter:
 
     @property
     def count(self) -> int:
-        """Numbers in it."""
+        """Number of elements."""
         return prod(self.shape)
 
     @property
     def active(self) -> int:
-        """Numbers read to decode one token: none of the MTP module; the embedding's one row is left out."""
+        """Elements read to decode one token, without the MTP module and the embedding's row."""
         if self.part in ("embedding", "mtp"):
             return 0
         return self.count * self.top_k // self.shape[0] if self.top_k else self.count
 
     @property
     def is_matrix(self) -> bool:
-        """Whether packing makes it a packed matrix; stacks of experts are packed too, all else is not."""
+        """Whether it becomes a packed matrix. Stacks of experts are packed too, all else is not."""
         whole = len(self.shape) == 2 and self.name.endswith(".weight")
         return whole and not self.name.endswith(".shared_gate.weight")
 
     @property
     def packed_name(self) -> str:
-        """The name of the tensor that holds it in a packed file, where a stack of experts is one tensor."""
+        """The name of its tensor in a packed file, in which a stack of experts is one tensor."""
         return self.name.rpartition(".")[0] if self.top_k else self.name
 
 
@@ -87,7 +87,7 @@ def parameters(config: ModelConfig, num_mtp: int) -> list[Parameter]:
     """All parameters of ``CausalLM(config, num_mtp)``, in the order of its ``named_parameters()``.
 
     Raises:
-        CheckpointError: a tensor is too large for any machine.
+        CheckpointError: a tensor is too large to address.
         UnsupportedModelError: an MTP module without an attention layer to copy its shape from.
     """
     found = list(_model(config, num_mtp))

@@ -99,7 +99,7 @@ class Experts(nn.Module):
 
 
 class SparseMoeBlock(nn.Module):
-    """Router, routed experts and, where the family has one, a gated shared expert."""
+    """Router, routed experts and, if the family has one, a gated shared expert."""
 
     def __init__(self, spec: MoeSpec, hidden: int) -> None:
         super().__init__()

@@ -21,7 +21,7 @@ from godwit.models.inventory import count_mtp, parameters
 from godwit.models.names import Alternatives, Entry, Placement, name_map
 
 _MTP_LAYER = re.compile(r"mtp\.layers\.(\d+)\.")
-_LISTED = 20  # names shown of each kind of complaint
+_LISTED = 20  # names shown for each kind of problem
 
 
 @dataclass
@@ -61,7 +61,7 @@ def load_model(
         as_stored: keep each parameter in the dtype of its own tensors, so that saving it again loses
             nothing. PyTorch's operations may refuse to run such a model, as they want one dtype.
         device: where the parameters go.
-        progress: called with (tensors done, tensors in all).
+        progress: called with (tensors done, total tensors).
 
     Peak memory is the model and one tensor.
 
@@ -133,7 +133,7 @@ def plan(checkpoint: Checkpoint) -> tuple[list[Placement], dict[str, str], int]:
 def _plan_native(
     checkpoint: Checkpoint, complaints: _Complaints
 ) -> tuple[list[Placement], dict[str, str], int]:
-    """The plan where tensors are named like the model's parameters, and each is one."""
+    """The plan if tensors and parameters have the same names and correspond one to one."""
     actual = {name: name for name in checkpoint.names()}
     num_mtp = count_mtp(actual)
     listed = parameters(checkpoint.config, num_mtp)
@@ -144,7 +144,7 @@ def _plan_native(
 def _plan_published(
     checkpoint: Checkpoint, complaints: _Complaints
 ) -> tuple[list[Placement], dict[str, str], int]:
-    """The plan where tensors have one of the published spellings of their names."""
+    """The plan if tensors have published names."""
     actual: dict[str, str] = {}
     for name in checkpoint.names():
         canonical = canonical_name(name)
@@ -207,7 +207,7 @@ def export_tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
 
 
 def _text_config(config: ModelConfig) -> dict[str, Any]:
-    """The raw config to save; of a multimodal wrapper its text part, since no other part was loaded."""
+    """The raw config to save; for a multimodal wrapper its text part, the only part that is loaded."""
     raw = dict(config.raw)
     text = raw.get("text_config")
     if isinstance(text, Mapping):
@@ -225,12 +225,12 @@ def save_model(
     extra_files: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a directory that ``transformers`` loads, under a temporary name and then renamed.
+    """Atomically write a directory that ``transformers`` can load.
 
     Args:
         model: any supported family.
         path: the new directory.
-        companions: directory whose tokenizer, template and generation files are copied.
+        companions: directory from which tokenizer, template and generation files are copied.
         extra_files: more files by name.
         overwrite: replace an existing directory.
     """

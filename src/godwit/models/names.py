@@ -1,7 +1,7 @@
 """How checkpoint tensors map to the model's parameters, per family, in both directions.
 
 A :class:`Placement` maps a checkpoint tensor to a part of a parameter. Loading writes the tensor there,
-saving reads it from there; packed and interleaved layouts are undone here and nowhere else.
+saving reads it from there; only this module undoes packed and interleaved layouts.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Placement:
 class Alternatives:
     """Parameters with several layouts on disk; the first option whose names are present applies.
 
-    The first option is how the family's own checkpoints have them, and how they are saved.
+    The first option is that of the family's own checkpoints, and is used for saving.
     """
 
     options: tuple[tuple[Placement, ...], ...]
@@ -46,7 +46,7 @@ Entry = Placement | Alternatives
 
 
 def name_map(config: ModelConfig, num_mtp: int) -> Iterator[Entry]:
-    """Every tensor a checkpoint of ``config`` holds, with canonical names (see :func:`canonical_name`)."""
+    """All tensors of a checkpoint of ``config``, with canonical names (see :func:`canonical_name`)."""
     hidden, vocab = config.hidden_size, config.vocab_size
     yield Placement(EMBEDDING, (vocab, hidden), "embedding.weight")
     for index, layer in enumerate(config.layers):

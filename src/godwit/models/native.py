@@ -1,4 +1,4 @@
-"""Models with packed weights: the same :class:`CausalLM`, its layers run by the native CPU kernels.
+"""Models with packed weights: :class:`CausalLM` with its layers run by the native CPU kernels.
 
 Packing replaces each matrix by a :class:`QuantTensor` and each stack of experts by :class:`QuantExperts`; the
 other parameters are float32. One native call runs all layers of a step.
@@ -34,10 +34,10 @@ _ROUNDED_AT_ONCE = 1 << 20  # weights
 
 
 def load_packed(source: str | Path | PackedFile) -> CausalLM:
-    """A model from a packed file, its weights mapped and not copied.
+    """A model from a packed file, whose weights are mapped, not copied.
 
     Raises:
-        CheckpointError: the file is damaged, or its tensors are not those of its config, all listed at once.
+        CheckpointError: the file is damaged, or its tensors do not match its config; lists all mismatches.
     """
     file = source if isinstance(source, PackedFile) else PackedFile.open(source)
     values = ((name, file.packed(name)) for name in file.blobs)
@@ -45,16 +45,16 @@ def load_packed(source: str | Path | PackedFile) -> CausalLM:
 
 
 def assemble(config: ModelConfig, num_mtp: int, values: Iterable[tuple[str, Value]], source: str) -> CausalLM:
-    """A model of packed matrices and plain vectors, each under its parameter's name, on the native kernels.
+    """A model on the native kernels, from packed matrices and plain vectors named like parameters.
 
     Args:
         config: of the model.
         num_mtp: its MTP layers.
-        values: taken one by one; a stack of experts under the name of its module.
-        source: where they come from, for messages.
+        values: consumed one by one; a stack of experts has the name of its module.
+        source: their origin, for messages.
 
     Raises:
-        CheckpointError: names or shapes that are not the model's, or parameters that got none.
+        CheckpointError: names or shapes do not match the model, or parameters are missing.
     """
     with torch.device("meta"):
         model = CausalLM(config, num_mtp)
@@ -130,7 +130,7 @@ class Rounding:
 
 
 def count_parameters(model: CausalLM) -> int:
-    """Weights of a model, packed or not; padding does not count."""
+    """Number of weights of a model, packed or not, without padding."""
     return sum(listed.count for listed in parameters(model.config, model.num_mtp))
 
 
@@ -160,9 +160,9 @@ def _assign_all(model: CausalLM, values: Iterable[tuple[str, Value]], source: st
     """Assign ``values`` by name.
 
     Raises:
-        CheckpointError: names or shapes that are not the model's, or parameters without a value.
+        CheckpointError: names or shapes do not match the model, or parameters are missing.
     """
-    # A stack of experts is one value, known by the shape of its w2: [experts, hidden, intermediate].
+    # A stack of experts is one value, checked by the shape of its w2: [experts, hidden, intermediate].
     wanted = {p.packed_name: p.shape for p in parameters(model.config, model.num_mtp)}
     problems = []
     for name, value in values:
@@ -264,7 +264,7 @@ class NativeStack:
 def _step(batch: ForwardBatch, pending: Sequence[int]) -> _native.Batch:
     """The native view of a batch with caches."""
     if batch.slot_mapping is None or batch.block_tables is None:
-        raise UsageError("a batch for caches needs slots and block tables")
+        raise UsageError("a batch with caches needs slots and block tables")
 
     num_seqs = len(batch.seq_lens)
     return _native.Batch(

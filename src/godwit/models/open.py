@@ -1,4 +1,4 @@
-"""From a path to a checkpoint, and from a checkpoint to a model that is ready to run."""
+"""Open a checkpoint from a path, and load a model from a checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QuantizeName = Literal["q8", "q4"]
 
 
 def open_source(source: str | Path, *, revision: str | None = None) -> Checkpoint:
-    """Open a model of any readable kind: a packed file, a GGUF file, a directory, or a Hub repository.
+    """Open a model of any supported format: a packed file, a GGUF file, a directory, or a Hub repository.
 
     Args:
         source: a path, or what :func:`godwit.checkpoint.open_checkpoint` accepts.
@@ -33,8 +33,8 @@ def open_source(source: str | Path, *, revision: str | None = None) -> Checkpoin
 
     Raises:
         CheckpointError: missing, damaged or incomplete.
-        UnsupportedModelError: quantised in a way that is not read.
-        OfflineError: the Hub cannot be reached and its cache lacks the repository.
+        UnsupportedModelError: quantised in an unsupported format.
+        OfflineError: the Hub cannot be reached and the cache lacks the repository.
     """
     if is_packed(source):
         return PackedFile.open(source)
@@ -54,26 +54,25 @@ def load_weights(
     notice: Callable[[str], None] | None = None,
     available: int | None = None,
 ) -> CausalLM:
-    """The model, ready to run: on the native kernels, unless a dtype or this CPU asks for PyTorch.
+    """Load the model on the native kernels, or on PyTorch if a dtype or this CPU requires it.
 
     Args:
-        source: packed weights are mapped as they are; others are packed while they are loaded, tensor by
-            tensor.
-        dtype: anything but "auto" asks for PyTorch's kernels and this arithmetic.
-        quantize: the recipe to pack with; None: as they are stored, see :func:`stored_recipe`.
-        progress: called with (done, in all), in weights or tensors.
-        notice: called with a line about what packing as bf16 changed, if it changed something.
-        available: free memory in bytes, which decides the arithmetic on PyTorch; None: not known.
+        source: packed weights are mapped; others are packed while they are loaded, tensor by tensor.
+        dtype: anything but "auto" selects PyTorch and this dtype.
+        quantize: the recipe to pack with; None: as stored, see :func:`stored_recipe`.
+        progress: called with (done, total), in weights or tensors.
+        notice: called with a line about the loss from packing as bf16, if any.
+        available: free memory in bytes, which decides the dtype on PyTorch; None: unknown.
 
     Raises:
         UsageError: options that exclude each other.
-        CheckpointError: damaged weights, or weights that do not fit the config.
+        CheckpointError: the weights are damaged or do not match the config.
     """
     if (quantize or isinstance(source, PackedFile)) and dtype != "auto":
-        raise UsageError("--dtype is for weights that are not packed; leave it out")
+        raise UsageError("--dtype does not apply to packed weights; omit it")
     if isinstance(source, PackedFile):
         if quantize:
-            raise UsageError(f"{source.path} is packed already, so --quantize cannot go with it")
+            raise UsageError(f"{source.path} is already packed; omit --quantize")
         return load_packed(source)
     if quantize or (dtype == "auto" and suits_native(source)):
         recipe = QuantRecipe.find(quantize) if quantize else stored_recipe(source)
@@ -92,15 +91,15 @@ def suits_native(checkpoint: Checkpoint) -> bool:
 
 
 def resolve_dtype(name: DtypeName, checkpoint: Checkpoint, available: int | None) -> torch.dtype:
-    """The arithmetic on PyTorch; auto is float32, or the stored dtype where float32 would not fit.
+    """The dtype on PyTorch; auto is float32, or the stored dtype if float32 would not fit.
 
-    PyTorch multiplies one token's states with a bfloat16 matrix more slowly than with a float32 one, also on
+    PyTorch multiplies one token's states by a bfloat16 matrix more slowly than by a float32 one, even on
     processors with bfloat16 units.
 
     Args:
-        name: what was asked for.
+        name: the requested dtype.
         checkpoint: the weights.
-        available: free memory in bytes, of which float32 weights may take half; None: not known.
+        available: free memory in bytes, of which float32 weights may take half; None: unknown.
     """
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
@@ -110,7 +109,7 @@ def resolve_dtype(name: DtypeName, checkpoint: Checkpoint, available: int | None
 
 
 def changes(packer: Packer) -> list[str]:
-    """What packing a checkpoint as it is stored has changed, a line for each kind of change."""
+    """The loss from packing a checkpoint as stored, one line for each kind of change."""
     lines = [rounding_line(packer.rounding)] if packer.rounding.matrices else []
     if packer.decoded:
         kinds = ", ".join(sorted(packer.decoded))
@@ -123,7 +122,7 @@ def changes(packer: Packer) -> list[str]:
 
 
 def rounding_line(rounding: Rounding) -> str:
-    """What packing as bf16 changed, in one line."""
+    """The loss from packing as bf16, in one line."""
     dtypes = "/".join(sorted(rounding.dtypes))
     if rounding.exact == rounding.matrices:
         return f"{dtypes} weights are packed as bf16, which holds every one of them exactly"
@@ -134,7 +133,7 @@ def rounding_line(rounding: Rounding) -> str:
 
 
 def described(model: CausalLM) -> str:
-    """Size, weights and kernels of a loaded model in a few words."""
+    """A short description of a loaded model: size, weight formats and kernels."""
     size = f"{count_parameters(model) / 1e6:.1f}M parameters"
     if model.stack is None:
         return f"{size}, {str(model.dtype).removeprefix('torch.')} on PyTorch"

@@ -1,6 +1,6 @@
-"""Packing a checkpoint tensor by tensor, experts one at a time: into a file or into memory.
+"""Pack a checkpoint tensor by tensor, experts one at a time, into a file or memory.
 
-Memory beyond what is packed is one matrix as it is stored, or a few experts.
+In addition to the result, this needs memory for one stored matrix or a few experts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from godwit.qtensor import GROUP, QuantTensor, join_expert, pack_groups, quantiz
 Progress = Callable[[int, int], None]
 Item = TypeVar("Item")
 
-_ROWS = 512  # of a matrix, quantised at a time; a multiple of the tile's 16
+_ROWS = 512  # rows quantised at a time; a multiple of the tile's 16
 _PLAIN = ("F64", "F32", "F16", "BF16")
 _NONE: Mapping[str, Tensor] = MappingProxyType({})
 
@@ -37,19 +37,19 @@ _NONE: Mapping[str, Tensor] = MappingProxyType({})
 def pack_checkpoint(
     checkpoint: Checkpoint, recipe: QuantRecipe, *, progress: Progress | None = None
 ) -> tuple[CausalLM, Packer]:
-    """Load a model with its matrices packed, without ever holding it unpacked.
+    """Load a model with its matrices packed, without ever keeping it unpacked.
 
     Args:
-        checkpoint: what to load.
-        recipe: which weights get which format.
-        progress: called with (weights done, weights in all).
+        checkpoint: the checkpoint to load.
+        recipe: the formats of weights.
+        progress: called with (weights done, total weights).
 
     Returns:
-        The model on the native kernels, and the packer, which knows what packing changed.
+        The model on the native kernels, and the packer, which has recorded the loss from packing.
 
     Raises:
-        CheckpointError: tensors that do not fit the config or hold values that are not finite.
-        UsageError: a recipe that does not fit the model.
+        CheckpointError: tensors do not match the config or have values that are not finite.
+        UsageError: the recipe does not match the model.
     """
     with Packer(checkpoint, recipe, progress=progress) as packer:
         values = ((name, packer.packed(name)) for name in packer.blobs)
@@ -58,10 +58,10 @@ def pack_checkpoint(
 
 
 def stored_recipe(checkpoint: Checkpoint) -> QuantRecipe:
-    """The recipe that keeps what a checkpoint holds: q8 for matrices stored in blocks, bf16 for all others.
+    """The recipe closest to the stored formats: q8 for matrices stored in blocks, bf16 for all others.
 
     Raises:
-        CheckpointError: the checkpoint does not fit its config.
+        CheckpointError: the checkpoint does not match its config.
     """
     placements, actual, _ = plan(checkpoint)
     blocks = {one.target for one in placements if _is_quantized(checkpoint, actual[one.source])}
@@ -77,14 +77,14 @@ class Packer:
     """Reads the tensors of a parameter and packs them; use it in a ``with`` statement.
 
     Attributes:
-        blobs: what the parameters become, by name.
+        blobs: the packed tensors by name.
         num_mtp: MTP layers found in the checkpoint.
-        rounding: what storing matrices as bf16 has changed so far.
-        decoded: weights in blocks that no format here holds exactly, by their stored type.
+        rounding: the loss from storing matrices as bf16 so far.
+        decoded: weights in blocks that no packed format represents exactly, by their stored type.
 
     Raises:
-        CheckpointError: the checkpoint does not fit its config.
-        UsageError: the recipe does not fit the model.
+        CheckpointError: the checkpoint does not match its config.
+        UsageError: the recipe does not match the model.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Packer:
         self._pool.__exit__(*error)
 
     def skip(self, names: Iterable[str]) -> None:
-        """Count blobs as done that need not be packed."""
+        """Count blobs that need not be packed as done."""
         self._done += sum(self.blobs[name].num_weights for name in names)
 
     def packed(self, name: str) -> Packed:
@@ -132,7 +132,7 @@ class Packer:
         """The uint8 tensors that make up a blob, in order.
 
         Raises:
-            CheckpointError: values that the format cannot hold, or that are not finite.
+            CheckpointError: values are out of the format's range or not finite.
         """
         blob = self.blobs[name]
         try:
@@ -202,7 +202,7 @@ class Packer:
             self._release(p for p in both if not p.index or p.index[0] == index)
 
     def _by_expert(self, placements: list[Placement]) -> Callable[[int], list[Placement]]:
-        """A function from an expert's number to its placements, or to the one of the whole stack."""
+        """A function from an expert's index to its placements, or to that of the whole stack."""
         if len(placements) == 1 and not placements[0].index:
             return lambda index: placements
         own = defaultdict[int, list[Placement]](list)
@@ -218,7 +218,7 @@ class Packer:
         return self._assembled(own, shape)
 
     def _groups(self, placements: list[Placement], shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
-        """Codes and scales of a matrix that q8 holds exactly; None for any other."""
+        """Codes and scales of a matrix that q8 represents exactly; None for others."""
         if any(len(one.shape) != 2 for one in placements):
             return None
         found = [self._checkpoint.groups(self._actual[one.source]) for one in placements]
@@ -233,7 +233,7 @@ class Packer:
         return codes, scales
 
     def _assembled(self, placements: list[Placement], shape: tuple[int, ...]) -> Tensor:
-        """A parameter from its tensors, in their dtype; a view of the file where it is a single plain one."""
+        """A parameter from its tensors, in their dtype; a view of the file if it is a single plain tensor."""
         names = [self._actual[one.source] for one in placements]
         if len(placements) == 1 and not placements[0].index:
             return self._checkpoint.tensor(names[0]).reshape(shape)
@@ -245,7 +245,7 @@ class Packer:
         return whole
 
     def _note(self, matrix: Tensor, format: str, placements: list[Placement]) -> None:
-        """Remember what packing a matrix changes: in :attr:`rounding` or :attr:`decoded`."""
+        """Record the loss from packing a matrix in :attr:`rounding` or :attr:`decoded`."""
         kinds = {self._checkpoint.info(name).stored for one in placements
                  if _is_quantized(self._checkpoint, name := self._actual[one.source])}  # fmt: skip
         own = Rounding()
@@ -271,7 +271,7 @@ class Packer:
 
 
 class _Pool:
-    """As many threads as PyTorch has, each running one-threaded operations, which are too small to split."""
+    """As many threads as PyTorch uses, each running single-threaded operations, too small to be split."""
 
     def __enter__(self) -> _Pool:
         self.threads = torch.get_num_threads()
@@ -286,7 +286,7 @@ class _Pool:
     def ordered(
         self, function: Callable[[Item], Tensor], items: Iterable[Item]
     ) -> Iterator[tuple[Item, Tensor]]:
-        """Items with their results in order, computed a few ahead."""
+        """Yield items with their results in order, computing a few ahead."""
         ahead: deque[tuple[Item, Future[Tensor]]] = deque()
         for item in items:
             ahead.append((item, self.executor.submit(function, item)))

@@ -30,8 +30,8 @@ BUILT_IN: Mapping[str, Rules] = {
 class QuantRecipe:
     """Rules (pattern, format) for the names of matrices; the first match decides.
 
-    The first ``num_own`` rules are the user's own and must match something. ``exact`` holds the formats of
-    single matrices, which need no rule.
+    The first ``num_own`` rules are the user's and must match something. ``exact`` has the formats of single
+    matrices, which need no rule.
     """
 
     name: str
@@ -51,7 +51,7 @@ class QuantRecipe:
         path = Path(name)
         if not path.is_file():
             known = ", ".join(BUILT_IN)
-            raise UsageError(f"{name}: neither a built-in recipe ({known}) nor a file; name one of them")
+            raise UsageError(f"{name}: neither a built-in recipe ({known}) nor a file; give one of them")
         return QuantRecipe.from_file(path)
 
     @staticmethod
@@ -85,15 +85,15 @@ class QuantRecipe:
         return QuantRecipe(str(path), (*formats.items(), *BUILT_IN[base]), len(formats))
 
     def format_of(self, name: str) -> str:
-        """The format of the matrix ``name``; experts are asked for as ``...experts.w13`` and ``...w2``."""
+        """The format of the matrix ``name``; experts are named ``...experts.w13`` and ``...w2``."""
         own = self.exact.get(name)
         return own or next(format for pattern, format in self.rules if fnmatchcase(name, pattern))
 
     def check(self, names: list[str]) -> None:
-        """Check that each of the user's own rules matches one of the matrices ``names``.
+        """Check that each of the user's rules matches one of the matrices ``names``.
 
         Raises:
-            UsageError: one does not.
+            UsageError: a rule matches none.
         """
         for pattern, _ in self.rules[: self.num_own]:
             if not any(fnmatchcase(name, pattern) for name in names):
@@ -110,8 +110,8 @@ def tensor_blobs(config: ModelConfig, num_mtp: int, recipe: QuantRecipe) -> dict
     convolutions, decays, biases, the gate of a shared expert) stays float32.
 
     Raises:
-        UsageError: a rule of the recipe that matches nothing.
-        CheckpointError: the config describes tensors too large for any machine.
+        UsageError: a rule of the recipe matches nothing.
+        CheckpointError: the config describes tensors too large to address.
     """
     listed = parameters(config, num_mtp)
     formats = {p.name: recipe.format_of(p.name) for p in listed if p.top_k or p.is_matrix}

@@ -1,1 +1,1 @@
-"""Making models smaller: quantised packed files, and random ones to measure with."""
+"""Quantisation to packed files, and random models for benchmarks."""

@@ -1,7 +1,7 @@
 """The importance of each column of a matrix: the mean square of its input over a text.
 
-The error of a weight is multiplied by the input of its column, so these numbers weight the squared errors of
-weights in the mean squared error of an output. :func:`godwit.qtensor.quantize` takes them.
+The error of a weight is multiplied by the input of its column, so the mean squared error of an output weights
+squared errors by these numbers. They are an argument of :func:`godwit.qtensor.quantize`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from godwit.models.batch import ForwardBatch
 from godwit.models.causal_lm import CausalLM
 from godwit.models.layers import Experts, Linear, SwiGLU
 
-WINDOW = 1024  # tokens of the text read together, as if nothing were before them
-#: Of a file of importances; the file of a model with 512 experts in 48 layers has 250 MB.
+WINDOW = 1024  # tokens read together, as an independent sequence
+#: Largest file of importances; that of a model with 512 experts in 48 layers has 250 MB.
 MAX_BYTES = 4 << 30
 MAX_VALUE = 1e30  # so that sums stay finite
-#: Weight of an expert's prior, in tokens: with more tokens than this its own inputs count more.
+#: Weight of an expert's prior, in tokens: with more tokens than this, its own inputs outweigh it.
 PRIOR = 32
-#: The gate of a shared expert is not packed, and the head's product does not go through its module.
+#: Shared experts' gates are not packed, and the head is not called through its module.
 _UNWATCHED = ("shared_gate", "head")
 
 
@@ -40,7 +40,7 @@ class Importance:
         values: matrix name -> ``[cols]``, for experts ``[num_experts, cols]``, float32, as
             :func:`godwit.shrink.quantize.quantize_checkpoint` takes them.
         tokens: number of tokens read.
-        experts: of all layers together.
+        experts: number of experts in all layers.
         rare: experts that got fewer tokens than :data:`PRIOR`, so that the prior dominates.
     """
 
@@ -58,17 +58,17 @@ def collect_importance(
     window: int = WINDOW,
     progress: Callable[[int, int], None] | None = None,
 ) -> Importance:
-    """Run ``model`` over a text and record the inputs of its matrices.
+    """Run ``model`` on a text and record the inputs of its matrices.
 
     Args:
-        model: with ordinary parameters.
+        model: an unpacked model.
         ids: the text's tokens.
         window: tokens read together.
-        progress: called with (tokens done, tokens in all).
+        progress: called with (tokens done, total tokens).
 
     Raises:
         UsageError: packed weights, or fewer than two tokens.
-        CheckpointError: the model's states are not finite numbers.
+        CheckpointError: the model's hidden states are not finite.
     """
     if model.stack is not None:
         raise UsageError("a packed model cannot be calibrated; use the original checkpoint")
@@ -99,17 +99,17 @@ def write_importance(path: Path, found: Importance, metadata: Mapping[str, str])
 
 
 def read_importance(path: Path) -> dict[str, Tensor]:
-    """Importances from a safetensors file; whether they fit a model is checked when it is packed.
+    """Read importances from a safetensors file; whether they match a model is checked when it is packed.
 
     Raises:
-        CheckpointError: the file is missing, damaged, too large or in another format, or a tensor does not
-            hold one finite non-negative number for each column.
+        CheckpointError: the file is missing, damaged, too large or in another format, or a tensor is not one
+            finite non-negative number per column.
     """
     file = SafetensorsFile(path)
     size = sum(entry.nbytes for entry in file.entries.values())
     if size > MAX_BYTES:
         raise CheckpointError(
-            f"{path}: holds {size / 2**30:,.1f} GiB, more than the importances of any model"
+            f"{path}: has {size / 2**30:,.1f} GiB, too much for a file of importances; give another file"
         )
     return {name: _checked(file.tensor(name), name, path) for name in file.entries}
 
@@ -117,7 +117,7 @@ def read_importance(path: Path) -> dict[str, Tensor]:
 def _checked(values: Tensor, name: str, path: Path) -> Tensor:
     if not values.is_floating_point() or values.dim() not in (1, 2) or not values.numel():
         raise CheckpointError(
-            f"{path}: {shown(name)} is {values.dtype} {list(values.shape)} and should be [cols] or "
+            f"{path}: {shown(name)} is {values.dtype} {list(values.shape)} but should be [cols] or "
             "[num_experts, cols] of a floating-point type; run 'godwit calibrate' again"
         )
     found = values.float()
@@ -138,7 +138,7 @@ def _read(model: CausalLM, text: Tensor, watch: _Watch) -> None:
 
 
 class _Watch:
-    """Hooks that sum squares while a model runs; leaving the ``with`` statement removes them."""
+    """Hooks that sum squares while a model runs, until the end of the ``with`` statement."""
 
     def __init__(self, model: CausalLM) -> None:
         self.model = model
@@ -159,7 +159,9 @@ class _Watch:
             found[f"{name}.w13"], found[f"{name}.w2"] = stack.means()
         for name, value in found.items():
             if not bool(torch.isfinite(value).all()):
-                raise CheckpointError(f"the inputs of {name} are not finite; the weights are damaged")
+                raise CheckpointError(
+                    f"the inputs of {name} are not finite, so weights are damaged; fetch the checkpoint again"
+                )
         return found
 
     def dense(self, name: str, x: Tensor) -> None:
@@ -209,7 +211,7 @@ def _squares(x: Tensor) -> Tensor:
 
 
 class _Sums:
-    """Of a matrix that every token uses."""
+    """Sums for a matrix that every token uses."""
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
@@ -227,7 +229,7 @@ class _Sums:
 
 
 class _ExpertSums:
-    """Of a stack of experts, each of which gets some of the tokens."""
+    """Sums for a stack of experts, each of which gets some of the tokens."""
 
     def __init__(self, num_experts: int, hidden: int, intermediate: int) -> None:
         self.total13 = torch.zeros(num_experts, hidden, dtype=torch.float64)
@@ -240,10 +242,10 @@ class _ExpertSums:
         self.count[index] += x.shape[0]
 
     def means(self) -> tuple[Tensor, Tensor]:
-        """Means with a prior: for ``w13`` the mean over the layer's inputs, for ``w2`` equal columns.
+        """Means with a prior: for ``w13`` the mean of the layer's inputs, for ``w2`` equal columns.
 
-        All ``w13`` read the same states, but a column of one expert's ``w2`` is unrelated to that column of
-        another's. Only the proportions within an expert matter.
+        All ``w13`` have the same inputs, but the columns of different experts' ``w2`` are unrelated. Only the
+        proportions within an expert matter.
         """
         seen = self.count[:, None]
         prior13 = (self.total13.sum(0) / self.count.sum().clamp(min=1)).expand_as(self.total13)

@@ -1,4 +1,4 @@
-"""From a checkpoint to a packed file, tensor by tensor; a run that was cut off is continued."""
+"""Pack a checkpoint into a file, tensor by tensor; interrupted runs can be resumed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from godwit.errors import UsageError
 from godwit.models.packing import Packer, Progress
 from godwit.models.recipe import QuantRecipe
 
-_SAMPLES = 256  # tensors that a source is recognised by
+_SAMPLES = 256  # tensors that identify a source
 _SAMPLE_BYTES = 4096
 
 
@@ -29,11 +29,11 @@ class PackingReport:
     """What was written.
 
     Attributes:
-        path: of the file.
-        nbytes: size of the file.
+        path: the file.
+        nbytes: its size.
         blobs: its tensors by name.
         seconds: duration of this run.
-        resumed: number of tensors that an earlier run had written.
+        resumed: number of tensors written by an earlier run.
     """
 
     path: Path
@@ -56,19 +56,19 @@ def quantize_checkpoint(
 
     Args:
         source: what :func:`godwit.checkpoint.open_checkpoint` accepts, or an open checkpoint.
-        out: the file to create. A killed run leaves ``out.partial``, which the same call continues.
-        recipe: which weights get which format.
-        importance: matrix name -> how much an error in each column matters, ``[cols]``; of experts also
-            ``[num_experts, cols]``, under the names ``...experts.w13`` and ``...experts.w2``.
-        progress: called with (weights done, weights in all).
-        restart: start over where the partial file is of another model or recipe.
+        out: the file to create. A killed run leaves ``out.partial``, which the same call resumes.
+        recipe: the formats of weights.
+        importance: matrix name -> the importance of each column, ``[cols]``; for experts also
+            ``[num_experts, cols]``, with the names ``...experts.w13`` and ``...experts.w2``.
+        progress: called with (weights done, total weights).
+        restart: start over if the partial file is of another model or recipe.
 
-    Memory beyond the file's pages is one matrix as it is stored, or a few experts.
+    Needs memory for one stored matrix or a few experts, in addition to the file's pages.
 
     Raises:
-        CheckpointError: a source that does not fit its config or has values that are not finite; a file
-            that exists or cannot be written.
-        UsageError: a recipe or importances that do not fit the model.
+        CheckpointError: the source does not match its config or has values that are not finite; the file
+            exists or cannot be written.
+        UsageError: the recipe or the importances do not match the model.
     """
     started = time.monotonic()
     checkpoint = open_checkpoint(source) if isinstance(source, str | Path) else source
@@ -100,7 +100,7 @@ def quantize_checkpoint(
 
 
 def _plain_config(checkpoint: Checkpoint) -> dict[str, object]:
-    """The config without what it says of the checkpoint's own quantisation."""
+    """The config without the checkpoint's quantisation."""
     return {key: value for key, value in checkpoint.config.raw.items() if key != "quantization_config"}
 
 
@@ -114,14 +114,20 @@ def _check_importance(importance: Mapping[str, Tensor], blobs: Mapping[str, Tens
                 wanted[f"{name}.{part}"] = ((cols,), (blob.num_experts, cols))
     for name, values in importance.items():
         if name not in wanted:
-            raise UsageError(f"the importances name {name!r:.100}, which is no matrix of this model")
+            raise UsageError(
+                f"the importances are for {name!r:.100}, which is not a matrix of this model; run 'godwit "
+                "calibrate' on this model"
+            )
         if tuple(values.shape) not in wanted[name]:
             shapes = " or ".join(str(list(shape)) for shape in wanted[name])
-            raise UsageError(f"the importance of {name} is {list(values.shape)} and should be {shapes}")
+            raise UsageError(
+                f"the importance of {name} is {list(values.shape)} but should be {shapes}; run 'godwit "
+                "calibrate' on this model"
+            )
 
 
 def _identity(checkpoint: Checkpoint, importance: Mapping[str, Tensor]) -> str:
-    """Identifies a source by its names, shapes and the first bytes of some tensors, wherever it lies."""
+    """A digest of a source's config, tensor names and shapes, and the first bytes of some tensors."""
     digest = hashlib.sha256(json.dumps(dict(checkpoint.raw_config), sort_keys=True).encode())
     names = sorted(checkpoint.names())
     for name in names:

@@ -1,15 +1,15 @@
-"""Random models of full width in packed form, to measure speed and memory without the weights.
+"""Random packed models of full size, to measure speed and memory without the real weights.
 
 Codes are drawn directly, about as fast as a disk writes. Matrices preserve the magnitude of their inputs and
-layers add little to the hidden states, so that activations and logits stay in the usual range through any
-number of layers.
+layers add little to the hidden states, so activations and logits stay in the usual range for any number of
+layers.
 
 Random routers choose experts almost uniformly; real ones do not. With ``skew`` every expert of a layer has
-its own popularity: the first 32 hidden dimensions carry the same constant for every token (the embedding sets
-it, no layer writes there, and only routers read it), so that the routers' weights for them act as a bias per
-expert. Popularities are normal with :data:`POPULARITY` times the deviation of the token-dependent part of the
-logits. This matches how often experts recur in real text but not in which order: recent experts are not
-repeated, topics do not change, and all layers are alike.
+its own popularity: the first 32 hidden dimensions have the same constant for every token (the embedding sets
+it, no layer writes to them, and only routers read them), so that the routers' weights for them act as a bias
+per expert. Popularities are normally distributed, with a standard deviation of :data:`POPULARITY` times that
+of the token-dependent part of the logits. This reproduces how often real text uses each expert, but not the
+order: there is no locality, topics do not change, and all layers are alike.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ from godwit.shrink.quantize import PackingReport
 #: With 0.45, 300 tokens of ten experts each use 440 of 512; the 64 most used get 45 % of the choices, and an
 #: LRU cache of 18, 36, 54 or 73 % of the experts hits 35, 60, 75 or 83 % of the time.
 POPULARITY = 0.45
-_ROWS = 8192  # of a matrix drawn at a time; a multiple of the tile's 16
-_CONSTANT = 3.0  # squared norm of the constant's dimensions over that of the embedding's other dimensions
-_OUT = 0.5  # magnitude of outputs over inputs, for the maps whose outputs are added to the hidden states
+_ROWS = 8192  # rows drawn at a time; a multiple of the tile's 16
+_CONSTANT = 3.0  # squared norm of the constant's dimensions relative to the embedding's other dimensions
+_OUT = 0.5  # magnitude of outputs relative to inputs, for maps whose outputs are added to the hidden states
 _OUT_SKEWED = 0.15  # smaller, so that the constant keeps its share through many layers
 _GAINS = (("router.weight", 2.0), ("head.weight", 2.5))
 _RMS = {"q4": 58.5, "q8": 73.61}  # of uniform codes; for q4 multiplied by the steps
@@ -71,14 +71,14 @@ def synthesize(
     """Write a random model.
 
     Args:
-        raw_config: the config of the model to imitate.
+        raw_config: the config of the real model.
         out: the packed file to create.
         num_layers: only its first layers; None: all.
         format: a built-in recipe's name, or a recipe file.
         seed: the same seed gives the same bytes.
         skew: make some experts more popular than others; see above.
         progress: called with (weights done, weights in total).
-        restart: start over if a partial file is of something else.
+        restart: start over if there is a partial file of another model.
 
     Raises:
         UsageError: more layers than the model has, or an unknown recipe.
@@ -137,7 +137,7 @@ def first_layers(raw_config: Mapping[str, Any], num_layers: int | None) -> dict[
 
 
 class _WeightCounter:
-    """Reports the weights done, from the bytes that pass through."""
+    """Reports progress in weights while bytes pass through."""
 
     def __init__(
         self, blobs: Mapping[str, TensorBlob], missing: list[str], progress: Callable[[int, int], None] | None
@@ -157,11 +157,11 @@ class _WeightCounter:
 
 
 class _Maker:
-    """Draws one tensor, whose numbers depend only on the seed and its name."""
+    """Draws one tensor, which depends only on the seed and its name."""
 
     def __init__(self, config: ModelConfig, name: str, seed: int, skew: bool) -> None:
         self.config, self.name = config, name
-        # The constant needs dimensions of its own, and an MTP module would not pass it on.
+        # The constant needs its own dimensions, and an MTP module would not pass it on.
         self.skew = skew and config.hidden_size >= 4 * GROUP and not name.startswith("mtp.")
         self.out = _OUT_SKEWED if self.skew else _OUT
         self.random = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
@@ -221,9 +221,9 @@ class _Maker:
             yield join_expert(QuantTensor(blob.format13, shape13, w13), QuantTensor(blob.format2, shape2, w2))
 
     def _random(self, format: str, rows: int, cols: int, gain: float, *, reads: bool = False) -> Tensor:
-        """Packed random weights whose outputs have ``gain`` times the magnitude of the inputs.
+        """Packed random weights whose outputs have ``gain`` times the magnitude of their inputs.
 
-        ``reads``: the input comes from a norm, part of which is the constant (with skew).
+        ``reads``: the input is the output of a norm, which (with skew) includes the constant.
         """
         size = gain / math.sqrt(cols) * (math.sqrt(1 + _CONSTANT) if reads and self.skew else 1.0)
         if format == "bf16" or rows % TILE_ROWS or cols % (2 * GROUP):
@@ -250,7 +250,7 @@ class _Maker:
         rows, cols = blob.shape
         weights = self.random.standard_normal((rows, cols), dtype=np.float32)
         weights *= gain / math.sqrt(cols) * math.sqrt(1 + _CONSTANT)
-        # The constant in each of its dimensions after a norm, approximately.
+        # The approximate value of the constant after a norm.
         constant = math.sqrt(_CONSTANT / (1 + _CONSTANT) * cols / GROUP)
         popularity = self.random.standard_normal((rows, 1)) * POPULARITY * gain
         weights[:, :GROUP] = popularity / (GROUP * constant)
@@ -260,8 +260,8 @@ class _Maker:
 class _View:
     """Writable views of packed bytes.
 
-    Codes ``[tiles, groups, bytes]``, steps ``[tiles, groups, 16]`` of q4, and scales ``[tiles, n, 16]`` with
-    n groups of q8 or spans of q4.
+    Codes are ``[tiles, groups, bytes]``, steps (q4) ``[tiles, groups, 16]``, and scales ``[tiles, n, 16]``
+    with n groups (q8) or spans (q4).
     """
 
     def __init__(self, data: Tensor, format: str, cols: int) -> None:
@@ -299,7 +299,7 @@ class _View:
         elif self.format == "q8":  # the code of 4
             self.codes[:, 0] = 132
             self.scales[:, 0] = value / 4
-        else:  # (15 - 8) x 15; the groups that share the scale keep about their magnitude
+        else:  # (15 - 8) x 15; the other groups of the span keep about their magnitude
             steps, scales = self.steps[:, 1:SPAN], self.scales[:, :1]
             scale = torch.full_like(scales, value / 105)
             sizes = ((steps & 15) * scales.float().abs() / scale.float()).round().clamp(1, 15)

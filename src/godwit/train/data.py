@@ -13,19 +13,19 @@ from torch import Tensor
 
 from godwit.errors import UsageError
 
-NO_TARGET = 4  # role code where a document ends and nothing is to be predicted
-_POOL = 48  # documents looked at when a row's remainder is filled
+NO_TARGET = 4  # role code at the end of a document, where there is nothing to predict
+_POOL = 48  # documents considered when filling the rest of a row
 
 
 def learned(roles: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Where the model speaks: text and answers (code 0) and tool calls (3), not users (1) or the rest (2)."""
+    """Mask of the tokens to learn: text and answers (code 0) and tool calls (3)."""
     mask: np.ndarray[Any, Any] = (roles == 0) | (roles == 3)
     return mask
 
 
 @dataclass(frozen=True)
 class Source:
-    """Documents of one source, memory-mapped: tokens, role codes and where each document begins."""
+    """Documents of one source, memory-mapped: tokens, role codes and document offsets."""
 
     name: str
     tokens: np.ndarray[Any, Any]
@@ -34,7 +34,7 @@ class Source:
 
     @staticmethod
     def open(directory: str | Path, name: str) -> Source:
-        """Raises: UsageError: files missing or not belonging together."""
+        """Raises: UsageError: a file is missing, or the files do not match."""
         arrays = []
         for part in ("tokens", "roles", "offsets"):
             file = Path(directory) / f"{name}.{part}.npy"
@@ -45,11 +45,11 @@ class Source:
             try:
                 arrays.append(np.load(file, mmap_mode="r", allow_pickle=False))
             except (ValueError, EOFError, OSError) as error:
-                raise UsageError(f"{file}: not a whole array of NumPy; prepare the data again") from error
+                raise UsageError(f"{file}: not a complete NumPy array; prepare the data again") from error
         source = Source(name, *arrays)
         if not source._is_sound():
             raise UsageError(
-                f"{directory}: the files of source {name!r} do not belong together; prepare them again"
+                f"{directory}: the files of source {name!r} do not match; prepare the data again"
             )
         return source
 
@@ -70,13 +70,13 @@ class Source:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """A micro-batch: rows of packed documents, with what each token should predict.
+    """A micro-batch: rows of packed documents, with the targets of each token.
 
     Attributes:
         input_ids: ``[rows * row_length]``.
-        lengths: tokens of each document piece, none crossing a row.
-        targets: the next token of each, and ``targets2`` the one after (for MTP); 0 where there is none.
-        roles, roles2: role code of each target; NO_TARGET where there is none.
+        lengths: tokens of each piece of a document; no piece crosses a row.
+        targets, targets2: the next token, and the one after it (for MTP); 0 if there is none.
+        roles, roles2: role code of each target; NO_TARGET if there is none.
     """
 
     input_ids: Tensor
@@ -88,30 +88,30 @@ class PackedBatch:
 
 
 class Sampler:
-    """Draws documents by token share and packs them into rows; its state is small and exact."""
+    """Draws documents by token share and packs them into rows; it can resume exactly from a small state."""
 
     def __init__(self, sources: Mapping[str, Source], row_length: int, rows: int, seed: int) -> None:
         self.sources = dict(sources)
         self.row_length = row_length
         self.rows = rows
         self.seed = seed
-        self.drawn = dict.fromkeys(self.sources, 0)  # documents taken of each source
-        self.tokens = dict.fromkeys(self.sources, 0)  # tokens taken of each source in this stage
-        self.pool: list[tuple[str, int]] = []  # documents waiting for a place: source and number
+        self.drawn = dict.fromkeys(self.sources, 0)  # documents drawn from each source
+        self.tokens = dict.fromkeys(self.sources, 0)  # tokens drawn from each source in this stage
+        self.pool: list[tuple[str, int]] = []  # documents waiting to be packed: source and index
         self._orders: dict[tuple[str, int], np.ndarray[Any, Any]] = {}
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs; plain numbers and strings."""
+        """The state that a resumed run needs, as plain numbers and strings."""
         return {"drawn": dict(self.drawn), "tokens": dict(self.tokens), "pool": [list(p) for p in self.pool]}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue where :meth:`state` was taken."""
+        """Continue from a saved :meth:`state`."""
         self.drawn.update({name: state["drawn"][name] for name in self.sources if name in state["drawn"]})
         self.tokens.update({name: state["tokens"][name] for name in self.sources if name in state["tokens"]})
         self.pool = [(str(name), int(index)) for name, index in state["pool"] if name in self.sources]
 
     def start_stage(self) -> None:
-        """Forget waiting documents and shares, so that a new mix takes effect at once."""
+        """Discard the pool and the token counts, so that a new mix takes effect at once."""
         self.tokens = dict.fromkeys(self.tokens, 0)
         self.pool = []
 
@@ -130,7 +130,7 @@ class Sampler:
         return finish_batch(np.concatenate(ids), np.concatenate(roles), lengths)
 
     def _next(self, mix: Mapping[str, float], left: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """The oldest waiting document while there is room, then the longest that fits, else the shortest."""
+        """The oldest waiting document if it fits, else the longest that fits, else the shortest."""
         while len(self.pool) < _POOL:
             self.pool.append(self._draw(mix))
         sizes = [self._size(name, index) for name, index in self.pool]
@@ -150,7 +150,7 @@ class Sampler:
         return min(int(offsets[index + 1] - offsets[index]), self.row_length)
 
     def _draw(self, mix: Mapping[str, float]) -> tuple[str, int]:
-        """The next document of the source that is furthest behind its share."""
+        """The next document of the source furthest behind its share."""
         name = min((n for n in mix if mix[n] > 0), key=lambda n: self.tokens[n] / mix[n])
         epoch, place = divmod(self.drawn[name], self.sources[name].num_docs)
         index = int(self._order(name, epoch)[place])
@@ -169,11 +169,11 @@ class Sampler:
 
 
 def finish_batch(ids: np.ndarray[Any, Any], roles: np.ndarray[Any, Any], lengths: list[int]) -> PackedBatch:
-    """Targets and their roles for packed documents; the last token of a document has none."""
+    """Add targets and their roles to packed documents; the last token of a document has no target."""
     tokens = torch.from_numpy(ids.astype(np.int64))
     codes = torch.from_numpy(roles.astype(np.int64))
     ends = torch.tensor(lengths).cumsum(0)
-    # tokens from each one to the end of its piece
+    # tokens left in the piece, from each token on
     left = torch.repeat_interleave(ends, torch.tensor(lengths)) - torch.arange(len(ids))
 
     def shifted(step: int) -> tuple[Tensor, Tensor]:

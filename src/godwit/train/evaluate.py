@@ -1,4 +1,4 @@
-"""Held-out loss in bits per byte, which tokenizers of any size can be compared by."""
+"""Held-out loss in bits per byte, which is comparable across tokenizers."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ class HeldOut:
     """A held-out source packed once into rows of the training shape.
 
     Args:
-        directory, name: the source, with ``<name>.bytes.npy``: UTF-8 bytes of each document's learned tokens.
-        row_length, rows: shape of a batch; documents are cut at a row's length.
-        max_batches: how much of the source is used.
+        directory, name: the source; ``<name>.bytes.npy`` counts the UTF-8 bytes of each document's learned
+            tokens.
+        row_length, rows: shape of a batch; documents are truncated to a row's length.
+        max_batches: the most batches to evaluate.
 
     Raises:
-        UsageError: files missing or not belonging together.
+        UsageError: a file is missing, or the files do not match.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class HeldOut:
         sizes = np.load(file, allow_pickle=False)
         if len(sizes) != source.num_docs:
             raise UsageError(
-                f"{file}: counts {len(sizes)} documents of {source.num_docs}; prepare the data again"
+                f"{file}: {len(sizes)} byte counts for {source.num_docs} documents; prepare the data again"
             )
         self.batches: list[PackedBatch] = []
         self.num_bytes = 0.0
@@ -59,7 +60,7 @@ class HeldOut:
                     self.num_bytes += pending[2]
                     left -= len(pending[0])
                     pending = next(documents, None)
-                if left:  # filler that nothing is scored on
+                if left:  # padding, which is not scored
                     ids.append(np.zeros(left, np.int64))
                     roles.append(np.full(left, 2, np.int64))
                     lengths.append(left)
@@ -68,7 +69,7 @@ class HeldOut:
 
     @torch.no_grad()
     def bits_per_byte(self, model: CausalLM, cross_entropy: LinearCrossEntropy) -> float:
-        """Bits per UTF-8 byte of assistant and running text."""
+        """Bits per UTF-8 byte of assistant turns and plain text."""
         nats = 0.0
         for batch in self.batches:
             hidden = model(ForwardBatch.packed(batch.input_ids, batch.lengths, self.row_length))
@@ -80,7 +81,7 @@ class HeldOut:
 def _cut(
     source: Source, sizes: np.ndarray[Any, Any], limit: int
 ) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], float]]:
-    """Documents cut at ``limit`` tokens, with the bytes, in proportion, of the learned tokens left."""
+    """Documents truncated to ``limit`` tokens, with bytes in proportion to the learned tokens kept."""
     for index in range(source.num_docs):
         tokens, roles = source.document(index)
         total, kept = int(learned(roles[1:]).sum()), int(learned(roles[1:limit]).sum())

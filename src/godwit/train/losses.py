@@ -1,4 +1,4 @@
-"""Losses of a packed batch: next token, token after next (MTP), expert balance."""
+"""Expert balance loss, and loss weights by role."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 class ExpertLoad:
-    """How often each expert was chosen so far in a step, layer by layer (or once, for all layers pooled)."""
+    """How often each expert has been chosen in a step so far, per layer (or once, for all layers pooled)."""
 
     def __init__(self) -> None:
-        self.counts: list[Tensor] = []  # of each layer: [E]
+        self.counts: list[Tensor] = []  # [E] for each layer
         self.num_tokens: list[int] = []
 
     def add(self, layer: int, ids: Tensor, num_experts: int) -> Tensor:
-        """Count ``ids [T, k]`` and return the share of tokens so far that chose each expert ``[E]``."""
+        """Count ``ids [T, k]``; return the share of all tokens so far that chose each expert, ``[E]``."""
         if layer == len(self.counts):
             self.counts.append(ids.new_zeros(num_experts))
             self.num_tokens.append(0)
@@ -32,11 +32,11 @@ def load_balancing_loss(
 
     Args:
         router_logits: ``[T, E]`` of every sparse layer.
-        top_k: experts of a token.
-        pooled: one f and P over all layers, as ``transformers`` computes it; else the mean of per-layer
-            losses, which keeps the experts of every single layer busy.
-        load: counts of the step's earlier micro-batches, which f then includes; advanced in place. P, which
-            carries the gradient, is of these logits alone. Without it f is of these logits too.
+        top_k: experts per token.
+        pooled: one f and P over all layers, as ``transformers`` computes it; otherwise the mean of per-layer
+            losses, which balances the experts of each layer.
+        load: counts of the step's earlier micro-batches, which f includes; updated in place. P, which
+            carries the gradient, always comes from these logits alone. None: so does f.
     """
     load = ExpertLoad() if load is None else load
     losses = []
@@ -48,11 +48,11 @@ def load_balancing_loss(
 
 
 def expert_balance(load: ExpertLoad) -> float:
-    """Load of the busiest expert over the mean load, averaged over layers; 1 is perfect."""
+    """Load of the busiest expert relative to the mean load, averaged over layers; 1 is perfect."""
     worst = [float(counts.max() / counts.float().mean()) for counts in load.counts]
     return sum(worst) / len(worst) if worst else 1.0
 
 
 def role_weights(roles: Tensor, weights: Sequence[float]) -> Tensor:
-    """Loss weight of each target from its role code (0 to 3); code 4 (no target) weighs nothing."""
+    """Loss weight of each target by its role code (0 to 3); code 4 (no target) weighs zero."""
     return torch.tensor([*weights, 0.0], device=roles.device)[roles]

@@ -1,4 +1,4 @@
-"""Optimisers: AdamW for everything, or Muon for the hidden matrices and AdamW for the rest."""
+"""Optimisers: AdamW for all parameters, or Muon for the hidden matrices and AdamW for the rest."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from godwit.train.recipe import Recipe
 
 
 class Muon(Optimizer):
-    """Momentum orthogonalised by Newton-Schulz steps (Jordan et al. 2024), stacked matrices one by one.
+    """Momentum orthogonalised by Newton-Schulz steps (Jordan et al. 2024); each matrix of a stack separately.
 
     Updates are scaled to the size of an AdamW update, ``0.2 sqrt(max(rows, cols))`` (Liu et al. 2025), so
-    that one learning rate serves both.
+    that one learning rate suits both.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update; gradients that are None are skipped."""
+        """One update; parameters without a gradient are skipped."""
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
             for param in params:
@@ -39,7 +39,7 @@ class Muon(Optimizer):
                 param.add_(update.to(param.dtype), alpha=-group["lr"] * 0.2 * size**0.5)
 
     def _updates(self, params: list[nn.Parameter], momentum: float) -> list[Tensor]:
-        """Each process orthogonalises its share; momentum is kept by all, so that any of them can save it."""
+        """Each process orthogonalises its share; all keep the momentum, so that any of them can save it."""
         updates = []
         for index, param in enumerate(params):
             buffer = self.state[param]["momentum"]
@@ -69,7 +69,7 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 def build_optimizers(model: nn.Module, recipe: Recipe) -> list[Optimizer]:
-    """Matrices decay, vectors and the embedding do not."""
+    """Optimisers for all parameters; weight decay applies to matrices, not to vectors and embeddings."""
     matrices, embeddings, vectors = [], [], []
     for name, param in model.named_parameters():
         if param.ndim < 2 or name.endswith("conv_weight"):

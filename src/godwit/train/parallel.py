@@ -1,7 +1,7 @@
-"""Data parallelism: the micro-batches of a step are dealt out to the processes that ``torchrun`` started.
+"""Data parallelism: the micro-batches of a step are divided among the processes that ``torchrun`` starts.
 
-Without ``torchrun`` there is one process and every function here does nothing. On a CPU one process per core,
-each with one thread, beats one process with many: no thread waits for another inside an op.
+Without ``torchrun`` there is one process and these functions do nothing. On a CPU, one process per core with
+one thread each is faster than one process with many threads: no thread waits for another inside an op.
 """
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-_BUCKET = 2**22  # gradient elements summed in one message
+_BUCKET = 2**22  # gradient elements per all-reduce
 
 
 def start() -> None:
-    """Join the group that the environment describes, if it describes one."""
+    """Join the process group given by the environment, if any."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
 
 
 def stop() -> None:
-    """Leave the group, so that the processes end quietly."""
+    """Leave the process group, so that the processes exit cleanly."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def rank() -> int:
-    """Number of this process, 0 for the only one."""
+    """Rank of this process; 0 without a group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Number of processes; 1 without a group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def sum_gradients(params: Iterable[nn.Parameter]) -> None:
-    """Make every process's gradients the sum over processes; a missing one counts as zero."""
+    """Sum gradients over all processes; a missing gradient counts as zero."""
     if world_size() == 1:
         return
     bucket: list[nn.Parameter] = []
@@ -64,7 +64,7 @@ def _sum_bucket(bucket: list[nn.Parameter]) -> None:
 
 
 def sum_scalars(values: list[float]) -> list[float]:
-    """Sums over processes."""
+    """Sum each value over all processes."""
     if world_size() == 1:
         return values
     total = torch.tensor(values, dtype=torch.float64)
@@ -73,6 +73,6 @@ def sum_scalars(values: list[float]) -> list[float]:
 
 
 def share(tensor: Tensor, owner: int) -> None:
-    """Give every process the owner's values."""
+    """Broadcast the owner's values to every process."""
     if world_size() > 1:
         dist.broadcast(tensor, owner)

@@ -25,12 +25,12 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Stage:
-    """A span of the run with its own data mix and loss weights.
+    """A part of the run with its own data mix and loss weights.
 
     Attributes:
         until: fraction of the run, 0 to 1, at which the stage ends.
-        mix: share of tokens of each source; need not sum to one.
-        role_weights: loss weight of answers and running text, user turns, everything else, tool calls.
+        mix: share of tokens from each source; need not sum to one.
+        role_weights: loss weights of answers and plain text, user turns, everything else, tool calls.
         mtp_weight: weight of the multi-token-prediction loss; 0 skips the module.
     """
 
@@ -42,19 +42,20 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to train, on what, how long.
+    """What to train, on which data, and for how long.
 
     Attributes:
         model: a ``config.json`` as a table.
         data: directory of pre-tokenised sources (``<name>.tokens.npy``, ``.roles.npy``, ``.offsets.npy``).
-        tokenizer: directory whose tokenizer files are exported with the model.
-        init: checkpoint to start from in place of random weights; empty for random ones.
+        tokenizer: directory of the tokenizer files to export with the model.
+        init: checkpoint to start from; empty for random weights.
         steps: optimiser steps.
-        row_length: tokens of a packed row, a multiple of 64.
-        rows: rows of a micro-batch.
-        accumulate: micro-batches of a step.
-        autocast: matrix products in bfloat16; without it, where the CPU multiplies bfloat16 fast.
-        schedule: warm-up, then constant, then linear decay to zero over the last ``decay`` share of the run.
+        row_length: tokens per packed row, a multiple of 64.
+        rows: rows per micro-batch.
+        accumulate: micro-batches per step.
+        warmup_steps: steps of linear warm-up, after which the learning rate is constant.
+        decay: share of the run, at its end, over which the learning rate decays linearly to zero.
+        autocast: matrix products in bfloat16; None: only if the CPU has fast bfloat16 products.
     """
 
     model: dict[str, Any]
@@ -85,10 +86,10 @@ class Recipe:
 
     @staticmethod
     def from_file(path: str | Path) -> Recipe:
-        """Read a recipe; relative paths in it are relative to its own directory.
+        """Read a recipe; paths in it are relative to its directory.
 
         Raises:
-            UsageError: no such file, not TOML, unknown or missing fields, impossible values.
+            UsageError: no such file, not TOML, unknown or missing fields, invalid values.
         """
         file = Path(path)
         if not file.is_file():
@@ -109,7 +110,7 @@ class Recipe:
         return recipe
 
     def check(self, where: str) -> None:
-        """Raises: UsageError: values that cannot work together."""
+        """Raises: UsageError: values are out of range or contradict each other."""
         ends = [stage.until for stage in self.stage]
         numbers = (self.learning_rate, self.weight_decay, self.aux_weight, self.clip, *ends)
         weights = [w for s in self.stage for w in (s.mtp_weight, *s.mix.values(), *s.role_weights)]
@@ -136,14 +137,14 @@ class Recipe:
                 raise UsageError(f"{where}: {sentence}")
 
     def stage_at(self, step: int) -> Stage:
-        """The stage of a step counted from zero."""
+        """The stage of a step; steps count from zero."""
         for stage in self.stage:
             if step < stage.until * self.steps:
                 return stage
         return self.stage[-1]
 
     def learning_rate_at(self, step: int) -> float:
-        """Warm-up, constant, linear decay to zero."""
+        """The learning rate of a step: linear warm-up, constant, linear decay to zero."""
         warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
         left = (self.steps - step) / max(1.0, self.decay * self.steps)
         return self.learning_rate * min(warm, 1.0, left)
@@ -158,7 +159,7 @@ def _build(kind: type[T], raw: Mapping[str, Any], where: str) -> T:
     known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
     for name in raw:
         if name not in known:
-            raise UsageError(f"{where}: unknown field {name!r}; known are {', '.join(known)}")
+            raise UsageError(f"{where}: unknown field {name!r}; the fields are {', '.join(known)}")
     values: dict[str, Any] = {}
     for name, item in known.items():
         if name not in raw:

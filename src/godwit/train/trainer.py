@@ -1,4 +1,4 @@
-"""The training loop: deterministic, resumable at any moment, one line of progress."""
+"""The training loop: deterministic and resumable."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Report = Callable[[dict[str, Any]], None]
 
 @dataclass
 class StepLosses:
-    """Sums over a step, for the log."""
+    """Losses summed over a step, for the log."""
 
     main: float = 0.0
     mtp: float = 0.0
@@ -46,33 +46,35 @@ class Trainer:
     """Trains a recipe into a directory.
 
     Args:
-        recipe: what to do.
-        out: directory for state, log and the exported model.
-        compile_kernels: fused, compiled kernels (fast, half a minute of warm-up) or the plain ones.
+        recipe: the training recipe.
+        out: directory for state and log.
+        compile_kernels: use fused, compiled kernels (fast after half a minute of compilation).
 
     Attributes:
         autocast: whether matrix products run in bfloat16.
 
     Raises:
-        UsageError: the data or the recipe do not fit together.
+        UsageError: the data do not match the recipe, or the recipe the number of processes.
     """
 
     def __init__(self, recipe: Recipe, out: str | Path, *, compile_kernels: bool = True) -> None:
-        # decays breed subnormal numbers, which cost a hundred times a normal one and carry nothing
+        # decay produces subnormal numbers, which are a hundred times slower and do not affect the result
         torch.set_flush_denormal(True)
         if compile_kernels:
             ops.use_training_kernels()
         parallel.start()
         if recipe.accumulate % parallel.world_size():
             raise UsageError(
-                f"{recipe.accumulate} micro-batches cannot be dealt to {parallel.world_size()} processes; "
-                "make accumulate a multiple of their number"
+                f"cannot divide {recipe.accumulate} micro-batches among {parallel.world_size()} processes; "
+                "make accumulate a multiple of the number of processes"
             )
         self.recipe = recipe
         self.autocast = multiplies_bf16_fast() if recipe.autocast is None else recipe.autocast
         self.out = Path(out)
         if not (Path(recipe.tokenizer) / "tokenizer.json").is_file():
-            raise UsageError(f"{recipe.tokenizer}: holds no tokenizer.json, which the model is exported with")
+            raise UsageError(
+                f"{recipe.tokenizer}: no tokenizer.json; set tokenizer to the model's tokenizer directory"
+            )
         self.config = ModelConfig.from_dict(recipe.model)
         self.model = CausalLM(self.config, recipe.num_mtp)
         self.model.init_weights(torch.Generator().manual_seed(recipe.seed))
@@ -100,30 +102,32 @@ class Trainer:
         model = load_model(source, dtype=torch.float32)
         if replace(model.config, raw={}) != replace(self.config, raw={}):
             raise UsageError(
-                f"init: {source} has another config.json than the recipe's [model]; make them equal"
+                f"init: the config.json of {source} differs from the recipe's [model]; make them equal"
             )
         try:
             self.model.load_state_dict(model.state_dict())
         except RuntimeError as error:
-            raise UsageError(f"init: {source} has other MTP layers than the recipe's num_mtp") from error
+            raise UsageError(
+                f"init: {source} has a different number of MTP layers than num_mtp; make them equal"
+            ) from error
 
     def _check_vocabulary(self, source: Source) -> None:
         top = int(source.tokens.max())
         if top >= self.config.vocab_size:
             raise UsageError(
-                f"source {source.name!r} holds token {top} but the model has {self.config.vocab_size}; "
-                "prepare the data with the model's own tokenizer"
+                f"source {source.name!r} has token {top}, but vocab_size is {self.config.vocab_size}; "
+                "prepare the data with the model's tokenizer"
             )
 
     def run(self, report: Report, *, resume: bool = True, stop_after: int | None = None) -> None:
-        """Train to the end of the recipe, or ``stop_after`` more steps; ``report`` gets one record a step.
+        """Train to the end of the recipe, or for ``stop_after`` more steps; ``report`` is called after each.
 
-        Killing it is safe: the last saved state is whole, and a resumed run repeats the lost steps exactly.
-        Without ``resume`` whatever state and log the directory holds make way.
+        The process may be killed at any time: the last saved state stays intact, and a resumed run repeats
+        the lost steps exactly. Without ``resume``, an existing state and log are replaced.
 
         Raises:
-            CheckpointError: the saved state is damaged or does not fit the recipe, or cannot be written.
-            UsageError: the saved state belongs to another model.
+            CheckpointError: the saved state is damaged, does not match the recipe, or cannot be written.
+            UsageError: the saved state is of a different model.
             GodwitError: the training diverged.
         """
         if resume:
@@ -147,7 +151,7 @@ class Trainer:
             self.save()
 
     def stop(self) -> None:
-        """Make :meth:`run` save and end after the step at hand; a signal handler may call this."""
+        """Make :meth:`run` save and return after the current step; safe to call from a signal handler."""
         self._stop_asked = True
 
     def _due(self, every: int) -> bool:
@@ -190,8 +194,8 @@ class Trainer:
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip))
         if not math.isfinite(norm):
             raise GodwitError(
-                f"step {self.step + 1} diverged (the gradient is {norm}); nothing of it was saved: "
-                "lower learning_rate and go on from the last saved state"
+                f"step {self.step + 1} diverged (the gradient norm is {norm}) and was not saved; "
+                "lower learning_rate and resume from the last saved state"
             )
         rate = self.recipe.learning_rate_at(self.step)
         for optimizer in self.optimizers:
@@ -241,7 +245,7 @@ class Trainer:
         return self.out / "log.jsonl"
 
     def _clear_later_traces(self) -> None:
-        """Remove what a run that got further left behind: steps of the log that come again, an old state."""
+        """Drop log lines of steps that will be repeated, and the old state when starting over."""
         self.out.mkdir(parents=True, exist_ok=True)
         if self.step == 0:
             self._state_file.unlink(missing_ok=True)
@@ -251,10 +255,10 @@ class Trainer:
         temporary.replace(self._log_file)
 
     def save(self) -> None:
-        """Write the whole state under a temporary name, then rename.
+        """Write the state under a temporary name, then rename it.
 
         Raises:
-            CheckpointError: the disk refuses; the state saved before is still whole.
+            CheckpointError: it could not be written; the previous state is intact.
         """
         state = {
             "step": self.step,
@@ -274,7 +278,7 @@ class Trainer:
         except (OSError, RuntimeError) as error:
             temporary.unlink(missing_ok=True)
             raise CheckpointError(
-                f"{self._state_file} could not be written ({error}); the state saved before it is still whole"
+                f"could not write {self._state_file} ({error}); the previously saved state is intact"
             ) from error
         self._saved_step = self.step
 
@@ -284,9 +288,9 @@ class Trainer:
         try:
             state = torch.load(self._state_file, weights_only=True)
             same_model = json.loads(state["config"]) == json.loads(json.dumps(dict(self.config.raw)))
-        except Exception as error:  # whatever a damaged archive makes the unpickler raise
+        except Exception as error:  # a damaged archive can make the unpickler raise anything
             raise CheckpointError(
-                f"{self._state_file} is damaged; put back a copy of it, or start again with --no-resume"
+                f"{self._state_file} is damaged; restore it from a backup, or start over with --no-resume"
             ) from error
         if not same_model:
             raise UsageError(f"{self._state_file} belongs to another model; use another --out or --no-resume")
@@ -294,8 +298,8 @@ class Trainer:
             self._restore(state)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(
-                f"{self._state_file} does not fit this recipe's optimiser or num_mtp; "
-                "put them back as they were, or start again with --no-resume"
+                f"{self._state_file} does not match the recipe's optimizer or num_mtp; "
+                "change them back, or start over with --no-resume"
             ) from error
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -304,20 +308,20 @@ class Trainer:
             own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             optimizer.load_state_dict(saved)
             for group, settings in zip(optimizer.param_groups, own, strict=True):
-                group.update(settings)  # the recipe's weight decay and betas, which may have changed
+                group.update(settings)  # keep the recipe's weight decay and betas, which may have changed
         self.sampler.load_state(state["sampler"])
         self.step = self._saved_step = int(state["step"])
         self.tokens = int(state.get("tokens", self.step * self.recipe.tokens_per_step))
 
     def export(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Write the model in the Hugging Face layout, with the recipe's tokenizer."""
+        """Write the model in the Hugging Face layout, together with the recipe's tokenizer."""
         copy = CausalLM(self.config, self.recipe.num_mtp).to(dtype)
         copy.load_state_dict({name: value.to(dtype) for name, value in self.model.state_dict().items()})
         save_model(copy, path, companions=self.recipe.tokenizer, overwrite=True)
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of the log; a line cut off by a kill is beyond any step."""
+    """The step of a line of the log; infinity for a line that a kill truncated."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -325,7 +329,7 @@ def _step_of(line: str) -> float:
 
 
 def active_parameters(model: CausalLM) -> int:
-    """Matrix parameters that one token multiplies: all but norms, unused experts and the embedding's rows."""
+    """Matrix parameters used per token: all except norms, inactive experts and the embedding lookup."""
     total = model.head_weight.numel()
     for layer, spec in zip(model.layers, model.config.layers, strict=True):
         for name, param in layer.named_parameters():

@@ -162,7 +162,7 @@ def test_a_call_cut_off_is_not_kept(page: Page, server: Server) -> None:
     server.replies.append([delta(content="Let me see."), started, *end("length")])
     say(page, "Weather?")
     answer = settled(page)
-    assert "cut off by the limit of its length" in answer.inner_text()
+    assert "cut off at the length limit" in answer.inner_text()
     assert answer.locator("details").filter(visible=True).count() == 0
     assert page.get_by_role("button", name="Send result").count() == 0
 

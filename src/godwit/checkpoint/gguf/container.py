@@ -1,9 +1,9 @@
-"""The GGUF container: every count and offset checked, then views of a private memory map.
+"""GGUF files: all counts and offsets are checked, and tensors are views of a private memory map.
 
 Layout (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; little-endian): "GGUF", u32 version, u64
 number of tensors, u64 number of keys, the keys with their values, the tensors' names, dimensions, types and
-offsets, padding, the tensors' bytes. Nothing is handed out before the whole header has been found consistent
-with the file, and nothing is allocated that the file does not hold.
+offsets, padding, the tensors' bytes. No data is returned before the whole header has been checked against the
+file, and allocations never exceed the file's size.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MAX_STRING = 64 << 20
 MAX_NAME = 63
 MAX_DIMS = 4
 _MAX_ELEMENTS = 1 << 62
-_SMALLEST_KEY = 8 + 1 + 4 + 1  # an empty key is refused; one letter, its type and a value of one byte
+_SMALLEST_KEY = 8 + 1 + 4 + 1  # a key of one letter, its type and a value of one byte
 _SMALLEST_TENSOR = 8 + 1 + 4 + 8 + 4 + 8
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS: dict[int, tuple[str, int]] = {
@@ -55,11 +55,11 @@ class GgufEntry:
 
 
 class GgufFile:
-    """One open GGUF file: ``keys`` (metadata) and ``entries`` (tensors by name, in the order of their bytes).
+    """An open GGUF file: ``keys`` (metadata) and ``entries`` (tensors by name, in file order).
 
     Raises:
-        CheckpointError: missing, damaged, cut short or inconsistent; the sentence says which.
-        UnsupportedModelError: a version or tensor type that is not read.
+        CheckpointError: missing, damaged, truncated or inconsistent.
+        UnsupportedModelError: an unsupported version or tensor type.
         MemoryBudgetError: it cannot be mapped.
     """
 
@@ -90,7 +90,7 @@ class GgufFile:
         return flat.view(*rows, -1)
 
     def release(self, name: str) -> None:
-        """Unmap the pages that only this tensor occupies; a living view reads them from the file again."""
+        """Drop the resident pages that only this tensor occupies; views of it read the file again."""
         entry = self.entries[name]
         page = mmap.PAGESIZE
         first, last = -(-entry.begin // page) * page, entry.end // page * page
@@ -140,7 +140,7 @@ def _check_set(path: Path, parts: list[GgufFile]) -> None:
 
 
 class _Reader:
-    """Reads a header from a map; no count is believed before the file was found long enough for it."""
+    """Reads a header from a map; checks each count against the file's size before using it."""
 
     def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
         self._path, self._data, self._size, self._at = path, data, size, 4

@@ -1,6 +1,6 @@
-"""A GGUF file's keys as the ``config.json`` of the same model, the form that every reader of configs knows.
+"""Convert a GGUF file's keys to the ``config.json`` of the same model.
 
-What a file does not say is fixed by its architecture: output gates, norms, the router's kind.
+The architecture determines what the file does not state: output gates, norms, the kind of router.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def read_config(found: Metadata, shapes: Mapping[str, tuple[int, ...]]) -> dict[
 
 
 def num_mtp_layers(found: Metadata) -> int:
-    """Layers of the multi-token-prediction module, which stand behind those of the trunk."""
+    """Layers of the multi-token-prediction module, which come after those of the trunk."""
     return found.integer("nextn_predict_layers", 0)
 
 

@@ -22,10 +22,10 @@ from godwit.errors import CheckpointError, UnsupportedModelError
 
 
 class GgufCheckpoint:
-    """An open GGUF file, its header checked and its data mapped.
+    """An open GGUF file: its header is checked, its data are mapped.
 
     A :class:`~godwit.checkpoint.protocol.Checkpoint`: config, tokenizer and chat template come from the
-    file's own keys. Values are those that the format defines, in float32 where a block type is decoded.
+    file's keys. Block types are decoded to float32, exactly as the format defines.
     """
 
     native_names = False
@@ -34,8 +34,8 @@ class GgufCheckpoint:
         """Open ``path``, which may be the first part of a split file.
 
         Raises:
-            CheckpointError: missing, damaged or incomplete, or with a tensor that its architecture lacks.
-            UnsupportedModelError: an architecture or tensor type that is not read.
+            CheckpointError: missing, damaged or incomplete, or a tensor that its architecture does not have.
+            UnsupportedModelError: an unsupported architecture or tensor type.
         """
         self.path = path
         parts = open_parts(path)
@@ -52,12 +52,12 @@ class GgufCheckpoint:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The texts among the file's general keys: name, licence, where it came from."""
+        """The text values of the file's general keys, such as name, licence and source."""
         return {key: value for key, value in self._keys.keys.items()
                 if key.startswith("general.") and isinstance(value, str)}  # fmt: skip
 
     def names(self) -> list[str]:
-        """Hugging Face names in the order of the file's bytes."""
+        """Hugging Face names in file order."""
         return list(self._sources)
 
     def __contains__(self, name: str) -> bool:
@@ -100,7 +100,7 @@ class GgufCheckpoint:
         return codes[:, source.columns], scales[:, first.flatten() // GROUP]
 
     def release(self, name: str) -> None:
-        """Drop the resident pages of the tensor of the file that ``name`` is, or is a part of."""
+        """Drop the resident pages of the file's tensor that contains ``name``."""
         source = self._source(name)
         self._files[source.name].release(source.name)
 
@@ -120,7 +120,7 @@ class GgufCheckpoint:
 
     @property
     def num_parameters(self) -> int:
-        """Elements of all tensors of the model."""
+        """Number of elements of all tensors of the model."""
         return sum(math.prod(source.shape) for source in self._sources.values())
 
     # ---- Opening ---------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
-"""The tensors of a GGUF file under their Hugging Face names, with what the converter did to them undone.
+"""The tensors of a GGUF file under their Hugging Face names, with the converter's changes undone.
 
-Every rule stands in this file and nowhere else:
+All rules are in this file:
 
 * rows and columns are permuted back: llama's rotary pairs, tiled value heads of Qwen3.5;
 * zero-centred norms lose the 1 that was added, ``ssm_a`` becomes ``A_log`` again;
-* stacks of experts are handed out expert by expert, as most checkpoints have them.
+* stacks of experts become one tensor per expert, as in most checkpoints.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Heads:
-    """What permutations need to know of a model. ``tiled``: value heads are not in Hugging Face's order."""
+    """Head counts for the permutations. ``tiled``: value heads are not in Hugging Face's order."""
 
     num_heads: int
     num_kv_heads: int
@@ -86,7 +86,7 @@ class Heads:
         return (place[:, None] * width + torch.arange(width)).flatten()
 
     def mixed_rows(self) -> Tensor | None:
-        """The same for rows of query, key and value heads one after the other."""
+        """The same for consecutive rows of query, key and value heads."""
         values = self.value_rows(self.value_dim)
         if values is None:
             return None
@@ -100,7 +100,7 @@ def minus_one(stored: Tensor) -> Tensor:
 
 
 def log_decay(stored: Tensor) -> Tensor:
-    """``A_log`` of ``ssm_a`` = -exp(A_log): of the floats around the logarithm the one that gives it back."""
+    """``A_log`` of ``ssm_a`` = -exp(A_log): the float near the logarithm that reproduces ``ssm_a``."""
     wanted = -stored
     guess = wanted.double().log().float()
     best = guess.bfloat16().float()  # what most checkpoints held
@@ -137,7 +137,7 @@ _TOP = {
 _EXPERTS = {"gate": ("gate_proj", "w1"), "up": ("up_proj", "w3"), "down": ("down_proj", "w2")}
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)", re.ASCII)
 _ONE_EXPERT = re.compile(r"ffn_(gate|up|down)\.(\d+)\.weight", re.ASCII)
-#: What another program needs, or a part of the model that is not the language model.
+#: Tensors for other programs, or of parts other than the language model.
 _BESIDE = re.compile(r"rope_freqs\.weight|(v|mm|a)\..*|.*\.(input_scale|scale)", re.ASCII)
 
 

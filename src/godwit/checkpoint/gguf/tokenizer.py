@@ -1,7 +1,7 @@
-"""The tokenizer of a GGUF file as the files of a checkpoint directory: `tokenizer.json` and its companions.
+"""Convert a GGUF file's tokenizer to the files of a checkpoint directory, such as `tokenizer.json`.
 
-A file holds the vocabulary, the merges or scores, and the name of the rule that cuts texts into words; the
-rest of the tokenizer follows from its kind.
+A GGUF file has the vocabulary, the merges or scores, and the name of the pre-tokenizer; the rest follows from
+the kind of tokenizer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _words(letters: str, digits: str, symbols: str = _SYMBOLS) -> str:
 
 
 _LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-#: `tokenizer.ggml.pre` -> how words are cut; None: by the byte-level rule of GPT-2.
+#: `tokenizer.ggml.pre` -> regular expression of the pre-tokenizer; None: the byte-level one of GPT-2.
 _WORDS: dict[str, str | None] = {
     "qwen2": _words(_LETTERS, r"\p{N}"),
     "qwen35": _words(r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+", r"\p{N}", r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"),
@@ -45,8 +45,8 @@ def as_files(found: Metadata) -> dict[str, bytes]:
     """``tokenizer.json``, ``tokenizer_config.json``, ``generation_config.json`` and ``chat_template.jinja``.
 
     Raises:
-        CheckpointError: no tokenizer, or lists that do not fit each other.
-        UnsupportedModelError: a kind of tokenizer that is not read.
+        CheckpointError: no tokenizer, or lists that do not match.
+        UnsupportedModelError: an unsupported kind of tokenizer.
     """
     return _Tokenizer(found).files()
 
@@ -152,7 +152,7 @@ class _Tokenizer:
         }  # fmt: skip
 
     def _merges(self, scores: list[float]) -> list[list[str]]:
-        """The merges of a SentencePiece vocabulary: every way to put a token together, best score first."""
+        """The merges of a SentencePiece vocabulary: every way to split a token in two, best score first."""
         ids = {token: id for id, token in enumerate(self._tokens) if self._types[id] in (1, _USER)}
         found: list[tuple[float, int, int, str, str]] = []
         for token, id in ids.items():
@@ -177,7 +177,7 @@ class _Tokenizer:
         ]
 
     def _around(self) -> dict[str, Any] | None:
-        """What stands around a plain text: BOS and EOS where the file asks for them."""
+        """The post-processor of plain text: adds BOS and EOS if the file says so."""
         default = self._model == "llama"  # llama.cpp adds a BOS token unless a SentencePiece file says no
         begin = self._id("bos") if self._found.keys.get("tokenizer.ggml.add_bos_token", default) else None
         end = self._id("eos") if self._found.keys.get("tokenizer.ggml.add_eos_token", False) else None

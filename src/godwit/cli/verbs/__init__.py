@@ -1,1 +1,1 @@
-"""The verbs of the command line: one file declares the options of each, and imports nothing heavy."""
+"""The commands: one file for the options of each, without slow imports."""

@@ -14,15 +14,13 @@ from godwit.cli.options import AsJson, Original, Threads, verb
 def calibrate(
     *,
     model: Original,
-    text: Annotated[Path, typer.Argument(help="A file of text like what it will read.", metavar="TEXT")],
+    text: Annotated[Path, typer.Argument(help="A text file similar to what it will read.", metavar="TEXT")],
     out: Annotated[Path, typer.Argument(help="The file to create.", metavar="OUT.safetensors")],
-    tokens: Annotated[
-        int, typer.Option(min=2, help="Read no more than this much of the text.", metavar="N")
-    ] = 65536,
+    tokens: Annotated[int, typer.Option(min=2, help="Maximum tokens to read.", metavar="N")] = 65536,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Learn from a text which columns matter, for quantize.
+    """Measure on a text which weights matter most, for quantize.
 
-    The original is loaded and reads the text; give the file to godwit quantize --importance.
+    Runs the original model on the text; pass the resulting file to godwit quantize --importance.
     """

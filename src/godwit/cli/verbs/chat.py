@@ -31,4 +31,4 @@ def chat(
     dtype: Dtype = "auto",
     quantize: Quantize = None,
 ) -> None:
-    """Talk with a model in the terminal."""
+    """Chat with a model in the terminal."""

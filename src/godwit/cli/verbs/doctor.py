@@ -10,4 +10,4 @@ def doctor(
     *,
     as_json: AsJson = False,
 ) -> None:
-    """Show what this machine offers and what is missing."""
+    """Check this machine and the installation."""

@@ -28,13 +28,15 @@ def generate(
     *,
     model: Model = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="What to answer; without it, stdin.", metavar="TEXT")
+        str | None, typer.Option("--prompt", "-p", help="The prompt; default: read stdin.", metavar="TEXT")
     ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text, without the chat template.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text; no chat template.")] = False,
     system: System = None,
     tools: Tools = None,
     as_json: AsJson = False,
-    no_stream: Annotated[bool, typer.Option("--no-stream", help="Write the answer once complete.")] = False,
+    no_stream: Annotated[
+        bool, typer.Option("--no-stream", help="Write the answer only when complete.")
+    ] = False,
     logit_bias: Annotated[
         list[str] | None,
         typer.Option(help="Add VALUE to the score of token ID; may be repeated.", metavar="ID=VALUE"),

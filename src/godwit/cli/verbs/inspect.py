@@ -15,14 +15,14 @@ def inspect(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A directory, packed file, config.json or Hugging Face repository; without it, built-in.",
+            help="A directory, packed file, config.json or Hugging Face repository; default: built-in model.",
             metavar="MODEL",
         ),
     ] = None,
     context: Annotated[
         int | None,
-        typer.Option(min=1, max=1 << 31, help="Tokens of context to reckon the memory for.", metavar="N"),
+        typer.Option(min=1, max=1 << 31, help="Context length to compute the memory for.", metavar="N"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a model is and the memory it takes."""
+    """Show a model's architecture, size and memory requirements."""

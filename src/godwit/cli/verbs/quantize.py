@@ -18,16 +18,16 @@ def quantize(
     recipe: RecipeName = "q4",
     importance: Annotated[
         Path | None,
-        typer.Option(help="How much each column of a matrix matters, from godwit calibrate.", metavar="FILE"),
+        typer.Option(help="The importance of each matrix column, from godwit calibrate.", metavar="FILE"),
     ] = None,
     evaluate: Annotated[
-        Path | None, typer.Option(help="Compare with the original on this text file.", metavar="FILE")
+        Path | None, typer.Option(help="Compare with the original on this text.", metavar="FILE")
     ] = None,
     threads: Threads = None,
     restart: Restart = False,
     as_json: AsJson = False,
 ) -> None:
-    """Pack a model into one file of fewer bits.
+    """Quantize a model to one packed file.
 
-    A run that was cut off goes on when the same command is given again.
+    An interrupted run resumes when the same command is run again.
     """

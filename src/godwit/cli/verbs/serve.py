@@ -16,24 +16,24 @@ def serve(
     model: Model = None,
     host: Annotated[
         str,
-        typer.Option(help="Where to listen; 0.0.0.0 is every address of this machine.", metavar="ADDRESS"),
+        typer.Option(help="Address to listen on; 0.0.0.0: all interfaces.", metavar="ADDRESS"),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 8000,
     names: Annotated[
         list[str],
         typer.Option(
             "--name",
             default_factory=list,
             show_default=False,
-            help="What requests may call the model, also with *; may be repeated.",
+            help="A name for the model in requests, which may contain *; may be repeated.",
             metavar="NAME",
         ),
     ],
     api_key_file: Annotated[
         Path | None,
         typer.Option(
-            help="Ask for one of the keys in this file, one a line: KEY [LABEL] [rpm=N] [tpm=N], with limits "
-            "of requests and tokens a minute; or set GODWIT_API_KEY."
+            help="Require an API key from this file, which has one per line: KEY [LABEL] [rpm=N] [tpm=N], "
+            "with limits of requests and tokens per minute; or set GODWIT_API_KEY."
         ),
     ] = None,
     hosts: Annotated[
@@ -42,8 +42,8 @@ def serve(
             "--allow-host",
             default_factory=list,
             show_default=False,
-            help="A host name by which clients may address the server besides those of this machine; may be "
-            "repeated, * is any. Needed beyond this machine where there are no keys.",
+            help="A host name that clients may use, in addition to this machine's; * is any; may be "
+            "repeated. Required for other machines if there are no API keys.",
             metavar="NAME",
         ),
     ],
@@ -52,7 +52,7 @@ def serve(
         typer.Option(
             "--connections-per-address",
             min=1,
-            help="Connections from any one address but this machine's; 1,024 in all.",
+            help="Maximum connections from one remote address; 1,024 in total.",
         ),
     ] = 256,
     cors_origins: Annotated[
@@ -61,13 +61,13 @@ def serve(
             "--cors-origin",
             default_factory=list,
             show_default=False,
-            help="A web page's origin that may use the server; may be repeated.",
+            help="An origin whose web pages may use the server; may be repeated.",
             metavar="URL",
         ),
     ],
     refuse_media: Annotated[
         bool,
-        typer.Option("--refuse-media", help="Refuse images and files, rather than say they were left out."),
+        typer.Option("--refuse-media", help="Reject images and files instead of replacing them by a note."),
     ] = False,
     engine: EngineOptions,
     thinking: ServedThinkingOptions,
@@ -75,4 +75,4 @@ def serve(
     dtype: Dtype = "auto",
     quantize: Quantize = None,
 ) -> None:
-    """Serve a model over OpenAI's and Anthropic's APIs."""
+    """Serve a model through the OpenAI and Anthropic APIs."""

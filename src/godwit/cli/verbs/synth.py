@@ -19,18 +19,18 @@ def synth(
     out: Annotated[Path, typer.Argument(help="The packed file to create.", metavar="OUT.godwit")],
     layers: Annotated[
         int | None,
-        typer.Option(min=1, max=4096, help="Only the first of the model's layers.", metavar="N"),
+        typer.Option(min=1, max=4096, help="Only the first N layers.", metavar="N"),
     ] = None,
     recipe: RecipeName = "q4",
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same file.")] = 0,
     skew: Annotated[
         Literal["uniform", "real"],
-        typer.Option(help="Whether experts are equally popular, or as in real models."),
+        typer.Option(help="Expert usage: uniform, or skewed as in real models."),
     ] = "uniform",
     restart: Restart = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a packed model of random weights.
+    """Write a packed model with random weights.
 
-    It has the shape and speed of the real one, and says nothing.
+    It has the size and speed of the real one, for benchmarks.
     """

@@ -16,4 +16,4 @@ def verify(
     file: Annotated[Path, typer.Argument(help="A packed file.", metavar="FILE.godwit")],
     as_json: AsJson = False,
 ) -> None:
-    """Check every byte of a packed file: its checksums, and the zeros between the parts."""
+    """Check every byte of a packed file against its checksums."""

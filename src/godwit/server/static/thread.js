@@ -169,6 +169,6 @@ function describe({ generated, latest = generated, prompt, cached, first, last, 
   if (first >= 0) parts.push(`first after ${first.toFixed(2)} s`);
   if (prompt >= 0 && cached >= 0) parts.push(`${cached} of ${prompt} prompt tokens cached`);
   if (finish === "stopped") parts.push("stopped");
-  if (finish === "length") parts.push("cut off by the limit of its length");
+  if (finish === "length") parts.push("cut off at the length limit");
   return parts.join(" · ");
 }
