@@ -123,6 +123,18 @@ def test_an_edit_reuses_what_precedes_the_last_boundary(format: str, position: i
     assert core.runner.index.stats.num_snapshots > 4
 
 
+def test_a_prompt_that_goes_on_from_another_one_is_read_to_its_end() -> None:
+    """Although the scores after the other one are known."""
+    core = Core(HYBRID)
+    core.submit(text(50), asked(1))
+    core.run()
+    longer = [*text(50), 7, 8]
+    run = core.submit(longer, asked(0))
+    core.run()
+    assert run.finish is not None and run.finish.cached_tokens == 50
+    assert answer(run) == alone(HYBRID, longer, asked(0))
+
+
 def test_a_repeated_prompt_needs_no_step_for_its_first_token() -> None:
     core = Core(HYBRID)
     first = core.submit(text(50), asked(1))

@@ -24,7 +24,7 @@ def learned(roles: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 @dataclass(frozen=True)
-class Source:
+class TokenSource:
     """Documents of one source, memory-mapped: tokens, role codes and where each document begins."""
 
     name: str
@@ -33,7 +33,7 @@ class Source:
     offsets: np.ndarray[Any, Any]
 
     @staticmethod
-    def open(directory: str | Path, name: str) -> Source:
+    def open(directory: str | Path, name: str) -> TokenSource:
         """Raises: UsageError: files missing or not belonging together."""
         arrays = []
         for part in ("tokens", "roles", "offsets"):
@@ -46,7 +46,7 @@ class Source:
                 arrays.append(np.load(file, mmap_mode="r", allow_pickle=False))
             except (ValueError, EOFError, OSError) as error:
                 raise UsageError(f"{file}: not a whole array of NumPy; prepare the data again") from error
-        source = Source(name, *arrays)
+        source = TokenSource(name, *arrays)
         if not source._is_sound():
             raise UsageError(
                 f"{directory}: the files of source {name!r} do not belong together; prepare them again"
@@ -87,10 +87,10 @@ class PackedBatch:
     roles2: Tensor
 
 
-class Sampler:
+class RowSampler:
     """Draws documents by token share and packs them into rows; its state is small and exact."""
 
-    def __init__(self, sources: Mapping[str, Source], row_length: int, rows: int, seed: int) -> None:
+    def __init__(self, sources: Mapping[str, TokenSource], row_length: int, rows: int, seed: int) -> None:
         self.sources = dict(sources)
         self.row_length = row_length
         self.rows = rows

@@ -14,7 +14,7 @@ from godwit.errors import UsageError
 from godwit.kernels.training import LinearCrossEntropy
 from godwit.models.batch import ForwardBatch
 from godwit.models.causal_lm import CausalLM
-from godwit.train.data import PackedBatch, Source, finish_batch, learned
+from godwit.train.data import PackedBatch, TokenSource, finish_batch, learned
 from godwit.train.losses import role_weights
 
 _ASSISTANT_ONLY = [1.0, 0.0, 0.0, 1.0]
@@ -35,7 +35,7 @@ class HeldOut:
     def __init__(
         self, directory: str | Path, name: str, row_length: int, rows: int, max_batches: int
     ) -> None:
-        source = Source.open(directory, name)
+        source = TokenSource.open(directory, name)
         file = Path(directory) / f"{name}.bytes.npy"
         if not file.is_file():
             raise UsageError(f"{file}: no such file; a held-out source needs the byte count of each document")
@@ -78,7 +78,7 @@ class HeldOut:
 
 
 def _cut(
-    source: Source, sizes: np.ndarray[Any, Any], limit: int
+    source: TokenSource, sizes: np.ndarray[Any, Any], limit: int
 ) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], float]]:
     """Documents cut at ``limit`` tokens, with the bytes, in proportion, of the learned tokens left."""
     for index in range(source.num_docs):

@@ -165,7 +165,7 @@ def test_whatever_comes_answers_are_right(data: st.DataObject) -> None:
     assert core.runner.cache.blocks.num_free == core.settings.num_blocks
 
 
-def test_a_failed_draft_ends_what_runs_and_the_next_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_draft_ends_speculation_and_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
     core = eager(HYBRID)
     run = core.submit(repeating(1), asked(0))
     core.turn()
@@ -175,9 +175,9 @@ def test_a_failed_draft_ends_what_runs_and_the_next_is_served(monkeypatch: pytes
 
     with monkeypatch.context() as patch:
         patch.setattr(HYBRID, "forward_mtp", fail)
-        for _ in range(3):
-            core.turn()
-    assert run.finish is not None and run.finish.reason == "error" and core.counts.failures == 1
+        core.run()
+    assert core.drafter is None and core.counts.failures == 1
+    assert answer(run) == alone(HYBRID, repeating(1), asked(0))
     again = core.submit(repeating(1), asked(0))
     core.run()
     assert answer(again) == alone(HYBRID, repeating(1), asked(0))
