@@ -22,7 +22,7 @@ from godwit.errors import MemoryBudgetError
 from godwit.models.batch import ForwardBatch
 from godwit.models.causal_lm import CausalLM
 from godwit.models.native import pack_model
-from tests.engine.steps import Core, Run
+from tests.engine.steps import TOKENIZER, Core, Run
 from tests.engine.tiny import CONFIGS, tiny_model
 
 MODELS = {
@@ -286,6 +286,15 @@ def test_cancelling_frees_all_within_a_step(model: CausalLM, after: int) -> None
     assert answer(other) == alone(model, text(10, 1), asked(1, 50))
 
 
+def test_what_is_read_of_a_prompt_counts_with_the_first_token() -> None:
+    core = Core(HYBRID, chunk_size=20)
+    runs = [core.submit(text(50, seed), asked(seed)) for seed in range(2)]
+    core.turn()
+    runs[0].channel.cancel()
+    core.run()
+    assert [run.finish.prefill_tokens for run in runs if run.finish] == [0, 50]
+
+
 def test_a_failed_step_ends_what_runs_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     core = Core(HYBRID, num_rows=2)
     runs = [core.submit(text(20, seed), asked(seed)) for seed in range(3)]
@@ -395,6 +404,25 @@ def test_a_constraint_is_obeyed() -> None:
     core.run()
     assert [run.made for run in runs] == [[40, 41, 42, 258]] * 2
     assert all(run.finish and run.finish.reason == "stop" for run in runs)
+
+
+@pytest.mark.parametrize("saved", [None, 0.0, 1e6, -1e6])
+def test_the_speedup_compares_with_the_time_without_drafts(saved: float | None) -> None:
+    core = Core(HYBRID)
+    run = core.submit(text(20), asked(1))
+    run.sequence.saved_seconds = saved
+    core.run()
+    assert run.finish is not None and run.finish.decode_seconds > 0
+    seconds = run.finish.decode_seconds
+    assert run.finish.speedup == (None if saved is None else max(0.0, seconds + saved) / seconds)
+
+
+def test_half_a_character_comes_after_what_was_held_back() -> None:
+    core = Core(HYBRID)
+    tokens = TOKENIZER.encode("a🦙")[:2]
+    run = core.submit(text(20), asked(0, 2, stop=("ab",)), constraint=Fixed(tokens))
+    core.run()
+    assert run.text == "a\ufffd" and run.finish is not None and run.finish.reason == "length"
 
 
 # order

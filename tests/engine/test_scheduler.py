@@ -159,6 +159,22 @@ def test_a_planned_piece_of_one_who_has_to_go_is_not_run() -> None:
     assert plan.preempted[0] is reading and reading not in {work.sequence for work in plan.works}
 
 
+def test_nobody_is_admitted_in_a_step_that_had_to_make_room() -> None:
+    """Whoever comes then waits for the next step, even before all others."""
+    scheduler, memory = make([30, 30], total=7)
+    plan = Plan()
+    for _ in range(40):
+        scheduler.add(sequence(2, 5, priority=1))
+        scheduler.max_running = 2
+        plan = scheduler.plan(memory, 1000)
+        run(plan)
+        if plan.preempted:
+            break
+        scheduler.remove(scheduler.waiting[0])
+    assert plan.preempted and not plan.admitted
+    assert [seq.number for seq in scheduler.plan(memory, 1000).admitted] == [2]
+
+
 def with_chain(seq: Sequence) -> Sequence:
     seq.chain = [str(seq.ids[: 16 * (i + 1)]).encode() for i in range(len(seq.ids) // 16)]
     return seq

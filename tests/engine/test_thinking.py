@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from godwit.engine import Piece, SamplingParams, ThinkingRules
 from godwit.engine.stop_matcher import StopMatcher
@@ -206,6 +208,25 @@ def test_making_room_changes_no_token(drafts: bool) -> None:
     core.run()
     assert core.scheduler.num_preemptions > 0
     assert [came(run) for run in runs] == [alone(HYBRID, ids, i, 70) for i, ids in enumerate(prompts)]
+
+
+class Endless:
+    """A constraint that never lets an answer end."""
+
+    def allowed(self) -> Tensor:
+        return torch.arange(VOCAB) != END
+
+    def accept(self, token: int) -> None:
+        pass
+
+
+def test_a_model_that_wants_to_end_within_thinking_closes_it_whatever_the_form() -> None:
+    core = Core(HYBRID)
+    asked = SamplingParams(temperature=0, max_tokens=60, logit_bias={END: 1000.0})
+    run = core.submit(text(20), asked, thinking=RULES[2], constraint=Endless())
+    core.run()
+    assert run.finish is not None and run.finish.thinking_ended == "end_of_text"
+    assert run.text.startswith("Now.\n</think>\n\n") and len(run.made) == 60 and END not in run.made
 
 
 @ALL
