@@ -146,6 +146,24 @@ def test_a_repeated_prompt_needs_no_step_for_its_first_token() -> None:
     assert again.made == first.made[:1] and again.finish.reuse_note == ""
 
 
+def test_blocks_can_be_shared_as_soon_as_they_are_full() -> None:
+    core = Core(ATTENTION, chunk_size=40)
+    core.submit(text(100), asked(0))
+    for count in (2, 5, 6):
+        core.turn()
+        assert core.runner.index.stats.num_blocks == count
+
+
+def test_even_a_request_alone_is_admitted_only_where_it_fits() -> None:
+    runner = Core(HYBRID, num_blocks=4).runner
+    slot = runner.cache.add_sequence()
+    runner.cache.extend(slot, 40)
+    seq = scheduler.Sequence(0, text(20), 20, 30)
+    assert not runner.admit(seq, 0, alone=True) and seq.slot is None
+    runner.cache.free(slot)
+    assert runner.admit(seq, 0, alone=True) and seq.slot is not None
+
+
 @ALL
 def test_salts_share_nothing(model: CausalLM) -> None:
     core = Core(model)
