@@ -42,6 +42,11 @@ class Some:
         self.last = token
 
 
+class Anything(Some):
+    def allowed(self) -> Tensor | None:
+        return None
+
+
 class Costly(Some):
     def accept(self, token: int) -> None:
         raise UsageError("the form is too costly to follow")
@@ -158,7 +163,7 @@ def test_scores_from_before_an_answer_made_room_are_not_used(
     core = Core(ATTENTION, num_blocks=9)
     pool, run = late(core), core.runner.run
     core.submit(prompt(1), params(1, 70))
-    second = submit(core, 0)
+    second = core.submit(prompt(0), params(0), constraint=Anything())
     core.run_until(lambda: second.sequence.num_preemptions > 0)
     pool._punctual = 1.0
 
@@ -170,7 +175,10 @@ def test_scores_from_before_an_answer_made_room_are_not_used(
 
     monkeypatch.setattr(core.runner, "run", timely)
     core.run()
-    assert not pool.held and second.made == alone(ATTENTION, 0)
+    free = Core(ATTENTION)
+    wanted = free.submit(prompt(0), params(0))
+    free.run()
+    assert not pool.held and second.made == wanted.made and second.made[0] != second.made[1]
 
 
 def test_a_form_that_fails_ends_its_own_answer_and_is_its_client_s_fault() -> None:
