@@ -510,5 +510,8 @@ def test_memory_is_divided(kind: str) -> None:
         assert rows >= 1 and blocks >= 2
         assert blocks * size.per_block + rows * size.per_row <= budget or not size.per_block
         assert blocks * 16 >= 100 or budget < size.total(100)
+    small = CacheSize(per_block=10, per_row=100)
+    assert divide(small, 160, 1200, 64) == (60, 6)  # half of what one context leaves is for rows
+    assert divide(small, 16, 110, 64) == (1, 1)
     with pytest.raises(MemoryBudgetError, match="one sequence of 32 tokens takes"):
         divide(size, 100, size.per_row + 2 * size.per_block - 1, 4)

@@ -232,6 +232,24 @@ def test_keys_depend_on_all_that_precedes() -> None:
     assert len({key for chain in chains for key in chain}) == 18
 
 
+def test_blocks_whose_state_was_dropped_go_before_older_ones() -> None:
+    books, texts = Books(max_bytes=260), [[number] * 32 for number in range(3)]
+    for ids, size in zip(texts, (50, 200, 100), strict=True):
+        books.compute(ids, size=size)
+        books.found([*ids, 9])
+    assert books.index.stats.num_evicted_snapshots == 1 and books.index.evict(1) == 1
+    hits = [books.index.match([*ids, 9], "", []) for ids in texts]
+    assert [(hit.position, hit.known) for hit in hits] == [(32, 32), (0, 16), (32, 32)]
+
+
+def test_keys_alone_are_not_believed() -> None:
+    books, chain = Books(recurrent=False), list[bytes]()
+    books.compute(TEXT[:64])
+    extend_chain(chain, TEXT[:64], "")
+    other = [*TEXT[:40], 7, *TEXT[41:]]  # as if the keys of its third block were the same
+    assert books.index.match(other, "", chain).position == 32
+
+
 @pytest.mark.parametrize("recurrent", [False, True])
 def test_the_books_balance_whatever_is_done(recurrent: bool) -> None:
     rng = random.Random(2)
