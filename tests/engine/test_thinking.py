@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from godwit.engine import Piece, SamplingParams, ThinkingRules
+from godwit.engine.scheduler import Sequence
 from godwit.engine.stop_matcher import StopMatcher
 from godwit.engine.thinking import DEFAULT_MESSAGE, MAX_OVERRUN, ThinkingGuide, shown
 from godwit.errors import UsageError
@@ -198,6 +200,21 @@ def test_company_drafts_and_pieces_change_no_token(model: CausalLM, drafts: bool
     assert [came(run) for run in runs] == [alone(model, ids, i) for i, ids in enumerate(prompts)]
     assert {run.finish.thinking_ended for run in runs if run.finish} > {"budget"}
     assert not drafts or core.counts.drafted > 0
+
+
+def test_nothing_is_drafted_where_the_next_token_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    core, asked = eager(HYBRID), list[bool]()
+    assert core.drafter is not None
+    propose = core.drafter.propose
+
+    def noting(limits: Mapping[Sequence, int]) -> dict[Sequence, list[int]]:
+        asked.extend(core._generations[seq].foreseen for seq in limits)
+        return propose(limits)
+
+    monkeypatch.setattr(core.drafter, "propose", noting)
+    run = core.submit(text(20), params(1), thinking=RULES[1])
+    core.run()
+    assert run.text.startswith("No.\n</think>\n\n") and asked and not any(asked)
 
 
 @pytest.mark.parametrize("drafts", [False, True])

@@ -195,7 +195,9 @@ def test_drafts_get_their_room_unless_texts_become_shorter(monkeypatch: pytest.M
     assert leaves_room(model, 4096, None, 4) and leaves_room(model, 4096, size.total(4096), 4)
     scarce = plain_size.total(160)
     assert divide(size, 4096, scarce, 1)[0] < 10 and not leaves_room(model, 4096, scarce, 1)
-    assert leaves_room(model, 64, plain_size.total(160), 1)  # as many tokens as the context has
+    several = plain_size.total(64, 4)  # of which drafts leave one whole context
+    assert divide(size, 64, several, 4)[0] < divide(plain_size, 64, several, 4)[0]
+    assert leaves_room(model, 64, several, 4)
     assert not leaves_room(model, 4096, plain_size.total(32), 1)
     monkeypatch.setattr(module, "_MIN_CONTEXT", 0.0)
     assert leaves_room(model, 4096, scarce, 1)
