@@ -14,7 +14,7 @@ from torch import Tensor
 
 from godwit.engine import scheduler
 from godwit.engine.cache import CacheSize
-from godwit.engine.core import divide
+from godwit.engine.core import MIN_PREFILL, EngineCore, divide
 from godwit.engine.runner import ModelRunner
 from godwit.engine.sampling import SamplingParams
 from godwit.engine.stream import Piece
@@ -287,6 +287,21 @@ def test_drafts_change_no_bit(model: CausalLM, wrong_every: int) -> None:
         assert run.finish is not None and run.finish.cached_tokens > 32
 
 
+class TooMany(Guesses):
+    """Drafts more than it may."""
+
+    def propose(self, limits: Mapping[scheduler.Sequence, int]) -> dict[scheduler.Sequence, list[int]]:
+        return {seq: [0] * 50 for seq in limits}
+
+
+def test_a_drafter_that_knows_no_limit_is_limited() -> None:
+    core = Core(HYBRID, max_rollback=4, drafter=TooMany({}, 1))
+    run = core.submit(text(20), asked(1, 10))
+    core.run()
+    assert answer(run) == alone(HYBRID, text(20), asked(1, 10))
+    assert not core.counts.failures and 8 <= core.counts.drafted <= 9 * 4
+
+
 @ALL
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_cancelling_frees_all_within_a_step(model: CausalLM, after: int) -> None:
@@ -353,6 +368,27 @@ def test_failed_steps_are_counted_in_a_row(method: str, monkeypatch: pytest.Monk
     core.run()
     assert answer(run) == alone(HYBRID, text(20), asked(1))
     assert (core.failed_steps, core.counts.failures) == (0, 3)
+
+
+def test_several_faults_of_one_step_count_once_and_the_books_are_checked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    core = Core(HYBRID)
+    runs = [core.submit(text(20, seed), asked(seed)) for seed in range(2)]
+    faults = iter(("first", "second"))
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError(next(faults))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core.runner, "settle", fail)
+        EngineCore.turn(core)
+    assert [run.finish.reason for run in runs if run.finish] == ["error", "error"]
+    assert (core.counts.failures, core.failed_steps, core.last_error) == (1, 1, "RuntimeError: first")
+    assert core.counts.checks == 1
+    core.submit(text(20), asked(1))
+    EngineCore.turn(core)
+    assert (core.counts.failures, core.counts.checks) == (1, 1)
 
 
 def test_no_step_runs_on_books_that_do_not_balance(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,6 +494,14 @@ def test_a_short_request_beside_a_long_prompt_waits_two_steps_at_most(length: in
     made = len(short.made)
     core.turn()
     assert len(short.made) == made + 1
+
+
+@pytest.mark.parametrize("length", [MIN_PREFILL - 1, MIN_PREFILL])
+def test_only_steps_of_many_tokens_tell_how_long_one_takes(length: int) -> None:
+    core = Core(ATTENTION)
+    core.submit(text(length), asked(0))
+    core.run()
+    assert (core._seconds_per_token > 0) == (length == MIN_PREFILL)
 
 
 def test_steps_become_small_where_reading_holds_up_answers() -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from godwit.engine.cache import BlockPool, StateSnapshot, prefix
-from godwit.engine.cache.nodes import Node, extend_chain, node_key, root_key
+from godwit.engine.cache.eviction import EvictionOrder
+from godwit.engine.cache.nodes import Node, Snapshot, extend_chain, node_key, root_key
 from godwit.engine.cache.prefix import PrefixIndex
 from godwit.models.batch import BLOCK_SIZE
 from tests.engine.cache.naive_index import NaiveIndex
@@ -242,6 +243,17 @@ def test_blocks_whose_state_was_dropped_go_before_older_ones() -> None:
         assert books.index.evict(1) == 1
         hits = [books.index.match([*ids, 9], "", []) for ids in texts]
         assert [(hit.position, hit.known) for hit in hits] == [(32, 32), (0, left), (32, 32)]
+
+
+def test_of_equal_values_the_oldest_goes_wherever_it_stands() -> None:
+    order, nodes = EvictionOrder(), [Node(bytes([n]), None, b"", n, 16) for n in range(3)]
+    for node in nodes:
+        node.snapshot = Snapshot(state())
+    order.put(nodes[0], 0)
+    order.put(nodes[1], 0)
+    order.remove(nodes[0], 0)
+    order.put(nodes[2], 0)  # in the place of the first
+    assert order.least(0) is nodes[1]
 
 
 def test_a_block_of_two_nodes_is_free_only_without_both() -> None:

@@ -56,6 +56,15 @@ def test_other_blocks_with_the_same_tokens_start_a_new_window() -> None:
     assert extent(one) == (18, 18, 20, [18, 19]) and one.blocks == []
 
 
+def test_there_are_drafts_only_after_the_newest_state() -> None:
+    drafts, seq = MTPDrafts(eager(HYBRID).runner, Acceptance()), Sequence(0, [1] * 4, 1, 9)
+    drafts.windows[seq] = window()
+    drafts.windows[seq].add(states(0, 3), 0)
+    assert len(drafts.rates(seq, 2)) == 2
+    seq.ids.append(1)  # a step that was not recorded
+    assert drafts.rates(seq, 2) == []
+
+
 def test_only_drafts_that_were_judged_are_learned_from() -> None:
     drafts, seq = MTPDrafts(eager(HYBRID).runner, Acceptance()), Sequence(0, [1], 1, 9)
     for number, accepted in ((4, 1), (2, 2), (3, 0)):
