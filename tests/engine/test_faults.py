@@ -24,7 +24,8 @@ from godwit.engine.stream import Channel
 from godwit.models.causal_lm import CausalLM
 from godwit.text.detokenizer import StreamDecoder
 from tests.engine.steps import Core, Run
-from tests.engine.test_core import HYBRID, Fixed, Guesses, alone, answer, asked, text
+from tests.engine.test_core import HYBRID, alone, answer, asked, text
+from tests.engine.test_core_faults import Fixed, Guesses
 
 SYSTEM, OTHER = text(75), text(66, 8)
 #: (prompt, parameters, further fields of the request); the blocks do not suffice for all at a time.
@@ -143,6 +144,7 @@ def check(core: Core, runs: list[Run]) -> int:
             failed += 1
         else:
             assert answer(run) == right
+    core.runner.disk = None  # it is closed
     later = core.submit(*LATER)
     core.run()
     assert answer(later) == wanted()[-1] and core.failed_steps == 0

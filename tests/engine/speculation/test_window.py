@@ -8,7 +8,8 @@ from torch import Tensor
 from godwit.engine.scheduler import Sequence
 from godwit.engine.speculation.estimates import Acceptance
 from godwit.engine.speculation.mtp import MAX_PENDING, MTPDrafts, MTPWindow
-from tests.engine.speculation.test_speculator import HYBRID, eager
+from tests.engine.speculation.test_speculator import eager
+from tests.engine.test_core import HYBRID
 
 
 def window() -> MTPWindow:
