@@ -84,17 +84,18 @@ class Broken:
 
     def __init__(self, owner: type, name: str, patch: pytest.MonkeyPatch, later: int = 0) -> None:
         self.calls = self.raised = 0
+        self.later = later
         original = getattr(owner, name)
 
         @functools.wraps(original)
         def call(*args: Any, **how: Any) -> Any:
             self.calls += 1
             number = self.calls
-            if later and number == 1:
+            if self.later and number == 1:
                 self.raised += 1
                 raise RuntimeError("planted")
             result = original(*args, **how)
-            if number == later:
+            if number == self.later:
                 self.raised += 1
                 raise RuntimeError("planted")
             return result
@@ -181,6 +182,7 @@ def faults(owner: type, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert usual
     broken = Broken(owner, name, monkeypatch, max(2, usual // 2))
     core, runs = run_all(tmp_path)
+    broken.later = 0  # what follows has no faults
     assert core.last_error == "RuntimeError: planted" and 1 <= core.counts.failures <= broken.raised
     return broken.raised, check(core, runs)
 
