@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from godwit.errors import BusyError
-from godwit.worker import Limits, Worker
+from godwit.worker import Worker, WorkerLimits
 
 SCRIPT = """
 import os, sys, threading
@@ -32,7 +32,7 @@ def start(setup):
         return eval(value)
     return answer
 """
-LIMITS = Limits(1 << 30)
+LIMITS = WorkerLimits(1 << 30)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-def make(script: Path, limits: Limits = LIMITS, **setup: Any) -> Worker:
+def make(script: Path, limits: WorkerLimits = LIMITS, **setup: Any) -> Worker:
     setup = {"count": 0} | setup
     return Worker(script, setup, limits, purpose="tests workers", hint="check the test")
 
@@ -63,11 +63,11 @@ def test_files_go_with_a_request(script: Path) -> None:
     ("limits", "work"),
     [
         (LIMITS, "os._exit(0)"),
-        (Limits(1 << 30, cpu_seconds=0.5), "[0 for _ in iter(int, 1)]"),
-        (Limits(1 << 29), "os.abort()"),
+        (WorkerLimits(1 << 30, cpu_seconds=0.5), "[0 for _ in iter(int, 1)]"),
+        (WorkerLimits(1 << 29), "os.abort()"),
     ],
 )
-def test_it_starts_again_after_it_has_ended(script: Path, limits: Limits, work: str) -> None:
+def test_it_starts_again_after_it_has_ended(script: Path, limits: WorkerLimits, work: str) -> None:
     worker = make(script, limits)
     assert [worker.ask("count", 60) for _ in range(2)] == [1, 2]
     assert worker.ask(work, 600) is None and not worker.running
@@ -95,7 +95,7 @@ def test_another_thread_can_end_it(script: Path) -> None:
 
 
 def test_exceptions_are_answers(script: Path) -> None:
-    worker = make(script, Limits(1 << 29))
+    worker = make(script, WorkerLimits(1 << 29))
     assert worker.ask("1 / 0", 60) == {"error": "ZeroDivisionError: division by zero"}
     assert worker.ask("len(bytearray(1 << 30))", 60) == {"error": "it needs too much memory"}
     assert worker.ask("(lambda f: f(f))(lambda f: f(f))", 60) == {"error": "it is nested too deeply"}
@@ -107,7 +107,7 @@ def test_exceptions_are_answers(script: Path) -> None:
 
 def test_a_small_stack(script: Path) -> None:
     assert make(script).ask("stack", 60) == 0
-    assert make(script, Limits(1 << 30, stack_bytes=512 << 10)).ask("stack", 60) == 512 << 10
+    assert make(script, WorkerLimits(1 << 30, stack_bytes=512 << 10)).ask("stack", 60) == 512 << 10
 
 
 def test_a_failed_start_is_said(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from godwit.models.batch import ForwardBatch
 from godwit.models.causal_lm import CausalLM
 from godwit.models.loader import load_model
 from godwit.text.tokenizer import Tokenizer
-from godwit.train.data import Source, learned
+from godwit.train.data import TokenSource, learned
 from godwit.train.evaluate import HeldOut
 
 HELD_OUT = ("heldout_text", "heldout_dialogues", "heldout_reading")
@@ -61,7 +61,7 @@ def bits_per_byte(model: CausalLM, data: str, name: str) -> float:
 @torch.no_grad()
 def mtp_agreement(model: CausalLM, data: str, documents: int = 60) -> float:
     """Share of learned positions in held-out dialogues where the MTP guess equals the trunk's likeliest token."""
-    source = Source.open(data, "heldout_dialogues")
+    source = TokenSource.open(data, "heldout_dialogues")
     same = total = 0
     for index in range(min(documents, source.num_docs)):
         tokens, roles = source.document(index)
@@ -80,7 +80,7 @@ def mtp_agreement(model: CausalLM, data: str, documents: int = 60) -> float:
 def tool_calls(model: CausalLM, tokenizer: Tokenizer, data: str, documents: int) -> dict[str, Any]:
     """Where held-out dialogues call a tool: how often the model does, with the right name, and exactly."""
     counts = {"places": 0, "called": 0, "right_tool": 0, "exact": 0}
-    source = Source.open(data, "heldout_dialogues")
+    source = TokenSource.open(data, "heldout_dialogues")
     params = SamplingParams(temperature=0.0, max_tokens=200)
     with Engine(model, tokenizer, max_context=4096, max_sequences=1) as engine:
         for index in range(min(documents, source.num_docs)):

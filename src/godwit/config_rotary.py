@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 from godwit.config_fields import Fields, checked_number
 from godwit.errors import CheckpointError, UnsupportedModelError
 
-Kind = Literal["linear", "yarn", "llama3"]
+ScalingKind = Literal["linear", "yarn", "llama3"]
 MAX_CONTEXT = 2**31 - 1
 
 
@@ -20,7 +20,7 @@ class RotarySpec:
 
     dim: int
     theta: float
-    kind: Literal["default"] | Kind = "default"
+    kind: Literal["default"] | ScalingKind = "default"
     factor: float = 1.0
     original_max_position: int = 0
     beta_fast: float = 32.0
@@ -59,7 +59,9 @@ def read_rotary(fields: Fields, head_dim: int, *, partial: bool) -> RotarySpec:
     theta = checked_number("rope_theta", params.get("rope_theta", fields.get("rope_theta")), low=1.001)
     dim = _rotated(fields, params, head_dim, partial, kind)
     return (
-        RotarySpec(dim, theta) if kind == "default" else _scaled(fields, params, dim, theta, cast(Kind, kind))
+        RotarySpec(dim, theta)
+        if kind == "default"
+        else _scaled(fields, params, dim, theta, cast(ScalingKind, kind))
     )
 
 
@@ -92,7 +94,9 @@ def _rotated(fields: Fields, params: Mapping[str, Any], head_dim: int, partial: 
     return dim
 
 
-def _scaled(fields: Fields, params: Mapping[str, Any], dim: int, theta: float, kind: Kind) -> RotarySpec:
+def _scaled(
+    fields: Fields, params: Mapping[str, Any], dim: int, theta: float, kind: ScalingKind
+) -> RotarySpec:
     def number(name: str, default: float | None = None, low: float = 0.0) -> float:
         value = params.get(name)
         return checked_number(name, default if value is None else value, low)

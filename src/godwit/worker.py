@@ -27,7 +27,7 @@ _PASSED_ON = (
 
 
 @dataclass(frozen=True)
-class Limits:
+class WorkerLimits:
     """What a worker may use after its start.
 
     Attributes:
@@ -55,7 +55,7 @@ class Worker:
     """
 
     def __init__(
-        self, script: Path, setup: Mapping[str, Any], limits: Limits, *, purpose: str, hint: str
+        self, script: Path, setup: Mapping[str, Any], limits: WorkerLimits, *, purpose: str, hint: str
     ) -> None:
         self._script, self._setup, self._limits = script, dict(setup), limits
         self._purpose, self._hint = purpose, hint

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from godwit.cli.reply import Reply, ReplyFormat, TextPart, ToolCall, parse_reply, with_call_ids
+from godwit.cli.reply import Reply, ReplyFormat, ReplyText, ToolCall, parse_reply, with_call_ids
 from godwit.dialect.detect import detect
 from godwit.engine import ThinkingRules
 from godwit.engine.chat_prompt import opens_thinking
@@ -54,7 +54,7 @@ def format_for(template: str) -> ReplyFormat:
     return ReplyFormat(Tokenizer(tokenizer_json(["[ARGS]"]), chat_template=ChatTemplate(template)))
 
 
-def parts_of(reply: Reply, pieces: list[str]) -> Iterator[TextPart | ToolCall]:
+def parts_of(reply: Reply, pieces: list[str]) -> Iterator[ReplyText | ToolCall]:
     for piece in pieces:
         yield from reply.push(piece)
     yield from reply.flush()
@@ -62,12 +62,12 @@ def parts_of(reply: Reply, pieces: list[str]) -> Iterator[TextPart | ToolCall]:
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_parts_do_not_depend_on_the_pieces(text: str) -> None:
-    def joined(pieces: list[str]) -> list[TextPart | ToolCall]:
-        result: list[TextPart | ToolCall] = []
+    def joined(pieces: list[str]) -> list[ReplyText | ToolCall]:
+        result: list[ReplyText | ToolCall] = []
         for part in parts_of(ReplyFormat(tiny_tokenizer()).reply([]), pieces):
             last = result[-1] if result else None
-            if isinstance(part, TextPart) and isinstance(last, TextPart) and last.kind == part.kind:
-                result[-1] = TextPart(part.kind, last.text + part.text)
+            if isinstance(part, ReplyText) and isinstance(last, ReplyText) and last.kind == part.kind:
+                result[-1] = ReplyText(part.kind, last.text + part.text)
             else:
                 result.append(part)
         return result
@@ -122,7 +122,7 @@ def test_an_answer_is_taken_apart() -> None:
 def test_a_plain_answer_stays_as_it_is() -> None:
     assert parse_reply("\n hi \n").as_message() == {"role": "assistant", "content": "\n hi \n"}
     raw = Reply()
-    assert raw.empty and list(parts_of(raw, [TEXTS[1]])) == [TextPart("text", TEXTS[1])]
+    assert raw.empty and list(parts_of(raw, [TEXTS[1]])) == [ReplyText("text", TEXTS[1])]
     assert raw.text == TEXTS[1] and not (raw.thinking or raw.calls or raw.empty)
 
 
@@ -150,7 +150,7 @@ def test_a_second_closing_tag_is_left_out_on_the_terminal() -> None:
     for pieces in ([told], list(told)):
         reply = ReplyFormat(tiny_tokenizer()).reply([], thinking=True)
         parts = list(parts_of(reply, pieces))
-        assert "".join(p.text for p in parts if isinstance(p, TextPart) and p.kind == "thinking") == "a"
+        assert "".join(p.text for p in parts if isinstance(p, ReplyText) and p.kind == "thinking") == "a"
         assert reply.thinking == "a" and reply.text.strip() == "Yes </think>"
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from godwit.engine import HybridCache, Sampler, SamplingParams, ThinkingRules
+from godwit.engine.cache import num_blocks
 from godwit.engine.ending import Ending
 from godwit.engine.stop_matcher import StopMatcher
 from godwit.engine.thinking import ThinkingEnd, ThinkingGuide, shown
@@ -21,7 +22,7 @@ class Steps:
 
     def __init__(self, model: CausalLM, max_tokens: int) -> None:
         self.model = model
-        self.cache = HybridCache.sized(model, max_tokens)
+        self.cache = HybridCache(model, num_blocks(max_tokens))
         self.seq = self.cache.add_sequence()
 
     def read(self, ids: Sequence[int]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 
 import godwit
 from godwit.dialect.lark import ThinkingBefore
-from godwit.engine.constraint.constraints import Constraints, GrammarConstraint, Kind
+from godwit.engine.constraint.constraints import Constraints, FormKind, GrammarConstraint
 from godwit.text.tokenizer import Tokenizer
 
 FOLDER = Path(godwit.__file__).parent / "default_model"
@@ -37,7 +37,7 @@ TOOLS = [
 
 
 def held(
-    forms: Constraints, kind: Kind, value: Any = None, thinking: ThinkingBefore = "none"
+    forms: Constraints, kind: FormKind, value: Any = None, thinking: ThinkingBefore = "none"
 ) -> GrammarConstraint:
     return forms.held_to(forms.rule(kind, value), thinking)
 

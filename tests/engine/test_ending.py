@@ -55,3 +55,9 @@ def test_the_engine_ends_an_answer_as_one_alone_ends() -> None:
         assert reason == "stop" and cut == tokens[: tokens.index(fifth) + 1]
         _, longer = made(ignore_eos=True, stop_token_ids=[fifth], min_tokens=8)
         assert len(longer) >= 8 and fifth not in longer[:8]
+        letters: dict[str, Any] = {"ignore_eos": True, "logit_bias": dict.fromkeys(range(64, 70), 60.0)}
+        _, tokens = made(**letters)
+        first = tokenizer.decode(tokens[:1])
+        assert made(**letters, stop=[first]) == ("stop", tokens[:1])
+        _, longer = made(**letters, stop=[first], min_tokens=8)
+        assert len(longer) >= 8

@@ -26,7 +26,8 @@ from godwit.engine.stream import Channel
 from godwit.models.causal_lm import CausalLM
 from godwit.text.detokenizer import StreamDecoder
 from tests.engine.steps import Core, Run
-from tests.engine.test_core import HYBRID, Fixed, Guesses, alone, answer, asked, text
+from tests.engine.test_core import HYBRID, alone, answer, asked, text
+from tests.engine.test_core_faults import Fixed, Guesses
 
 SYSTEM, OTHER = text(75), text(66, 8)
 #: (prompt, parameters, further fields of the request); the blocks do not suffice for all at a time.
@@ -85,17 +86,18 @@ class Broken:
 
     def __init__(self, owner: type, name: str, patch: pytest.MonkeyPatch, later: int = 0) -> None:
         self.calls = self.raised = 0
+        self.later = later
         original = getattr(owner, name)
 
         @functools.wraps(original)
         def call(*args: Any, **how: Any) -> Any:
             self.calls += 1
             number = self.calls
-            if later and number == 1:
+            if self.later and number == 1:
                 self.raised += 1
                 raise RuntimeError("planted")
             result = original(*args, **how)
-            if number == later:
+            if number == self.later:
                 self.raised += 1
                 raise RuntimeError("planted")
             return result
@@ -146,6 +148,7 @@ def check(core: Core, runs: list[Run]) -> int:
             failed += 1
         else:
             assert answer(run) == right
+    core.runner.disk = None  # it is closed
     later = core.submit(*LATER)
     core.run()
     assert answer(later) == wanted()[-1] and core.failed_steps == 0
@@ -182,6 +185,7 @@ def faults(owner: type, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert usual
     broken = Broken(owner, name, monkeypatch, max(2, usual // 2))
     with run_all(tmp_path) as (core, runs):
+        broken.later = 0  # what follows has no faults
         assert core.last_error == "RuntimeError: planted" and 1 <= core.counts.failures <= broken.raised
         return broken.raised, check(core, runs)
 

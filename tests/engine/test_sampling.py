@@ -4,12 +4,13 @@ import math
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from godwit.engine import Sampler, SamplingParams
-from godwit.engine.sampling import Tally
+from godwit.engine.sampling import Tally, _place
 from godwit.errors import GodwitError, UsageError
 
 INF, NAN = math.inf, math.nan
@@ -330,6 +331,13 @@ def test_draws_are_those_of_the_inverse_of_the_distribution(how: dict[str, Any])
     for _ in range(100):
         point = torch.rand((), generator=generator, dtype=torch.float64) * cumulative[-1]
         assert sampler.sample(logits) == int((cumulative > point).nonzero()[0])
+
+
+@pytest.mark.parametrize(("point", "place"), [(0.0, 1), (0.49, 1), (0.5, 3), (0.99, 3), (1.0, 3)])
+def test_a_point_on_the_edge_belongs_to_what_follows_and_weights_of_0_have_none(
+    point: float, place: int
+) -> None:
+    assert _place(np.array([0.0, 1.0, 1.0, 2.0, 2.0]), point) == place
 
 
 def test_what_is_banned_is_never_drawn() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from godwit.engine.cache import num_blocks
-from godwit.engine.scheduler import MIN_PIECE, Plan, Scheduler, Sequence
+from godwit.engine.scheduler import MIN_PIECE, MIN_SHARED, Plan, Scheduler, Sequence
 
 
 class Blocks:
@@ -159,6 +159,22 @@ def test_a_planned_piece_of_one_who_has_to_go_is_not_run() -> None:
     assert plan.preempted[0] is reading and reading not in {work.sequence for work in plan.works}
 
 
+def test_nobody_is_admitted_in_a_step_that_had_to_make_room() -> None:
+    """Whoever comes then waits for the next step, even before all others."""
+    scheduler, memory = make([30, 30], total=7)
+    plan = Plan()
+    for _ in range(40):
+        scheduler.add(sequence(2, 5, priority=1))
+        scheduler.max_running = 2
+        plan = scheduler.plan(memory, 1000)
+        run(plan)
+        if plan.preempted:
+            break
+        scheduler.remove(scheduler.waiting[0])
+    assert plan.preempted and not plan.admitted
+    assert [seq.number for seq in scheduler.plan(memory, 1000).admitted] == [2]
+
+
 def with_chain(seq: Sequence) -> Sequence:
     seq.chain = [str(seq.ids[: 16 * (i + 1)]).encode() for i in range(len(seq.ids) // 16)]
     return seq
@@ -180,6 +196,36 @@ def test_what_another_one_is_reading_is_waited_for() -> None:
         assert 1 not in next(plans)
     memory.known_tokens[second] = first.num_computed + 50
     assert 1 in next(plans)
+
+
+def test_what_was_read_but_not_kept_is_not_waited_for() -> None:
+    scheduler, memory = Scheduler(8), Blocks(10**6)
+    first, second = (with_chain(sequence(number, 300)) for number in range(2))
+    second.ids[200:], second.chain[12:] = [-1] * 100, []
+    for seq in (first, with_chain(second)):
+        scheduler.add(seq)
+    plans = steps(scheduler, memory, 100)
+    assert [next(plans) for _ in range(3)] == [{0: 100}, {0: 100}, {0: 50, 1: 50}]
+
+
+@pytest.mark.parametrize("shared", [MIN_SHARED - 1, MIN_SHARED])
+def test_only_a_prefix_that_is_long_enough_is_waited_for(shared: int) -> None:
+    scheduler, memory = Scheduler(8), Blocks(10**6)
+    second = sequence(1, 100)
+    second.ids[shared:] = [-1] * (100 - shared)
+    for seq in (sequence(0, 100), second):
+        scheduler.add(with_chain(seq))
+    assert (1 in next(steps(scheduler, memory, 40))) == (shared < MIN_SHARED)
+
+
+@pytest.mark.parametrize(("remembers", "scored"), [(False, False), (True, True)])
+def test_nobody_waits_for_a_prefix_that_it_cannot_use(remembers: bool, scored: bool) -> None:
+    scheduler, memory = Scheduler(8), Blocks(10**6)
+    memory.remembers = remembers
+    for number in range(2):
+        scheduler.add(with_chain(sequence(number, 300)))
+    scheduler.waiting[1].scored = scored
+    assert next(steps(scheduler, memory, 100)) == {0: 50, 1: 50}
 
 
 def test_a_text_that_only_begins_another_leaves_its_last_token_to_read() -> None:

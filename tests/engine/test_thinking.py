@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from godwit.engine import Piece, SamplingParams, ThinkingRules
+from godwit.engine.scheduler import Sequence
 from godwit.engine.stop_matcher import StopMatcher
 from godwit.engine.thinking import DEFAULT_MESSAGE, MAX_OVERRUN, ThinkingGuide, shown
 from godwit.errors import UsageError
@@ -198,6 +202,21 @@ def test_company_drafts_and_pieces_change_no_token(model: CausalLM, drafts: bool
     assert not drafts or core.counts.drafted > 0
 
 
+def test_nothing_is_drafted_where_the_next_token_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    core, asked = eager(HYBRID), list[bool]()
+    assert core.drafter is not None
+    propose = core.drafter.propose
+
+    def noting(limits: Mapping[Sequence, int]) -> dict[Sequence, list[int]]:
+        asked.extend(core._generations[seq].foreseen for seq in limits)
+        return propose(limits)
+
+    monkeypatch.setattr(core.drafter, "propose", noting)
+    run = core.submit(text(20), params(1), thinking=RULES[1])
+    core.run()
+    assert run.text.startswith("No.\n</think>\n\n") and asked and not any(asked)
+
+
 @pytest.mark.parametrize("drafts", [False, True])
 def test_making_room_changes_no_token(drafts: bool) -> None:
     prompts = [text(length, length) for length in (20, 30, 40)]
@@ -206,6 +225,25 @@ def test_making_room_changes_no_token(drafts: bool) -> None:
     core.run()
     assert core.scheduler.num_preemptions > 0
     assert [came(run) for run in runs] == [alone(HYBRID, ids, i, 70) for i, ids in enumerate(prompts)]
+
+
+class Endless:
+    """A constraint that never lets an answer end."""
+
+    def allowed(self) -> Tensor:
+        return torch.arange(VOCAB) != END
+
+    def accept(self, token: int) -> None:
+        pass
+
+
+def test_a_model_that_wants_to_end_within_thinking_closes_it_whatever_the_form() -> None:
+    core = Core(HYBRID)
+    asked = SamplingParams(temperature=0, max_tokens=60, logit_bias={END: 1000.0})
+    run = core.submit(text(20), asked, thinking=RULES[2], constraint=Endless())
+    core.run()
+    assert run.finish is not None and run.finish.thinking_ended == "end_of_text"
+    assert run.text.startswith("Now.\n</think>\n\n") and len(run.made) == 60 and END not in run.made
 
 
 @ALL

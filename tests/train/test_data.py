@@ -10,16 +10,18 @@ import pytest
 import torch
 
 from godwit.errors import UsageError
-from godwit.train.data import NO_TARGET, PackedBatch, Sampler, Source, finish_batch
+from godwit.train.data import NO_TARGET, PackedBatch, RowSampler, TokenSource, finish_batch
 from tests.train.micro import Document, documents, write_source
 
 ROW = 128
 
 
-def sampler(directory: Path, sources: dict[str, list[Document]], *, rows: int = 2, seed: int = 0) -> Sampler:
+def sampler(
+    directory: Path, sources: dict[str, list[Document]], *, rows: int = 2, seed: int = 0
+) -> RowSampler:
     for name, held in sources.items():
         write_source(directory, name, held)
-    return Sampler({name: Source.open(directory, name) for name in sources}, ROW, rows, seed)
+    return RowSampler({name: TokenSource.open(directory, name) for name in sources}, ROW, rows, seed)
 
 
 def pieces(batch: PackedBatch) -> list[list[int]]:
@@ -167,10 +169,10 @@ def test_absent_and_damaged_files_are_named(tmp_path: Path, part: str) -> None:
     for content in (b"", b"not an array", file.read_bytes()[:-1]):
         file.write_bytes(content)
         with pytest.raises(UsageError, match=f"a.{part}.npy"):
-            Source.open(tmp_path, "a")
+            TokenSource.open(tmp_path, "a")
     file.unlink()
     with pytest.raises(UsageError, match=f"a.{part}.npy: no such file; prepare the data first"):
-        Source.open(tmp_path, "a")
+        TokenSource.open(tmp_path, "a")
 
 
 @pytest.mark.parametrize("offsets", [[0], [0, 4], [1, 5], [0, 2, 2, 5], [0, 3, 2, 5]])
@@ -178,19 +180,19 @@ def test_offsets_that_cannot_be(tmp_path: Path, offsets: list[int]) -> None:
     write_source(tmp_path, "a", [([1] * 5, [0] * 5)])
     np.save(tmp_path / "a.offsets.npy", np.asarray(offsets))
     with pytest.raises(UsageError, match="do not match"):
-        Source.open(tmp_path, "a")
+        TokenSource.open(tmp_path, "a")
 
 
 def test_roles_that_are_none(tmp_path: Path) -> None:
     write_source(tmp_path, "a", [([1, 1], [0, 4])])
     with pytest.raises(UsageError, match="do not match"):
-        Source.open(tmp_path, "a")
+        TokenSource.open(tmp_path, "a")
 
 
 def test_documents_are_read_in_place(tmp_path: Path) -> None:
     held = documents(6, 2, 9)
     write_source(tmp_path, "a", held)
-    source = Source.open(tmp_path, "a")
+    source = TokenSource.open(tmp_path, "a")
     assert isinstance(source.tokens, np.memmap) and source.num_docs == 6
     for index, (ids, roles) in enumerate(held):
         tokens, codes = source.document(index)

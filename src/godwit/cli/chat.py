@@ -18,7 +18,7 @@ from godwit.cli.terminal import Terminal, harmless
 from godwit.errors import GodwitError, TemplateError, UsageError
 
 if TYPE_CHECKING:
-    from godwit.cli.reply import Reply, TextPart, ToolCall
+    from godwit.cli.reply import Reply, ReplyText, ToolCall
     from godwit.cli.responder import Responder
     from godwit.engine import Finish, Piece, SamplingParams
 
@@ -235,7 +235,7 @@ class TerminalChat:
         head = [{"role": "system", "content": self.system}] if self.system else []
         return [*head, *self.messages]
 
-    def _show(self, parts: Iterable[TextPart | ToolCall]) -> None:
+    def _show(self, parts: Iterable[ReplyText | ToolCall]) -> None:
         from godwit.cli.reply import ToolCall
 
         for part in parts:

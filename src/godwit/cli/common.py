@@ -256,7 +256,7 @@ def resolve_context(model: CausalLM, budget: int | None) -> int:
     limit = min(model.config.max_position, DEFAULT_CONTEXT)
     if budget is None:
         return limit
-    return max(CacheSize.of(model).tokens_within(budget, 1, limit), min(limit, MIN_CONTEXT))
+    return max(CacheSize.of(model).tokens_within(budget, limit), min(limit, MIN_CONTEXT))
 
 
 def cache_size(config: ModelConfig) -> CacheSize:

@@ -27,7 +27,7 @@ class ToolCall:
 
 
 @dataclass(frozen=True)
-class TextPart:
+class ReplyText:
     """Part of an answer's text or thinking."""
 
     kind: Literal["text", "thinking"]
@@ -61,12 +61,12 @@ class Reply:
         """Whether further text would be dropped."""
         return self._one_call and bool(self.calls)
 
-    def push(self, text: str) -> list[TextPart | ToolCall]:
+    def push(self, text: str) -> list[ReplyText | ToolCall]:
         """Add ``text``; return the parts completed by it."""
         self.empty &= not text
         return self._take([Text(text)] if self._parser is None else self._parser.push(text))
 
-    def flush(self) -> list[TextPart | ToolCall]:
+    def flush(self) -> list[ReplyText | ToolCall]:
         """End the answer; return the remaining parts."""
         return [] if self._parser is None else self._take(self._parser.flush())
 
@@ -80,7 +80,7 @@ class Reply:
             message["tool_calls"] = [{"type": "function", "function": function} for function in functions]
         return message
 
-    def _take(self, deltas: Iterable[Delta]) -> list[TextPart | ToolCall]:
+    def _take(self, deltas: Iterable[Delta]) -> list[ReplyText | ToolCall]:
         parts = []
         for delta in deltas:
             if not self.ended and (part := self._read(delta)) is not None:
@@ -88,11 +88,11 @@ class Reply:
                 parts.append(part)
         return parts
 
-    def _read(self, delta: Delta) -> TextPart | ToolCall | None:
+    def _read(self, delta: Delta) -> ReplyText | ToolCall | None:
         if isinstance(delta, Text):
-            return TextPart("text", delta.text)
+            return ReplyText("text", delta.text)
         if isinstance(delta, Thinking):
-            return TextPart("thinking", delta.text)
+            return ReplyText("thinking", delta.text)
         if isinstance(delta, CallStart):
             self._name, self._arguments = delta.name, ""
         elif isinstance(delta, CallArguments):
@@ -101,12 +101,12 @@ class Reply:
             return self._end_call(delta)
         return None
 
-    def _end_call(self, end: CallEnd) -> TextPart | ToolCall:
+    def _end_call(self, end: CallEnd) -> ReplyText | ToolCall:
         if not end.complete:
-            return TextPart("text", end.raw)
+            return ReplyText("text", end.raw)
         return ToolCall(self._name, parse_json(self._arguments))
 
-    def _keep(self, part: TextPart | ToolCall) -> None:
+    def _keep(self, part: ReplyText | ToolCall) -> None:
         if isinstance(part, ToolCall):
             self.calls.append(part)
         elif part.kind == "text":

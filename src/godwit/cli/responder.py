@@ -59,7 +59,7 @@ class Responder:
     ) -> None:
         context = model.config.max_position if max_context is None else max_context
         size = CacheSize.of(model)
-        size.check(context, 1, max_bytes)
+        size.check(context, max_bytes)
         spare = DEFAULT_SNAPSHOT_BYTES if max_bytes is None else (max_bytes - size.total(context)) // 2
         self.tokenizer = tokenizer
         self.max_context = context

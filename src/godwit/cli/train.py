@@ -28,7 +28,7 @@ def run(recipe: Path, *, resume: bool = True, steps: int | None = None, out: Pat
     out = Path("runs") / recipe.stem if out is None else out
     compiles = can_compile()
     trainer = Trainer(Recipe.from_file(recipe), out, compile_kernels=compiles)
-    progress = Progress(trainer, steps)
+    progress = TrainingProgress(trainer, steps)
     progress.begin(out, compiles)
     again = shlex.join(["godwit", "train", str(recipe), "--out", str(out)])
     with Interrupt(trainer, progress) as interrupt:
@@ -61,7 +61,7 @@ def can_compile() -> bool:
 class Interrupt:
     """On the first Ctrl-C the trainer finishes its step and saves; on the second the program exits."""
 
-    def __init__(self, trainer: Trainer, progress: Progress) -> None:
+    def __init__(self, trainer: Trainer, progress: TrainingProgress) -> None:
         self.trainer, self.progress = trainer, progress
         self.asked = False
 
@@ -80,7 +80,7 @@ class Interrupt:
         self.progress.say("Finishing this step, then saving; press Ctrl-C again to stop now.")
 
 
-class Progress:
+class TrainingProgress:
     """A progress line on stderr, rewritten in place on a terminal; only the first process prints it."""
 
     def __init__(self, trainer: Trainer, steps: int | None) -> None:

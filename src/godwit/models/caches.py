@@ -31,6 +31,7 @@ class PagedKVSpec:
     state_bytes: ClassVar[int] = 0
     conv_bytes: ClassVar[int] = 0
     bytes_per_sequence: ClassVar[int] = 0
+    journal_bytes: ClassVar[int] = 0
 
     @property
     def bytes_per_token(self) -> int:
@@ -66,6 +67,12 @@ class RecurrentSpec:
     @property
     def bytes_per_sequence(self) -> int:
         return self.state_bytes + self.conv_bytes
+
+    @property
+    def journal_bytes(self) -> int:
+        """For each sequence and each token of a step that may be undone."""
+        written = self.num_heads * (1 + self.head_k_dim + self.head_v_dim) * 4
+        return written + self.conv_dim * self.conv_dtype.itemsize
 
     def allocate(
         self, num_blocks: int, num_rows: int, max_rollback: int, device: torch.device | str
@@ -156,6 +163,10 @@ class Caches:
         split = len(made) - num_mtp
         mtp = [cache for cache in made[split:] if isinstance(cache, PagedKV)]
         return Caches(made[:split], mtp, max_rollback, [0] * num_rows)
+
+    def paged(self) -> list[PagedKV]:
+        """The caches of the attention layers, without those of the MTP module."""
+        return [cache for cache in self.layers if isinstance(cache, PagedKV)]
 
     def recurrent(self) -> list[RecurrentState]:
         """The caches of the delta layers."""

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from godwit.dialect.dialect import Dialect
 from godwit.dialect.lark import ThinkingBefore
 from godwit.engine import Constraint
-from godwit.engine.constraint.constraints import Constraints, GrammarConstraint, Kind, UntriedGrammar
+from godwit.engine.constraint.constraints import Constraints, FormKind, GrammarConstraint, UntriedGrammar
 from godwit.engine.constraint.trials import Abandon
 from godwit.errors import GodwitError
 from godwit.server.connections.clients import in_turn
@@ -36,7 +36,7 @@ class Form:
     """
 
     field: str
-    kind: Kind
+    kind: FormKind
     value: Any = None
 
 

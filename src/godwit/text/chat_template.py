@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from godwit.errors import TemplateError
-from godwit.worker import Limits, Worker
+from godwit.worker import Worker, WorkerLimits
 
 from .messages import calls_as_text, normalise_messages, repaired
 
@@ -68,7 +68,7 @@ class ChatTemplate:
         self._worker = Worker(
             Path(__file__).with_name("template_worker.py"),
             {"sources": sources, "output_chars": output_chars},
-            Limits(memory_bytes),
+            WorkerLimits(memory_bytes),
             purpose="renders chat templates",
             hint=f"check that `{sys.executable}` can import jinja2",
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 from godwit import errors
 from godwit.errors import CheckpointError
-from godwit.worker import Limits, Worker
+from godwit.worker import Worker, WorkerLimits
 
 from .files import FILES, check_size
 
@@ -46,7 +46,7 @@ def try_out(files: Mapping[str, bytes], where: str) -> None:
     worker = Worker(
         Path(__file__).with_name("trial_worker.py"),
         {},
-        Limits(memory_bytes, cpu_seconds=seconds),
+        WorkerLimits(memory_bytes, cpu_seconds=seconds),
         purpose="tries tokenizers",
         hint="check the memory limit of this system",
     )

@@ -24,7 +24,7 @@ def learned(roles: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 @dataclass(frozen=True)
-class Source:
+class TokenSource:
     """Documents of one source, memory-mapped: tokens, role codes and document offsets."""
 
     name: str
@@ -33,7 +33,7 @@ class Source:
     offsets: np.ndarray[Any, Any]
 
     @staticmethod
-    def open(directory: str | Path, name: str) -> Source:
+    def open(directory: str | Path, name: str) -> TokenSource:
         """Raises: UsageError: a file is missing, or the files do not match."""
         arrays = []
         for part in ("tokens", "roles", "offsets"):
@@ -46,7 +46,7 @@ class Source:
                 arrays.append(np.load(file, mmap_mode="r", allow_pickle=False))
             except (ValueError, EOFError, OSError) as error:
                 raise UsageError(f"{file}: not a complete NumPy array; prepare the data again") from error
-        source = Source(name, *arrays)
+        source = TokenSource(name, *arrays)
         if not source._is_sound():
             raise UsageError(
                 f"{directory}: the files of source {name!r} do not match; prepare the data again"
@@ -90,7 +90,7 @@ class PackedBatch:
 class Sampler:
     """Draws documents by token share and packs them into rows; it can resume exactly from a small state."""
 
-    def __init__(self, sources: Mapping[str, Source], row_length: int, rows: int, seed: int) -> None:
+    def __init__(self, sources: Mapping[str, TokenSource], row_length: int, rows: int, seed: int) -> None:
         self.sources = dict(sources)
         self.row_length = row_length
         self.rows = rows

@@ -14,7 +14,7 @@ from godwit.errors import UsageError
 from godwit.kernels.training import LinearCrossEntropy
 from godwit.models.batch import ForwardBatch
 from godwit.models.causal_lm import CausalLM
-from godwit.train.data import PackedBatch, Source, finish_batch, learned
+from godwit.train.data import PackedBatch, TokenSource, finish_batch, learned
 from godwit.train.losses import role_weights
 
 _ASSISTANT_ONLY = [1.0, 0.0, 0.0, 1.0]
@@ -36,7 +36,7 @@ class HeldOut:
     def __init__(
         self, directory: str | Path, name: str, row_length: int, rows: int, max_batches: int
     ) -> None:
-        source = Source.open(directory, name)
+        source = TokenSource.open(directory, name)
         file = Path(directory) / f"{name}.bytes.npy"
         if not file.is_file():
             raise UsageError(f"{file}: no such file; a held-out source needs the byte count of each document")
@@ -79,7 +79,7 @@ class HeldOut:
 
 
 def _cut(
-    source: Source, sizes: np.ndarray[Any, Any], limit: int
+    source: TokenSource, sizes: np.ndarray[Any, Any], limit: int
 ) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], float]]:
     """Documents truncated to ``limit`` tokens, with bytes in proportion to the learned tokens kept."""
     for index in range(source.num_docs):

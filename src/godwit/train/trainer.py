@@ -23,7 +23,7 @@ from godwit.models.batch import ForwardBatch
 from godwit.models.causal_lm import CausalLM
 from godwit.models.loader import load_model, save_model
 from godwit.train import parallel
-from godwit.train.data import PackedBatch, Sampler, Source
+from godwit.train.data import PackedBatch, RowSampler, TokenSource
 from godwit.train.evaluate import HeldOut
 from godwit.train.losses import ExpertLoad, expert_balance, load_balancing_loss, role_weights
 from godwit.train.optim import build_optimizers
@@ -82,15 +82,15 @@ class Trainer:
             self._start_from(recipe.init)
         self.optimizers = build_optimizers(self.model, recipe)
         names = {name for stage in recipe.stage for name in stage.mix}
-        sources = {name: Source.open(recipe.data, name) for name in sorted(names)}
-        self.sampler = Sampler(sources, recipe.row_length, recipe.rows, recipe.seed)
+        sources = {name: TokenSource.open(recipe.data, name) for name in sorted(names)}
+        self.sampler = RowSampler(sources, recipe.row_length, recipe.rows, recipe.seed)
         self.cross_entropy = LinearCrossEntropy(compile_parts=compile_kernels)
         self.held_out = {
             name: HeldOut(recipe.data, name, recipe.row_length, recipe.rows, recipe.evaluate_batches)
             for name in recipe.evaluate_on
         }
         for name in sorted(names | set(recipe.evaluate_on)):
-            self._check_vocabulary(Source.open(recipe.data, name))
+            self._check_vocabulary(TokenSource.open(recipe.data, name))
         self.flops_per_token = 6 * active_parameters(self.model)
         sparse = [layer.ffn for layer in self.config.layers if isinstance(layer.ffn, MoeSpec)]
         self.top_k = sparse[0].top_k if sparse else 1
@@ -111,7 +111,7 @@ class Trainer:
                 f"init: {source} has a different number of MTP layers than num_mtp; make them equal"
             ) from error
 
-    def _check_vocabulary(self, source: Source) -> None:
+    def _check_vocabulary(self, source: TokenSource) -> None:
         top = int(source.tokens.max())
         if top >= self.config.vocab_size:
             raise UsageError(

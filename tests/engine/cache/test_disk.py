@@ -24,7 +24,8 @@ from godwit.engine.stream import Finish
 from godwit.errors import UsageError
 from godwit.models.causal_lm import CausalLM
 from godwit.models.native import pack_model
-from tests.engine.test_core import ALL, ATTENTION, HYBRID, Guesses, alone, asked, text
+from tests.engine.test_core import ALL, ATTENTION, HYBRID, alone, asked, text
+from tests.engine.test_core_faults import Guesses
 from tests.engine.tiny import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -96,12 +96,14 @@ def test_a_budget_is_kept_or_refused_with_the_numbers(kind: str) -> None:
     size = CacheSize.of(model)
     exact = size.total(100)
     assert exact == size.per_row + 7 * size.per_block
-    assert held_bytes(HybridCache.sized(model, 100, max_bytes=exact).caches) == exact
-    with pytest.raises(MemoryBudgetError, match=r"1 x 100 tokens of context take .* MiB may be used"):
-        HybridCache.sized(model, 100, max_bytes=exact - 1)
-    assert size.tokens_within(exact, 1, 100) == 100
-    assert size.tokens_within(exact - 1, 1, 100) == (96 if kind != "delta" else 0)
-    assert size.tokens_within(0, 1, 100) == 0
+    assert held_bytes(HybridCache(model, num_blocks=7).caches) == exact
+    size.check(100, None)
+    size.check(100, exact)
+    with pytest.raises(MemoryBudgetError, match=r"^100 tokens of context take .* MiB may be used"):
+        size.check(100, exact - 1)
+    assert size.tokens_within(exact, 100) == 100
+    assert size.tokens_within(exact - 1, 100) == (96 if kind != "delta" else 0)
+    assert size.tokens_within(0, 100) == 0
 
 
 # sequences

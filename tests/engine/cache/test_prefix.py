@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from godwit.engine.cache import BlockPool, StateSnapshot, prefix
-from godwit.engine.cache.nodes import Node, extend_chain
+from godwit.engine.cache.eviction import EvictionOrder
+from godwit.engine.cache.nodes import Node, Snapshot, extend_chain, node_key, root_key
 from godwit.engine.cache.prefix import PrefixIndex
 from godwit.models.batch import BLOCK_SIZE
 from tests.engine.cache.naive_index import NaiveIndex
@@ -230,6 +231,73 @@ def test_keys_depend_on_all_that_precedes() -> None:
         extend_chain(chain, ids, salt)
     assert [len(chain) for chain in chains] == [6, 6, 6]
     assert len({key for chain in chains for key in chain}) == 18
+
+
+def test_blocks_whose_state_was_dropped_go_before_older_ones() -> None:
+    books, texts = Books(max_bytes=260), [[number] * 32 for number in range(3)]
+    for ids, size in zip(texts, (50, 200, 100), strict=True):
+        books.compute(ids, size=size)
+        books.found([*ids, 9])
+    assert books.index.stats.num_evicted_snapshots == 1
+    for left in (16, 0):
+        assert books.index.evict(1) == 1
+        hits = [books.index.match([*ids, 9], "", []) for ids in texts]
+        assert [(hit.position, hit.known) for hit in hits] == [(32, 32), (0, left), (32, 32)]
+
+
+def test_of_equal_values_the_oldest_goes_wherever_it_stands() -> None:
+    order, nodes = EvictionOrder(), [Node(bytes([n]), None, b"", n, 16) for n in range(3)]
+    for node in nodes:
+        node.snapshot = Snapshot(state())
+    order.put(nodes[0], 0)
+    order.put(nodes[1], 0)
+    order.remove(nodes[0], 0)
+    order.put(nodes[2], 0)  # in the place of the first
+    assert order.least(0) is nodes[1]
+
+
+def test_a_block_of_two_nodes_is_free_only_without_both() -> None:
+    books, chain = Books(), list[bytes]()
+    blocks = books.pool.allocate(2)
+    for length in (20, 32):
+        books.index.commit(TEXT[:length], "", chain, blocks, length // 20 - 1, length // 16)
+        books.index.add_snapshot(TEXT[:length], "", chain, blocks, state)
+    books.pool.free(blocks)
+    assert books.index.stats.num_blocks == 3 and books.pool.num_free == 62
+    assert books.index.evict(1) == 1 and books.pool.num_free == 63
+    books.check()
+
+
+def test_what_comes_from_a_file_has_the_keys_of_its_tokens() -> None:
+    books, root = Books(recurrent=False), root_key("")
+    keys = [node_key(root, TEXT[:16])]
+    keys.append(node_key(keys[0], TEXT[16:32]))
+    tokens, blocks = [tuple(TEXT[:16]), tuple(TEXT[16:32])], books.pool.allocate(2)
+    for wrong in ([keys[0], keys[0]], [b"x" * 20, keys[1]], keys[::-1]):
+        with pytest.raises(ValueError, match="keys"):
+            books.index.graft(root, root, tokens, wrong, blocks, None)
+        assert books.index.stats.num_blocks == 0
+    assert books.index.graft(root, root, tokens, keys, blocks, None)
+    books.pool.free(blocks)
+    assert books.found([*TEXT[:32], 9]) == 32
+    books.check()
+
+
+def test_part_of_a_block_without_a_state_is_of_no_use() -> None:
+    books, root = Books(), root_key("")
+    blocks = books.pool.allocate(1)
+    assert not books.index.graft(root, root, [tuple(TEXT[:5])], [node_key(root, TEXT[:5])], blocks, None)
+    books.pool.free(blocks)
+    assert books.pool.num_free == 64
+    books.check()
+
+
+def test_keys_alone_are_not_believed() -> None:
+    books, chain = Books(recurrent=False), list[bytes]()
+    books.compute(TEXT[:64])
+    extend_chain(chain, TEXT[:64], "")
+    other = [*TEXT[:40], 7, *TEXT[41:]]  # as if the keys of its third block were the same
+    assert books.index.match(other, "", chain).position == 32
 
 
 @pytest.mark.parametrize("recurrent", [False, True])

@@ -42,6 +42,11 @@ class Some:
         self.last = token
 
 
+class Anything(Some):
+    def allowed(self) -> Tensor | None:
+        return None
+
+
 class Costly(Some):
     def accept(self, token: int) -> None:
         raise UsageError("the form is too costly to follow")
@@ -133,6 +138,9 @@ def test_an_answer_whose_mask_never_comes_holds_up_nobody(late: Any) -> None:
     core.turn()
     assert stuck.finish is not None and stuck.finish.reason == "cancelled" and not core.busy
     assert pool.held[0][0].cancelled()
+    after = core.submit(prompt(2), params(2, 5))
+    core.run()
+    assert len(after.made) == 5 and core.counts.failures == 0
 
 
 def test_a_late_answer_that_has_to_make_room_is_computed_again(late: Any) -> None:
@@ -147,6 +155,30 @@ def test_a_late_answer_that_has_to_make_room_is_computed_again(late: Any) -> Non
         while pool.held:
             pool.let_go()
     assert second.made == alone(ATTENTION, 0)
+
+
+def test_scores_from_before_an_answer_made_room_are_not_used(
+    late: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = Core(ATTENTION, num_blocks=9)
+    pool, run = late(core), core.runner.run
+    core.submit(prompt(1), params(1, 70))
+    second = core.submit(prompt(0), params(0), constraint=Anything())
+    core.run_until(lambda: second.sequence.num_preemptions > 0)
+    pool._punctual = 1.0
+
+    def timely(works: Any) -> Any:
+        """The mask comes while the step runs that computes the scores again."""
+        if pool.held and any(work.sequence is second.sequence for work in works):
+            pool.let_go()
+        return run(works)
+
+    monkeypatch.setattr(core.runner, "run", timely)
+    core.run()
+    free = Core(ATTENTION)
+    wanted = free.submit(prompt(0), params(0))
+    free.run()
+    assert not pool.held and second.made == wanted.made and second.made[0] != second.made[1]
 
 
 def test_a_form_that_fails_ends_its_own_answer_and_is_its_client_s_fault() -> None:

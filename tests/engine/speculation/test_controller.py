@@ -10,7 +10,7 @@ from operator import mul
 import pytest
 
 from godwit.engine.speculation import controller
-from godwit.engine.speculation.controller import BatchKind, Controller, TimedStep, best_depths
+from godwit.engine.speculation.controller import BatchKind, Controller, DraftChoice, TimedStep, best_depths
 from godwit.engine.speculation.estimates import Acceptance
 
 LOOKUP, MTP = 0, 1
@@ -281,6 +281,36 @@ def test_the_better_source_is_used() -> None:
         simulation.right = right
         simulation.run(3000)
         assert used[-1000:].count(better) > 900
+
+
+def test_probes_of_the_sources_take_turns() -> None:
+    rates = [[[0.1] * 3], [[0.1] * 3]]
+    probes = [Controller().choose(1, [rates[0], []]), Controller().choose(1, [[], rates[1]])]
+    assert probes == [DraftChoice(LOOKUP, [1]), DraftChoice(MTP, [1])]
+    chosen, fresh = [], Controller()
+    for _ in range(4):
+        choice = fresh.choose(1, rates)
+        assert choice is not None
+        chosen.append(choice.source)
+    assert sorted(chosen[:2]) == sorted(chosen[2:]) == [LOOKUP, MTP]
+
+
+def test_probes_wait_for_a_rest_unless_the_cost_is_unknown() -> None:
+    fresh, unlikely = Controller(), [[[0.01]], []]
+    fresh._may_probe = False
+    assert fresh.choose(1, unlikely) == DraftChoice(LOOKUP, [1])
+    fresh._accounts[LOOKUP].costs[1].add(0.5)
+    assert fresh.choose(1, unlikely) is None
+    fresh._may_probe = True
+    assert fresh.choose(1, unlikely) == DraftChoice(LOOKUP, [1])
+
+
+def test_no_more_gain_is_kept_than_a_few_steps_may_lose() -> None:
+    fresh, kind = Controller(), BatchKind(1, 3)
+    for _ in range(controller.WARM_UP):
+        fresh.learn(TimedStep(kind, 1, 1.0))
+    fresh.learn(TimedStep(kind, 7, 1.0, LOOKUP, 6))
+    assert fresh._accounts[LOOKUP].balance == controller.MAX_GAIN
 
 
 # costs

@@ -66,9 +66,17 @@ class Never(Steady):
         return None
 
 
-def eager(model: CausalLM, **how: Any) -> Core:
+class Drafting(Core):
+    """An error would turn speculation off, and the answers would be right all the same."""
+
+    def turn(self) -> None:
+        super().turn()
+        assert self.drafter is not None
+
+
+def eager(model: CausalLM, **how: Any) -> Drafting:
     drafter = Speculator(controller=Eager(), max_sequences=64)
-    return Core(model, drafter=drafter, **({"max_rollback": MAX_DEPTH} | how))
+    return Drafting(model, drafter=drafter, **({"max_rollback": MAX_DEPTH} | how))
 
 
 def mtp_of(core: Core) -> MTPDrafts:
@@ -165,8 +173,8 @@ def test_whatever_comes_answers_are_right(data: st.DataObject) -> None:
     assert core.runner.cache.blocks.num_free == core.settings.num_blocks
 
 
-def test_a_failed_draft_turns_drafting_off_and_ends_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    core = eager(HYBRID)
+def test_a_failed_draft_ends_speculation_and_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = Core(HYBRID, drafter=Speculator(controller=Eager()), max_rollback=MAX_DEPTH)
     run = core.submit(repeating(1), asked(0))
     core.turn()
 
@@ -175,10 +183,8 @@ def test_a_failed_draft_turns_drafting_off_and_ends_no_request(monkeypatch: pyte
 
     with monkeypatch.context() as patch:
         patch.setattr(HYBRID, "forward_mtp", fail)
-        for _ in range(3):
-            core.turn()
+        core.run()
     assert core.drafter is None and core.counts.failures == 1
-    core.run()
     assert answer(run) == alone(HYBRID, repeating(1), asked(0))
     again = core.submit(repeating(1), asked(0))
     core.run()

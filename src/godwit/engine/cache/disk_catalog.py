@@ -49,9 +49,6 @@ class DiskCatalog:
         self._file_of: dict[bytes, str] = {}  # key of a node -> name of a file that holds it
         self._tails: dict[bytes, dict[tuple[int, ...], str]] = {}  # node above, tokens of a partial node
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
-
     def __getitem__(self, name: str) -> FileEntry:
         return self._entries[name]
 

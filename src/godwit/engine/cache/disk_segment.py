@@ -10,7 +10,6 @@ from godwit.engine.cache.disk_file import SegmentHeader
 from godwit.engine.cache.hybrid import HybridCache, StateSnapshot
 from godwit.engine.cache.nodes import Node, Snapshot
 from godwit.engine.cache.prefix import PrefixIndex
-from godwit.models.caches import PagedKV
 
 
 @dataclass(frozen=True)
@@ -92,4 +91,4 @@ def _snapshot(
 
 def _paged(cache: HybridCache) -> list[Tensor]:
     """Keys and values of the attention layers, without MTP: drafts never read those of a reused prefix."""
-    return [part for one in cache.caches.layers if isinstance(one, PagedKV) for part in (one.k, one.v)]
+    return [part for layer in cache.caches.paged() for part in (layer.k, layer.v)]

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from godwit.engine.cache.pools import BlockPool, CacheSize, StatePool, num_blocks
+from godwit.engine.cache.pools import BlockPool, StatePool, num_blocks
 from godwit.errors import UsageError
 from godwit.models.batch import ForwardBatch
-from godwit.models.caches import PagedKV
 from godwit.models.causal_lm import CausalLM
 
 
@@ -62,25 +61,6 @@ class HybridCache:
         self._sequences: dict[int, CachedSequence] = {}
         self._next = 0
 
-    @staticmethod
-    def sized(
-        model: CausalLM,
-        max_tokens: int,
-        *,
-        max_bytes: int | None = None,
-        num_sequences: int = 1,
-        max_rollback: int = 0,
-    ) -> HybridCache:
-        """Caches for ``num_sequences`` sequences of ``max_tokens`` tokens, within ``max_bytes`` if given.
-
-        Raises:
-            MemoryBudgetError: they do not fit.
-        """
-        size = CacheSize.of(model, max_rollback)
-        size.check(max_tokens, num_sequences, max_bytes)
-        blocks = num_sequences * num_blocks(max_tokens)
-        return HybridCache(model, blocks, num_sequences, max_rollback=max_rollback)
-
     def add_sequence(self) -> int:
         """Start an empty sequence and return its number.
 
@@ -127,49 +107,40 @@ class HybridCache:
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy keys and values; not those of MTP layers, whose drafts start at a new block."""
-        for layer in self.caches.layers:
-            if isinstance(layer, PagedKV):
-                layer.k[target].copy_(layer.k[source])
-                layer.v[target].copy_(layer.v[source])
+        for layer in self.caches.paged():
+            layer.k[target].copy_(layer.k[source])
+            layer.v[target].copy_(layer.v[source])
 
     def snapshot(self, seq: int) -> StateSnapshot:
         """A copy of the recurrent state of ``seq``."""
         row = self._sequences[seq].row
         pending = self.caches.pending[row]
-        tensors = []
-        for layer in self.caches.recurrent():
-            window = layer.conv[row, layer.conv.shape[1] - layer.history :]
-            tensors += [window, layer.state[row]]
-            if pending:
-                journal = (layer.journal_g, layer.journal_k, layer.journal_delta)
-                tensors += [part[row, :pending] for part in journal]
-        return StateSnapshot(tuple(tensor.to("cpu", copy=True) for tensor in tensors), pending)
+        state = self._state(row, pending)
+        return StateSnapshot(tuple(tensor.to("cpu", copy=True) for tensor in state), pending)
 
     def accepts(self, snapshot: StateSnapshot) -> bool:
         """Whether a snapshot from elsewhere has the shapes and types of this model."""
         if not 0 <= snapshot.pending <= self.caches.max_rollback:
             return False
-        wanted = []
-        for layer in self.caches.recurrent():
-            parts = [layer.conv[0, layer.conv.shape[1] - layer.history :], layer.state[0]]
-            if snapshot.pending:
-                parts += [
-                    p[0, : snapshot.pending] for p in (layer.journal_g, layer.journal_k, layer.journal_delta)
-                ]
-            wanted += [(part.shape, part.dtype) for part in parts]
+        wanted = [(tensor.shape, tensor.dtype) for tensor in self._state(0, snapshot.pending)]
         return wanted == [(tensor.shape, tensor.dtype) for tensor in snapshot.tensors]
 
     def restore(self, seq: int, snapshot: StateSnapshot) -> None:
         """Set the recurrent state of ``seq`` to a snapshot of the same tokens."""
         row = self._sequences[seq].row
-        saved = iter(snapshot.tensors)
         self.caches.pending[row] = snapshot.pending
+        for tensor, saved in zip(self._state(row, snapshot.pending), snapshot.tensors, strict=True):
+            tensor.copy_(saved)
+
+    def _state(self, row: int, pending: int) -> list[Tensor]:
+        """The recurrent state in a row whose journal has so many tokens; the tensors are views."""
+        state = []
         for layer in self.caches.recurrent():
-            layer.conv[row, layer.conv.shape[1] - layer.history :] = next(saved)
-            layer.state[row] = next(saved)
-            if snapshot.pending:
-                for part in (layer.journal_g, layer.journal_k, layer.journal_delta):
-                    part[row, : snapshot.pending] = next(saved)
+            state += [layer.conv[row, layer.conv.shape[1] - layer.history :], layer.state[row]]
+            if pending:
+                journal = (layer.journal_g, layer.journal_k, layer.journal_delta)
+                state += [part[row, :pending] for part in journal]
+        return state
 
     def extend(self, seq: int, count: int) -> None:
         """Make room for ``count`` more tokens of ``seq``.

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from godwit.errors import MemoryBudgetError, UsageError
 from godwit.models.batch import BLOCK_SIZE
-from godwit.models.caches import PagedKVSpec, RecurrentSpec
 from godwit.models.causal_lm import CausalLM
 
 
@@ -125,44 +124,36 @@ class CacheSize:
     @staticmethod
     def of(model: CausalLM, max_rollback: int = 0) -> CacheSize:
         """The sizes for ``model``; each token that may be undone adds to the rows."""
-        per_block = per_row = 0
-        for spec in model.cache_specs():
-            if isinstance(spec, PagedKVSpec):
-                per_block += spec.bytes_per_token * BLOCK_SIZE
-            else:
-                per_row += spec.bytes_per_sequence + max_rollback * _journal_bytes(spec)
-        return CacheSize(per_block, per_row)
+        specs = model.cache_specs()
+        return CacheSize(
+            sum(spec.bytes_per_token for spec in specs) * BLOCK_SIZE,
+            sum(spec.bytes_per_sequence + max_rollback * spec.journal_bytes for spec in specs),
+        )
 
     def total(self, num_tokens: int, num_rows: int = 1) -> int:
         """Bytes for ``num_rows`` sequences of ``num_tokens`` tokens each."""
         return num_rows * (self.per_row + num_blocks(num_tokens) * self.per_block)
 
-    def check(self, num_tokens: int, num_rows: int, max_bytes: int | None) -> None:
-        """Check that ``num_rows`` sequences of ``num_tokens`` tokens fit ``max_bytes``; None is no limit.
+    def check(self, num_tokens: int, max_bytes: int | None) -> None:
+        """Check that a sequence of ``num_tokens`` tokens fits ``max_bytes``; None is no limit.
 
         Raises:
-            MemoryBudgetError: they do not.
+            MemoryBudgetError: it does not.
         """
-        needed = self.total(num_tokens, num_rows)
+        needed = self.total(num_tokens)
         if max_bytes is not None and needed > max_bytes:
-            fitting = self.tokens_within(max_bytes, num_rows, num_tokens)
+            fitting = self.tokens_within(max_bytes, num_tokens)
             raise MemoryBudgetError(
-                f"{num_rows} x {num_tokens} tokens of context take {needed / 2**20:.1f} MiB "
+                f"{num_tokens} tokens of context take {needed / 2**20:.1f} MiB "
                 f"({self.per_block / 2**10:.1f} KiB for {BLOCK_SIZE} tokens, {self.per_row / 2**10:.1f} KiB "
                 f"a sequence), but {max_bytes / 2**20:.1f} MiB may be used: ask for {fitting} tokens or fewer"
             )
 
-    def tokens_within(self, num_bytes: int, num_rows: int, wanted: int) -> int:
-        """How many of ``wanted`` tokens fit for each of ``num_rows`` sequences, perhaps 0."""
-        if self.total(wanted, num_rows) <= num_bytes:
+    def tokens_within(self, num_bytes: int, wanted: int) -> int:
+        """How many of ``wanted`` tokens of one sequence fit, perhaps 0."""
+        if self.total(wanted) <= num_bytes:
             return wanted
-        left = num_bytes - num_rows * self.per_row
-        return max(0, left // (num_rows * self.per_block)) * BLOCK_SIZE if self.per_block else 0
-
-
-def _journal_bytes(spec: RecurrentSpec) -> int:
-    written = spec.num_heads * (1 + spec.head_k_dim + spec.head_v_dim) * 4
-    return written + spec.conv_dim * spec.conv_dtype.itemsize
+        return max(0, (num_bytes - self.per_row) // self.per_block) * BLOCK_SIZE if self.per_block else 0
 
 
 def num_blocks(num_tokens: int) -> int:

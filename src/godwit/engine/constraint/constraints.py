@@ -62,8 +62,8 @@ WALK_SECONDS = 2.0
 _PLACE = re.compile(r"^at \d+\(\d+\): ")
 _ANY_OBJECT = {"type": "object"}
 _EXCEEDED = re.compile(r"too many|limit|fuel|max is|too (large|complex|big)", re.IGNORECASE)
-Limits = Mapping[str, Any]
-Kind = Literal["object", "schema", "regex", "grammar", "choice"]
+GrammarLimits = Mapping[str, Any]
+FormKind = Literal["object", "schema", "regex", "grammar", "choice"]
 
 
 class GrammarConstraint:
@@ -252,7 +252,7 @@ class Constraints:
         same._ask = ask
         return same
 
-    def rule(self, kind: Kind, value: Any = None) -> GrammarRule:
+    def rule(self, kind: FormKind, value: Any = None) -> GrammarRule:
         """The grammar rule for an answer.
 
         Args:
@@ -347,7 +347,7 @@ class Constraints:
         self,
         grammar: str,
         what: str,
-        limits: Limits,
+        limits: GrammarLimits,
         thinking: ThinkingBefore,
         *,
         calls_in_text: bool = False,
@@ -367,7 +367,7 @@ class Constraints:
             calls_in_text=calls_in_text,
         )
 
-    def _compile(self, grammar: str, limits: Limits) -> Any:
+    def _compile(self, grammar: str, limits: GrammarLimits) -> Any:
         library = self._library
         return library.LLMatcher(
             self._tokenizer, grammar, log_level=0, limits=library.LLParserLimits(**limits)
@@ -386,7 +386,7 @@ def explained(error: str) -> str:
     return point.rstrip(".:")[:300] or "it is not valid"
 
 
-def _limits(rule: GrammarRule | None) -> Limits:
+def _limits(rule: GrammarRule | None) -> GrammarLimits:
     return GRAMMAR_LIMITS if rule is not None and rule.inner else LIMITS
 
 

@@ -17,7 +17,7 @@ from godwit.engine.stream import Constraint
 NUM_THREADS = 2
 _Mask = Tensor | None
 _Job = Future[_Mask]
-_Entry = tuple[float, int, _Job, Callable[[], _Mask]]
+_QueuedJob = tuple[float, int, _Job, Callable[[], _Mask]]
 
 
 class MaskPool:
@@ -28,7 +28,7 @@ class MaskPool:
     def __init__(self, num_threads: int = NUM_THREADS) -> None:
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="godwit-masks")
         self._lock = threading.Lock()
-        self._waiting: list[_Entry] = []
+        self._waiting: list[_QueuedJob] = []
         self._numbers = count()
 
     def submit(self, spent: float, work: Callable[[], _Mask]) -> _Job:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from godwit.errors import BusyError, UsageError
-from godwit.worker import Limits, Worker
+from godwit.worker import Worker, WorkerLimits
 
 #: The smallest stack of any thread that compiles the grammar later; what would overflow it ends the worker.
 STACK_BYTES = 512 << 10
@@ -67,7 +67,7 @@ class Trials:
             worker = Worker(
                 Path(__file__).with_name("worker.py"),
                 setup,
-                Limits(memory_bytes, stack_bytes=STACK_BYTES),
+                WorkerLimits(memory_bytes, stack_bytes=STACK_BYTES),
                 purpose="compiles grammars",
                 hint="check its memory limit",
             )
