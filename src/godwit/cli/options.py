@@ -23,7 +23,7 @@ QuantizeName = Literal["q8", "q4"]
 Model = Annotated[
     str | None,
     typer.Argument(
-        help="A directory, a packed file or a Hugging Face repository; without it, built-in.",
+        help="A directory, GGUF file, packed file or Hugging Face repository; without it, built-in.",
         metavar="MODEL",
     ),
 ]
@@ -53,7 +53,9 @@ Quantize = Annotated[
 ]
 Original = Annotated[
     str,
-    typer.Argument(help="A directory, a Hugging Face repository, or built-in; not packed.", metavar="MODEL"),
+    typer.Argument(
+        help="A directory, GGUF file, Hugging Face repository, or built-in; not packed.", metavar="MODEL"
+    ),
 ]
 RecipeName = Annotated[
     str,

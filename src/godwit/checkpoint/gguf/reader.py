@@ -107,8 +107,10 @@ class GgufCheckpoint:
     def files(self) -> dict[str, bytes]:
         """The tokenizer, chat template and generation settings as files of a checkpoint directory.
 
+        None where the file holds no tokenizer.
+
         Raises:
-            CheckpointError: the file has no tokenizer, or a damaged one.
+            CheckpointError: a damaged tokenizer.
             UnsupportedModelError: its tokenizer is of a kind that is not read.
         """
         return tokenizer.as_files(self._keys)

@@ -4,6 +4,7 @@ Every rule stands in this file and nowhere else:
 
 * rows and columns are permuted back: llama's rotary pairs, tiled value heads of Qwen3.5;
 * zero-centred norms lose the 1 that was added, ``ssm_a`` becomes ``A_log`` again;
+* in files of Ollama's own converter the MTP module has its published names, and norms without the 1;
 * stacks of experts are handed out expert by expert, as most checkpoints have them.
 """
 
@@ -137,6 +138,13 @@ _TOP = {
 _EXPERTS = {"gate": ("gate_proj", "w1"), "up": ("up_proj", "w3"), "down": ("down_proj", "w2")}
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)", re.ASCII)
 _ONE_EXPERT = re.compile(r"ffn_(gate|up|down)\.(\d+)\.weight", re.ASCII)
+#: MTP as Ollama's converter writes it; its layers have the usual names behind "mtp.layers.N.".
+_OLLAMA_MTP = {
+    **{name: name for name in _MTP.values()},
+    "mtp.shared_head.norm.weight": "mtp.norm.weight",
+}
+_OLLAMA_LAYER = re.compile(r"(mtp\.layers\.\d+\.)(.+)", re.ASCII)
+_OLLAMA_EXPERT = re.compile(r"mtp\.layers\.\d+\.mlp\.experts\.\d+\.(gate|up|down)_proj\.weight", re.ASCII)
 #: What another program needs, or a part of the model that is not the language model.
 _BESIDE = re.compile(r"rope_freqs\.weight|(v|mm|a)\..*|.*\.(input_scale|scale)", re.ASCII)
 
@@ -160,6 +168,12 @@ class Names:
         for name, shape in self.shapes.items():
             if _BESIDE.fullmatch(name):
                 continue
+            if name in _OLLAMA_MTP or _OLLAMA_EXPERT.fullmatch(name):
+                yield _OLLAMA_MTP.get(name, name), Source(name, shape)
+                continue
+            if (mtp := _OLLAMA_LAYER.fullmatch(name)) is not None:
+                yield from self._block(name, mtp[1], mtp[2], shape)
+                continue
             block = _BLOCK.fullmatch(name)
             if block is None:
                 if name not in _TOP:
@@ -173,7 +187,7 @@ class Names:
 
     def _norm_undo(self, name: str) -> Undo | None:
         is_norm = name.endswith("norm.weight") and not name.endswith("ssm_norm.weight")
-        return minus_one if self.zero_centered and is_norm else None
+        return minus_one if self.zero_centered and is_norm and not name.startswith("mtp.") else None
 
     def _block(
         self, name: str, prefix: str, rest: str, shape: tuple[int, ...]

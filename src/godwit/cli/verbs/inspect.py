@@ -15,7 +15,7 @@ def inspect(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A directory, packed file, config.json or Hugging Face repository; without it, built-in.",
+            help="A directory, GGUF or packed file, config.json or Hub repository; without it, built-in.",
             metavar="MODEL",
         ),
     ] = None,
