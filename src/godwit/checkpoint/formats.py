@@ -137,6 +137,8 @@ def _gguf(directory: Path, names: list[str]) -> Kind | None:
     if any(name.lower().endswith(".gguf") for name in names):
         remedy = "give the GGUF file of the whole model, of a split set the first part"
         return Kind("its GGUF files are parts of a model, or go beside one", remedy, foreign=False)
+    if "gguf" in str(directory).lower():
+        return Kind("a repository of GGUF files, none of which is here", "fetch one of them", foreign=False)
     return None
 
 

@@ -18,7 +18,7 @@ from godwit.errors import UsageError
 from godwit.text.chat_template import Effort
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-QuantizeName = Literal["q8", "q4"]
+QuantizeName = Literal["q8", "q4", "bf16"]
 
 Model = Annotated[
     str | None,
@@ -49,7 +49,7 @@ Dtype = Annotated[
 ]
 Quantize = Annotated[
     QuantizeName | None,
-    typer.Option(help="Pack the weights in 8 or 4 bits while loading; see godwit quantize."),
+    typer.Option(help="Pack the weights in 8 or 4 bits, or as bf16, while loading; see godwit quantize."),
 ]
 Original = Annotated[
     str,
