@@ -57,7 +57,7 @@ _EXPERTS = {
 }
 _HYBRID = ("qwen3next", "qwen35", "qwen35moe")
 _PARTS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
-_LLAMA3 = {
+_LLAMA3: dict[str, Any] = {
     "rope_type": "llama3",
     "rope_theta": 500_000.0,
     "factor": 8.0,
@@ -120,7 +120,8 @@ class Converter:
 
     ``fuse``: gates and ups of experts, and query, key, value of attention layers in one tensor each.
     ``legacy``: delta projections as they are in the checkpoint; ``single``: experts one by one.
-    ``ollama``: MTP as Ollama's converter has it. ``keys``: further keys.
+    ``ollama``: MTP as Ollama's converter has it. ``split``: into files of so many tensors.
+    ``keys``: further keys.
     """
 
     arch: str
@@ -130,10 +131,12 @@ class Converter:
     single: bool = False
     ollama: bool = False
     encode: Encode = as_bf16_or_f32
+    split: int = 0
     keys: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, path: Path) -> Path:
-        writer = gguf.GGUFWriter(path, "llama" if self.arch == "mixtral" else self.arch)
+        arch = "llama" if self.arch == "mixtral" else self.arch
+        writer = gguf.GGUFWriter(path, arch, split_max_tensors=self.split, small_first_shard=bool(self.split))
         for key, value in {**self._keys(), **self.keys}.items():
             _add(writer, key, value)
         for name, tensor in self.tensors().items():
@@ -143,7 +146,8 @@ class Converter:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        return path
+        parts = sorted(path.parent.glob(f"{path.stem}-*-of-*.gguf")) if self.split else [path]
+        return parts[0]
 
     # ---- Keys ------------------------------------------------------------------------------------------
 
@@ -305,7 +309,8 @@ class Converter:
 
         if rest == "in_proj_qkvz.weight" and not self.legacy:
             grouped = tensor.view(keys, -1, tensor.shape[1])
-            pieces = grouped.split([key_dim, key_dim, ratio * value_dim, ratio * value_dim], 1)
+            sizes = [key_dim, key_dim, ratio * value_dim, ratio * value_dim]
+            pieces = torch.split_with_sizes(grouped, sizes, 1)
             query, key, value, gate = (piece.reshape(-1, tensor.shape[1]) for piece in pieces)
             out[block + "attn_qkv.weight"] = torch.cat((query, key, value))
             out[block + "attn_gate.weight"] = gate
@@ -346,7 +351,7 @@ class Converter:
     def _divisors(self) -> Tensor:
         """How much slower each pair turns than without Llama 3's scaling."""
         dim, rope = self.model.config.raw["head_dim"], _LLAMA3
-        speeds = float(rope["rope_theta"]) ** (-torch.arange(0, dim, 2).double() / dim)
+        speeds = torch.pow(float(rope["rope_theta"]), -torch.arange(0, dim, 2).double() / dim)
         original, factor = float(rope["original_max_position_embeddings"]), float(rope["factor"])
         lengths = 2 * torch.pi / speeds
         smooth = (original / lengths - 1.0) / 3.0
@@ -365,5 +370,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_float32(key, value)
     elif isinstance(value, str):
         writer.add_string(key, value)
+    elif isinstance(value, np.ndarray):
+        writer.add_array(key, value.tolist())
     else:
         writer.add_array(key, value)

@@ -164,13 +164,15 @@ class _Tokenizer:
     def _merges(self, scores: list[float]) -> list[list[str]]:
         """The merges of a SentencePiece vocabulary: every way to put a token together, best score first."""
         ids = {token: id for id, token in enumerate(self._tokens) if self._types[id] in (1, _USER)}
-        found: list[tuple[float, int, int, str, str]] = []
+        found: list[tuple[float, str, str]] = []
         for token, id in ids.items():
             for cut in range(1, len(token)):
                 left, right = token[:cut], token[cut:]
                 if left in ids and right in ids:
-                    found.append((-scores[id], ids[left], ids[right], left, right))
-        return [[left, right] for *_, left, right in sorted(found)]
+                    found.append((scores[id], left, right))
+        # Among pieces of the same score longer left parts go first, as transformers has them.
+        found.sort(key=lambda one: (-one[0], -len(one[1])))
+        return [[left, right] for _, left, right in found]
 
     def _vocabulary(self) -> dict[str, int]:
         vocabulary = {token: id for id, token in enumerate(self._tokens)}
