@@ -95,7 +95,7 @@ def test_what_a_file_is(file: Path, bare: Path) -> None:
 def test_measuring_needs_no_tokenizer(bare: Path) -> None:
     small = ("-p", "4", "-n", "2", "-d", "0", "--repeats", "1", "--json")
     result = invoke("bench", bare, *small)
-    assert result.exit_code == 0 and json.loads(result.stdout)["formats"] == ["q8"]
+    assert result.exit_code == 0 and "q8" in json.loads(result.stdout)["formats"]
     assert "Q8_0 weights" in result.stderr and "exactly" in result.stderr and "Q4_K weights" in result.stderr
     for verb in (("chat",), ("generate", "-p", "x")):
         refused = invoke(verb[0], bare, *verb[1:])
@@ -110,7 +110,7 @@ def test_packing_keeps_what_a_file_holds(file: Path, bare: Path, tmp_path: Path)
     assert blobs["head.weight"] == blobs["embedding.weight"] and "q8" in str(blobs["head.weight"])
     assert invoke("quantize", file, tmp_path / "q4.godwit", "--recipe", "q4", "--json").stderr == ""
     kept = invoke("quantize", file, tmp_path / "kept.godwit", "--json")
-    assert kept.exit_code == 0 and json.loads(kept.stdout)["parts"]["experts"]["bits"] == 16
+    assert kept.exit_code == 0 and json.loads(kept.stdout)["parts"]["head"]["bits"] == 16
     answers = {invoke("generate", path, *ANSWER).stdout for path in (file, tmp_path / "kept.godwit")}
     assert len(answers) == 1
     assert invoke("verify", tmp_path / "kept.godwit").exit_code == 0

@@ -102,7 +102,7 @@ def ollama_blob(name: str) -> Path | None:
     for store in _ollama_stores():
         library = store / "manifests" / "registry.ollama.ai" / "library"
         manifest = library / match[1] / (match[2] or "latest")
-        if manifest.is_file():
+        if os.path.isfile(manifest):  # which a name too long for a file is not
             return _blob(store, manifest)
     return None
 
