@@ -151,15 +151,14 @@ class GgufCheckpoint:
 
     def _read_names(self) -> dict[str, Source]:
         arch, config = self._keys.architecture, self.raw_config
-        heads = Heads.of(config, pairs=arch == "llama", tiled=self._tiled(arch))
-        names = Names(
-            self._shapes(),
-            config["num_hidden_layers"],
-            heads,
-            zero_centered=arch in ("qwen3next", "qwen35", "qwen35moe"),
-            mixtral=config["model_type"] == "mixtral",
-        )
         try:
+            names = Names(
+                self._shapes(),
+                config["num_hidden_layers"],
+                Heads.of(config, pairs=arch == "llama", tiled=self._tiled(arch)),
+                zero_centered=arch in ("qwen3next", "qwen35", "qwen35moe"),
+                mixtral=config["model_type"] == "mixtral",
+            )
             return dict(names.sources())
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: {error}") from None

@@ -56,9 +56,16 @@ class Heads:
 
     @staticmethod
     def of(config: Mapping[str, Any], *, pairs: bool, tiled: bool) -> Heads:
+        """Raises: CheckpointError: numbers of heads that do not fit each other."""
+
         def size(name: str) -> int:
             return int(config.get(name, 0))
 
+        keys, values = size("linear_num_key_heads"), size("linear_num_value_heads")
+        if values and (keys < 1 or values % keys):
+            raise CheckpointError(f"{values} value heads are not divided by {keys} key heads")
+        if pairs and (size("head_dim") < 2 or size("head_dim") % 2):
+            raise CheckpointError(f"heads of {size('head_dim')} have no rotary pairs")
         return Heads(
             size("num_attention_heads"),
             size("num_key_value_heads"),
@@ -166,6 +173,8 @@ class Names:
             CheckpointError: a tensor that no rule knows.
         """
         for name, shape in self.shapes.items():
+            if name.endswith("_exps.weight") and len(shape) != 3:
+                raise CheckpointError(f"tensor {name!r:.80} of shape {list(shape)} is no stack of experts")
             if _BESIDE.fullmatch(name):
                 continue
             if name in _OLLAMA_MTP or _OLLAMA_EXPERT.fullmatch(name):
@@ -206,7 +215,7 @@ class Names:
     def _attention(
         self, name: str, prefix: str, rest: str, shape: tuple[int, ...]
     ) -> Iterator[tuple[str, Source]]:
-        kind, leaf = rest.split(".", 1)
+        kind, _, leaf = rest.partition(".")
         rows = {
             "attn_q": self.heads.rotary_rows(self.heads.num_heads),
             "attn_k": self.heads.rotary_rows(self.heads.num_kv_heads),
