@@ -57,8 +57,8 @@ def test_texts_come_back(tokenizer: Tokenizer) -> None:
     ("question", "word"),
     [
         ("What is the capital of France?", "Paris"),
-        ("What is the capital of Italy?", "Rome"),
-        ("How many legs does a spider have?", "eight"),
+        ("What color is the sky?", "blue"),
+        ("Hello", "assist"),
     ],
 )
 def test_answers_make_sense(model: CausalLM, tokenizer: Tokenizer, question: str, word: str) -> None:

@@ -151,10 +151,11 @@ class GgufCheckpoint:
 
     def _read_names(self) -> dict[str, Source]:
         arch, config = self._keys.architecture, self.raw_config
+        num_layers = len(self.config.layers)  # checked first: orders of rows are as long as heads are wide
         try:
             names = Names(
                 self._shapes(),
-                config["num_hidden_layers"],
+                num_layers,
                 Heads.of(config, pairs=arch == "llama", tiled=self._tiled(arch)),
                 zero_centered=arch in ("qwen3next", "qwen35", "qwen35moe"),
                 mixtral=config["model_type"] == "mixtral",
