@@ -10,12 +10,12 @@ from pathlib import Path
 from godwit.errors import CheckpointError, GodwitError, UnsupportedModelError
 from godwit.safe_files import open_regular
 
-HEAD_BYTES = 1 << 16  # enough to recognise any kind, and for the first keys of a GGUF file
+HEAD_BYTES = 1 << 16  # enough to recognise any kind
 
 _AGAIN = "fetch the file again"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_OLLAMA_BLOB = re.compile(r"sha256-[0-9a-f]{64}")
-_GGUF_SOURCE = b"general.base_model.0.repo_url"
+#: The name of a file in Ollama's store.
+OLLAMA_BLOB = re.compile(r"sha256-[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ CONVERT = "convert it to safetensors, for example with transformers' save_pretra
 _PICKLE = Kind("a PyTorch pickle, which can run code and is never opened", CONVERT)
 _ARCHIVE = Kind("an archive", "unpack it and give the directory", foreign=False)
 _MAGIC = (
+    (b"GGUF", Kind("a GGUF file in the wrong place", "give that file by itself", foreign=False)),
     (b"lmgg", Kind("an old GGML file (llama.cpp before GGUF)")),
     (b"fmgg", Kind("an old GGML file (llama.cpp before GGUF)")),
     (b"tjgg", Kind("an old GGML file (llama.cpp before GGUF)")),
@@ -75,9 +76,6 @@ _SUFFIXES = {
 
 def kind_of(head: bytes, size: int, name: str = "") -> Kind | None:
     """The kind of a file of ``size`` bytes that begins with ``head``; None if unknown."""
-    if head.startswith(b"GGUF"):
-        where = "Ollama's blob of a GGUF file" if _OLLAMA_BLOB.fullmatch(name) else "a GGUF file"
-        return Kind(f"{where} (the format of llama.cpp)", original=_gguf_original(head))
     for magic, kind in _MAGIC:
         if head.startswith(magic):
             return kind
@@ -118,19 +116,6 @@ def next_step(original: str | None) -> str:
 def repository(value: object) -> str | None:
     """``value`` if it can be the name of a Hub repository, else None."""
     return value if isinstance(value, str) and _REPOSITORY.fullmatch(value) and value[0] not in "./" else None
-
-
-def _gguf_original(head: bytes) -> str | None:
-    """The repository that a GGUF file names as its source."""
-    at = head.find(_GGUF_SOURCE)
-    if at < 0:
-        return None
-    at += len(_GGUF_SOURCE) + 4  # the type, then the length
-    length = int.from_bytes(head[at : at + 8], "little")
-    if length > 200:
-        return None
-    url = head[at + 8 : at + 8 + length].decode("utf-8", "replace")
-    return repository(url.removeprefix("https://huggingface.co/"))
 
 
 def _short_text(head: bytes, size: int) -> Kind | None:

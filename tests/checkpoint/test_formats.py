@@ -23,18 +23,9 @@ FETCH = "fetch the original checkpoint in bf16 or FP8"
 UNSUPPORTED, DAMAGED = UnsupportedModelError, CheckpointError
 
 
-def key(name: bytes, value: bytes) -> bytes:
-    return len(name).to_bytes(8, "little") + name + b"\x08\0\0\0" + len(value).to_bytes(8, "little") + value
-
-
-SOURCE = key(b"general.base_model.0.repo_url", b"https://huggingface.co/org/name") + key(
-    b"general.tags", b"x"
-)
-
 FILES: list[tuple[str, bytes, type[GodwitError], tuple[str, ...]]] = [
-    ("model.gguf", GGUF, UNSUPPORTED, ("a GGUF file", FETCH, "godwit quantize")),
-    ("model.gguf", GGUF + SOURCE, UNSUPPORTED, (f"{FETCH} (org/name) and",)),
-    ("sha256-" + "0a" * 32, GGUF, UNSUPPORTED, ("Ollama's blob",)),
+    ("model.gguf", GGUF, UNSUPPORTED, ("architecture None is not supported",)),
+    ("sha256-" + "0a" * 32, GGUF, UNSUPPORTED, ("architecture None is not supported",)),
     ("model.gguf", b"\0" * 40, DAMAGED, ("named like a GGUF file",)),
     ("model.bin", b"tjgg\0\0\0\0", UNSUPPORTED, ("an old GGML file",)),
     ("model.bin", b"PK\x03\x04abc", UNSUPPORTED, ("a PyTorch pickle, which can run code", "convert it")),
@@ -77,11 +68,13 @@ README = b"---\nlicense: mit\nbase_model:\n- org/original\n---\n"
 AWQ = {"quantization_config": {"quant_method": "awq", "bits": 4}}
 DIRECTORIES: list[tuple[dict[str, Any], type[GodwitError], tuple[str, ...]]] = [
     ({}, DAMAGED, ("an empty directory",)),
-    ({"x-Q4_K_M.gguf": GGUF}, UNSUPPORTED, ("a directory of a GGUF file", FETCH)),
-    ({"x-1.gguf": GGUF + SOURCE, "x-2.gguf": GGUF}, UNSUPPORTED, ("of 2 GGUF files", "(org/name)")),
-    ({"x.gguf": GGUF, "README.md": README, "config.json": {}}, UNSUPPORTED, ("(org/original)",)),
-    ({"sha256-" + "00" * 32: GGUF}, UNSUPPORTED, ("GGUF",)),
-    ({"blobs": None, "manifests": None}, UNSUPPORTED, ("Ollama's store",)),
+    ({"x-Q4_K_M.gguf": GGUF}, UNSUPPORTED, ("x-Q4_K_M.gguf: architecture None",)),
+    ({"x.gguf": GGUF, "mmproj-x.gguf": GGUF, "config.json": {}}, UNSUPPORTED, ("/x.gguf: architecture",)),
+    ({"x-1.gguf": GGUF, "x-2.gguf": GGUF}, DAMAGED, ("several GGUF models", "x-1.gguf, x-2.gguf")),
+    ({"x-00002-of-00002.gguf": GGUF}, DAMAGED, ("parts of a model", "the first part")),
+    ({"mmproj-x.gguf": GGUF}, DAMAGED, ("go beside one", "the whole model")),
+    ({"sha256-" + "00" * 32: GGUF}, DAMAGED, ("Ollama's blobs",)),
+    ({"blobs": None, "manifests": None}, DAMAGED, ("Ollama's store", "the name that a model has")),
     (
         {"adapter_config.json": ADAPTER, "adapter_model.safetensors": WEIGHTS},
         UNSUPPORTED,
@@ -115,7 +108,7 @@ DIRECTORIES: list[tuple[dict[str, Any], type[GodwitError], tuple[str, ...]]] = [
     ({"config.json": LFS, "a.safetensors": WEIGHTS}, DAMAGED, ("config.json: a Git LFS pointer",)),
     ({"config.json": {}, "a.safetensors": LFS}, DAMAGED, ("a.safetensors: a Git LFS pointer",)),
     ({"config.json": {}, "a.safetensors": PAGE}, DAMAGED, ("a.safetensors: a web page",)),
-    ({"config.json": {}, "a.safetensors": GGUF}, UNSUPPORTED, ("a.safetensors: a GGUF file",)),
+    ({"config.json": {}, "a.safetensors": GGUF}, DAMAGED, ("a.safetensors: a GGUF file", "by itself")),
 ]
 
 
@@ -151,7 +144,7 @@ def test_exit_codes() -> None:
 def test_a_repository_of_gguf_files(tmp_path: Path) -> None:
     """Of such a repository only its config is fetched; its name tells."""
     directory = fill(tmp_path / "models--org--name-GGUF", {"config.json": {}})
-    with pytest.raises(UnsupportedModelError, match="a repository of GGUF files"):
+    with pytest.raises(CheckpointError, match="a repository of GGUF files, none of which is here; fetch one"):
         open_checkpoint(directory)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from godwit.checkpoint import dequantize_fp8, open_checkpoint, quantize_fp8
+from godwit.checkpoint import SafetensorsCheckpoint, dequantize_fp8, open_checkpoint, quantize_fp8
 from godwit.checkpoint.fp8 import fp8_block_size, fp8_scale_shape
 from godwit.errors import CheckpointError, UnsupportedModelError
 
@@ -156,7 +156,9 @@ def test_checkpoint_folds_scales_into_weights(make_model: MakeModel) -> None:
         "model.layers.0.mlp.experts.down_proj_scale_inv": scale3,
         "model.norm.weight": torch.ones(70).bfloat16(),
     }
-    checkpoint = open_checkpoint(make_model({"model.safetensors": tensors}, {"quantization_config": FP8}))
+    checkpoint = SafetensorsCheckpoint(
+        make_model({"model.safetensors": tensors}, {"quantization_config": FP8})
+    )
     assert sorted(checkpoint.names()) == sorted(name for name in tensors if not name.endswith("scale_inv"))
     assert "model.layers.0.mlp.up_proj.weight_scale_inv" not in checkpoint
     assert checkpoint.num_parameters == 130 * 70 + 3 * 40 * 20 + 70

@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import errors as hub_errors
 
 from godwit.checkpoint import open_checkpoint, read_raw_config
-from godwit.checkpoint.hub import repository_id
+from godwit.checkpoint.hub import HubName, hub_name
 from godwit.errors import CheckpointError, GodwitError, OfflineError
 
 MakeModel = Callable[..., Path]
@@ -27,8 +27,11 @@ A = {"a": torch.arange(4.0)}
 
 def test_what_counts_as_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert repository_id("Qwen/Qwen3-Next-80B-A3B-Instruct") == "Qwen/Qwen3-Next-80B-A3B-Instruct"
-    assert repository_id("hf://org/na.me_1") == "org/na.me_1"
+    for name in ("Qwen/Qwen3-Next-80B-A3B-Instruct", "hf://Qwen/Qwen3-Next-80B-A3B-Instruct"):
+        assert hub_name(name) == HubName("Qwen/Qwen3-Next-80B-A3B-Instruct")
+    assert hub_name("hf://org/na.me_1:UD-Q4_K_XL") == HubName("org/na.me_1", "UD-Q4_K_XL")
+    assert hub_name("hf.co/org/name:Q8_0") == HubName("org/name", "Q8_0")
+    assert hub_name("org/name/sub/x-Q8_0.gguf") == HubName("org/name", None, "sub/x-Q8_0.gguf")
     for local in (
         "name",
         "./name",
@@ -41,11 +44,11 @@ def test_what_counts_as_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "örg/name",
         "",
     ):
-        assert repository_id(local) is None
-    assert repository_id(Path("org/name")) is None
+        assert hub_name(local) is None
+    assert hub_name(Path("org/name")) is None
     (tmp_path / "org" / "name").mkdir(parents=True)
-    assert repository_id("org/name") is None
-    assert repository_id("hf://org/name") == "org/name"
+    assert hub_name("org/name") is None and hub_name("org/other/x.gguf") is None
+    assert hub_name("hf://org/name") == HubName("org/name")
 
 
 def test_download(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from godwit.checkpoint import open_checkpoint, read_raw_config
+from godwit.checkpoint import SafetensorsCheckpoint, open_checkpoint, read_raw_config
 from godwit.errors import CheckpointError, GodwitError, UnsupportedModelError, UsageError
 
 MakeModel = Callable[..., Path]
@@ -222,7 +222,7 @@ def test_mtp_names_are_kept(make_model: MakeModel) -> None:
 
 
 def test_tensors_are_views_and_read_into_copies(make_model: MakeModel) -> None:
-    checkpoint = open_checkpoint(make_model({"model.safetensors": A | B}))
+    checkpoint = SafetensorsCheckpoint(make_model({"model.safetensors": A | B}))
     assert checkpoint.tensor("a").data_ptr() == checkpoint.tensor("a").data_ptr()
     target = torch.full((4,), torch.nan, dtype=torch.float64, requires_grad=True)
     checkpoint.read_into("a", target)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from godwit.errors import CheckpointError, UnsupportedModelError
-from godwit.file_kinds import CONVERT, Kind, kind_of_file, next_step, refusal, repository
+from godwit.file_kinds import CONVERT, OLLAMA_BLOB, Kind, next_step, refusal, repository
 from godwit.safe_files import read_beginning
 
 INDEX = "model.safetensors.index.json"
@@ -128,24 +128,23 @@ def _refuse_parts(directory: Path, names: list[str]) -> None:
 
 
 def _gguf(directory: Path, names: list[str]) -> Kind | None:
-    """The kind of a directory of GGUF files, or one downloaded from a GGUF repository."""
+    """The kind of a directory of GGUF files none of which is a model by itself."""
     if {"blobs", "manifests"} <= set(names):
-        return Kind("Ollama's store, whose models are GGUF files (the format of llama.cpp)")
-    files = [name for name in names if name.lower().endswith(".gguf") or name.startswith("sha256-")]
-    for name in files:
-        kind = kind_of_file(directory / name)
-        if kind is not None and "GGUF" in kind.what:
-            what = "a GGUF file" if len(files) == 1 else f"{len(files)} GGUF files"
-            original = kind.original or original_of(directory)
-            return Kind(f"a directory of {what} (the format of llama.cpp)", original=original)
+        remedy = "give the name that a model has in Ollama, or one of the files in blobs"
+        return Kind("Ollama's store", remedy, foreign=False)
+    if any(OLLAMA_BLOB.fullmatch(name) for name in names):
+        return Kind("a directory of Ollama's blobs", "give the one that is a GGUF file", foreign=False)
+    if any(name.lower().endswith(".gguf") for name in names):
+        remedy = "give the GGUF file of the whole model, of a split set the first part"
+        return Kind("its GGUF files are parts of a model, or go beside one", remedy, foreign=False)
     if "gguf" in str(directory).lower():
-        return Kind("a repository of GGUF files (the format of llama.cpp)", original=original_of(directory))
+        return Kind("a repository of GGUF files, none of which is here", "fetch one of them", foreign=False)
     return None
 
 
 def _without_weights(directory: Path, names: list[str]) -> str:
     if not names:
-        return "an empty directory; give one with config.json and *.safetensors files"
+        return "an empty directory; give one with config.json and *.safetensors files, or a GGUF file"
     if any(name.endswith(_UNFINISHED) for name in names):
         return "an unfinished download; finish or repeat it"
     inside = _checkpoint_inside(directory)
@@ -153,7 +152,7 @@ def _without_weights(directory: Path, names: list[str]) -> str:
         return f"not a checkpoint, but {inside} is one; give that directory"
     if "config.json" in names:
         return "has a config.json but no weights (*.safetensors); fetch the weights too"
-    return "not a checkpoint; give a directory with config.json and *.safetensors files"
+    return "holds no checkpoint; give a directory with config.json and *.safetensors files, or a GGUF file"
 
 
 def _checkpoint_inside(directory: Path) -> Path | None:

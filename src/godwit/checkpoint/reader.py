@@ -7,13 +7,13 @@ import math
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from godwit.checkpoint import fp8
 from godwit.checkpoint.companions import read_companions
-from godwit.checkpoint.formats import check_directory, name_of_tensors, original_of
+from godwit.checkpoint.formats import check_directory, is_gguf, name_of_tensors, original_of
 from godwit.checkpoint.hub import locate, locate_config
 from godwit.checkpoint.layout import open_shards
 from godwit.checkpoint.protocol import TensorInfo, num_parameters
@@ -22,6 +22,9 @@ from godwit.checkpoint.spelling import EMBEDDING, HEAD, canonical_name
 from godwit.config import ModelConfig, read_config_json
 from godwit.errors import CheckpointError, UnsupportedModelError
 from godwit.file_kinds import next_step
+
+if TYPE_CHECKING:
+    from godwit.checkpoint.gguf import GgufCheckpoint
 
 # Tensors that accompany quantised weights: those of GPTQ, AWQ, compressed-tensors and bitsandbytes, and
 # scales in other layouts. A weight read without them would be noise.
@@ -257,25 +260,37 @@ def _is_coarse(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
     return math.prod(scale) == 1 or math.prod(scale) == math.prod(weight[:-1])
 
 
-def open_checkpoint(source: str | Path, *, revision: str | None = None) -> SafetensorsCheckpoint:
-    """Open a checkpoint: a local directory, or a Hub repository, which is downloaded unless it is cached.
+def open_checkpoint(
+    source: str | Path, *, revision: str | None = None
+) -> SafetensorsCheckpoint | GgufCheckpoint:
+    """Open a checkpoint: a directory, a GGUF file, or a Hub repository, which is downloaded unless cached.
 
-    ``organisation/name`` is a repository unless that local path exists, ``hf://organisation/name`` always is,
-    and a :class:`~pathlib.Path` is always local. ``revision`` is a branch, tag or commit of the repository.
+    Text of the form ``organisation/name`` names a repository if no such local path exists; the prefix ``hf://``
+    always does, and a :class:`~pathlib.Path` is always local. ``organisation/name:Q4_K_M`` and
+    ``organisation/name/FILE.gguf`` name a GGUF file of a repository, and ``name:tag`` a model that Ollama has
+    pulled. ``revision`` is a branch, tag or commit of the repository.
 
     Raises:
         CheckpointError: missing, damaged, malicious or incomplete; also a config without weights.
         UnsupportedModelError: quantised in an unsupported format.
         OfflineError: the Hub cannot be reached and the cache lacks the repository.
     """
-    return SafetensorsCheckpoint(locate(source, revision))
+    path = locate(source, revision)
+    return _open_gguf(path) if is_gguf(path) else SafetensorsCheckpoint(path)
 
 
 def read_raw_config(source: str | Path, *, revision: str | None = None) -> dict[str, Any]:
-    """The parsed ``config.json`` of a directory, the file itself or a Hub repository; no weights needed.
+    """The config of a directory, a bare ``config.json``, a GGUF file or a Hub repository; no weights needed.
 
     Raises:
         CheckpointError: missing, too large or not a JSON object.
         OfflineError: the Hub cannot be reached and the cache lacks the file.
     """
-    return read_config_json(locate_config(source, revision))
+    path = locate_config(source, revision)
+    return _open_gguf(path).raw_config if is_gguf(path) else read_config_json(path)
+
+
+def _open_gguf(path: Path) -> GgufCheckpoint:
+    from godwit.checkpoint.gguf import GgufCheckpoint  # most models need nothing of it
+
+    return GgufCheckpoint(path)

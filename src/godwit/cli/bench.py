@@ -20,7 +20,6 @@ from godwit.measure.report import result_row, write_json
 
 if TYPE_CHECKING:
     from godwit.checkpoint import Checkpoint
-    from godwit.checkpoint.packed import PackedFile
     from godwit.models.causal_lm import CausalLM
 
 USUAL_PROMPTS = (512, 4096)
@@ -122,13 +121,11 @@ def usual(numbers: Sequence[int], limit: int) -> tuple[int, ...]:
     return tuple(number for number in numbers if number <= limit) or (max(0, limit),)
 
 
-def opened(model: str | None) -> Checkpoint | PackedFile:
+def opened(model: str | None) -> Checkpoint:
     """Open the model's files without loading weights; benchmarks need no tokenizer."""
-    from godwit.checkpoint import open_checkpoint
-    from godwit.checkpoint.packed import PackedFile, is_packed
+    from godwit.models.open import open_source
 
-    source = common.source_of(model)
-    return PackedFile.open(source) if is_packed(source) else open_checkpoint(source)
+    return open_source(common.source_of(model))
 
 
 def describe(model: CausalLM, name: str) -> dict[str, Any]:

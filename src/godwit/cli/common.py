@@ -127,7 +127,7 @@ class OpenedModel:
 
 
 def open_model(model: str | None) -> OpenedModel:
-    """Find a model by directory or repository, or the built-in one.
+    """Find a model by path, repository or name, or the built-in one.
 
     Raises:
         CheckpointError: there is no such model, or this installation lacks the built-in one.
@@ -138,14 +138,13 @@ def open_model(model: str | None) -> OpenedModel:
     trusted = isinstance(source, Path)  # the built-in one
     with ThreadPoolExecutor(1) as pool:
         # A child process checks it while this one loads PyTorch.
-        early = pool.submit(Tokenizer.from_dir, source, trusted=trusted) if os.path.isdir(source) else None
+        known = os.path.isfile(os.path.join(source, "tokenizer.json"))
+        early = pool.submit(Tokenizer.from_dir, source, trusted=trusted) if known else None
         from godwit.models.open import open_source
 
         checkpoint = open_source(source)
-        if checkpoint.path.is_dir():
-            tokenizer = Tokenizer.from_dir(checkpoint.path) if early is None else early.result()
-        else:
-            tokenizer = embedded_tokenizer(checkpoint)
+        here = early is not None and checkpoint.path.is_dir()
+        tokenizer = early.result() if early and here else tokenizer_of(checkpoint)
     return OpenedModel(model or BUILT_IN, checkpoint, tokenizer)
 
 
@@ -160,14 +159,16 @@ def source_of(model: str | None) -> str | Path:
     return model
 
 
-def embedded_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer embedded in a single-file model.
+def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer in a model's directory, or inside a model of one file.
 
     Raises:
         CheckpointError: there is none, as in files made for benchmarks.
     """
     from godwit.text.tokenizer import Tokenizer
 
+    if checkpoint.path.is_dir():
+        return Tokenizer.from_dir(checkpoint.path)
     files = checkpoint.files()
     if "tokenizer.json" not in files:
         raise CheckpointError(

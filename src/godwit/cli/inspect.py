@@ -10,18 +10,30 @@ from pathlib import Path
 from typing import Any
 
 from godwit.checkpoint import Checkpoint, open_checkpoint, read_raw_config
+from godwit.checkpoint.choice import gguf_in
+from godwit.checkpoint.gguf import GgufCheckpoint
+from godwit.checkpoint.hub import hub_name
 from godwit.checkpoint.layout import INDEX
 from godwit.checkpoint.packed import PackedFile, is_packed
 from godwit.cli import common
 from godwit.cli.inspect_tables import show
-from godwit.cli.packed import PackedSizes, bytes_of_parts, checked_blobs, sizes_packed, weights_of
+from godwit.cli.packed import (
+    PackedSizes,
+    bytes_of_parts,
+    checked_blobs,
+    sizes_packed,
+    stored_parts,
+    weights_of,
+)
 from godwit.config import ModelConfig
-from godwit.errors import CheckpointError
+from godwit.errors import CheckpointError, GodwitError
 from godwit.measure.machine import memory
 from godwit.measure.planner import Sizes, sizes_of
 from godwit.models.inventory import count_mtp
 from godwit.models.loader import plan
 from godwit.models.names import canonical_name
+from godwit.models.packing import stored_recipe
+from godwit.models.recipe import tensor_blobs
 
 USUAL_CONTEXTS = (4096, 32768)
 RECIPES = ("q8", "q4")
@@ -50,6 +62,8 @@ def examine(model: str | Path, context: int | None = None) -> dict[str, Any]:
     if is_packed(model):
         return _examine_packed(PackedFile.open(model), str(model), context)
     checkpoint = _with_weights(model)
+    if isinstance(checkpoint, GgufCheckpoint):
+        return _examine_gguf(checkpoint, str(model), context)
     config = ModelConfig.from_dict(read_raw_config(model)) if checkpoint is None else checkpoint.config
     num_mtp = _count_mtp(config, checkpoint)
     sizes = sizes_of(config, num_mtp or 0)
@@ -81,6 +95,40 @@ def _examine_packed(packed: PackedFile, model: str, context: int | None) -> dict
         "weights": weights_of(blobs),
         "resident_packed": sizes.weights,
         **_room(sizes, packed.config, context),
+    }
+
+
+def _examine_gguf(checkpoint: GgufCheckpoint, model: str, context: int | None) -> dict[str, Any]:
+    """The report of a GGUF file; what it takes in memory is reckoned as it would be loaded."""
+    config = checkpoint.config
+    num_mtp = _count_mtp(config, checkpoint) or 0
+    sizes = sizes_of(config, num_mtp)
+    loaded = bytes_of_parts(tensor_blobs(config, num_mtp, stored_recipe(checkpoint)), config)
+    loaded_sizes = PackedSizes.of(sizes, loaded)
+    return {
+        "model": model,
+        **_shape(config, num_mtp),
+        "parameters": _parameters(sizes, None),
+        "stored": {"parts": stored_parts(checkpoint), "metadata": checkpoint.metadata},
+        "tokenizer": _tokenizer(checkpoint),
+        "cache": _cache(sizes, None),
+        "weights": _weights(checkpoint),
+        "resident_packed": loaded_sizes.weights,
+        "if_packed": {"q4": _if_packed(sizes, config, num_mtp, "q4")},
+        **_room(loaded_sizes, config, context),
+    }
+
+
+def _tokenizer(checkpoint: GgufCheckpoint) -> dict[str, Any]:
+    """Whether a file has a tokenizer that is read, and a chat template; else why not."""
+    try:
+        files = checkpoint.files()
+    except GodwitError as error:
+        return {"present": False, "chat_template": False, "problem": str(error)}
+    return {
+        "present": "tokenizer.json" in files,
+        "chat_template": "chat_template.jinja" in files,
+        "problem": None,
     }
 
 
@@ -131,11 +179,13 @@ def _room(sizes: Sizes, config: ModelConfig, context: int | None) -> dict[str, A
 
 
 def _with_weights(model: str | Path) -> Checkpoint | None:
-    """The checkpoint if it is a local directory with weights; opened, but not loaded."""
-    path = Path(model)
-    if path.is_dir() and ((path / INDEX).exists() or any(path.glob("*.safetensors"))):
-        return open_checkpoint(path)
-    return None
+    """The checkpoint, if its weights are here or one file is named; opened, but no weights are read."""
+    path, name = Path(model), hub_name(model)
+    if path.is_dir():
+        here = (path / INDEX).exists() or any(path.glob("*.safetensors")) or gguf_in(path) is not None
+    else:
+        here = path.suffix != ".json" if name is None else name.is_choice
+    return open_checkpoint(model) if here else None
 
 
 def _count_mtp(config: ModelConfig, checkpoint: Checkpoint | None) -> int | None:

@@ -72,12 +72,26 @@ def _weight_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         metadata = packed["metadata"].items()
         rows += [(name, escape(text)) for name, text in metadata if name in ("recipe", "source")]
         rows.append(("files inside", ", ".join(packed["files"]) or "none"))
+    if "stored" in report:
+        rows += _gguf_rows(report)
     return rows
 
 
+def _gguf_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a GGUF file says of itself, and of its tokenizer."""
+    metadata, tokenizer = report["stored"]["metadata"], report["tokenizer"]
+    named = {"name": "general.name", "licence": "general.license"}
+    rows = [(title, escape(metadata[key])) for title, key in named.items() if key in metadata]
+    template = "with a chat template" if tokenizer["chat_template"] else "without a chat template"
+    text = template if tokenizer["present"] else tokenizer["problem"] or "none, so it cannot chat"
+    return [*rows, ("tokenizer", escape(text))]
+
+
 def _parts(report: dict[str, Any]) -> Table:
-    """Parameters by part; for packed files, bytes and bits instead of the parameters read per token."""
-    parameters, packed = report["parameters"], report.get("packed", {}).get("parts", {})
+    """Parameters by part; for packed files bytes and bits instead of the parameters read per token."""
+    parameters = report["parameters"]
+    packed = (report.get("packed") or report.get("stored") or {}).get("parts", {})
+    typed = "stored" in report
     table = Table(box=box.SIMPLE, show_footer=True, padding=(0, 1), pad_edge=False)
     table.add_column("parameters", "total", overflow="fold")
     table.add_column("total", f"{parameters['total']:,}", justify="right", no_wrap=True)
@@ -87,18 +101,26 @@ def _parts(report: dict[str, Any]) -> Table:
         table.add_column("bits", f"{8 * stored / parameters['total']:.2f}", justify="right", no_wrap=True)
     else:
         table.add_column("read per token", f"{parameters['active']:,}", justify="right", no_wrap=True)
+    if typed:
+        table.add_column("types", overflow="fold")
     for name, part in parameters["parts"].items():
         if not (part["total"] or part["active"]):
             continue
         own = packed.get(name)
         if own:
-            more = [size_text(own["bytes"]), f"{own['bits']:.2f}"]
+            more = [size_text(own["bytes"]), f"{own['bits']:.2f}", *_types(own)]
         else:
             more = ["", ""] if packed else [f"{part['active']:,}" if part["active"] else ""]
         table.add_row(PARTS[name], f"{part['total']:,}", *more)
     if parameters["mtp_if_present"]:
         table.add_row("(prediction module, if any)", f"({parameters['mtp_if_present']:,})", "")
     return table
+
+
+def _types(part: dict[str, Any]) -> list[str]:
+    """The stored types of a part, those of the most bytes first."""
+    held = part.get("types")
+    return [", ".join(sorted(held, key=lambda kind: -held[kind]))] if held else []
 
 
 def _memory(report: dict[str, Any]) -> Table:
@@ -131,13 +153,21 @@ def _machine_text(report: dict[str, Any]) -> str:
 
 def _verdict(report: dict[str, Any]) -> str:
     longest, most = report["longest_context"], report["max_context"]
-    weights = "packed weights" if "packed" in report else "weights in bfloat16"
+    weights = _weights_text(report)
     if longest is None:
         return f"It is unknown whether {weights} fit."
     if report["spare_without_context"] < 0:
         return f"With {weights} the model is {size_text(-report['spare_without_context'])} too large."
     share = "all" if longest == most else f"{longest:,}"
     return f"With {weights}, {share} of {most:,} tokens of context fit."
+
+
+def _weights_text(report: dict[str, Any]) -> str:
+    if "packed" in report:
+        return "packed weights"
+    if "stored" in report:
+        return f"weights as they are loaded ({size_text(report['resident_packed'])})"
+    return "weights in bfloat16"
 
 
 def _packed_texts(report: dict[str, Any]) -> list[str]:

@@ -18,12 +18,12 @@ from godwit.errors import UsageError
 from godwit.text.chat_template import Effort
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-QuantizeName = Literal["q8", "q4"]
+QuantizeName = Literal["q8", "q4", "bf16"]
 
 Model = Annotated[
     str | None,
     typer.Argument(
-        help="A directory, a packed file or a Hugging Face repository; default: the built-in model.",
+        help="A directory, GGUF file, packed file or Hugging Face repository; default: built-in.",
         metavar="MODEL",
     ),
 ]
@@ -49,12 +49,12 @@ Dtype = Annotated[
 ]
 Quantize = Annotated[
     QuantizeName | None,
-    typer.Option(help="Quantize the weights to 8 or 4 bits while loading; see godwit quantize."),
+    typer.Option(help="Pack the weights to q8, q4 or bf16 while loading; see godwit quantize."),
 ]
 Original = Annotated[
     str,
     typer.Argument(
-        help="A directory, a Hugging Face repository, or built-in; not a packed file.", metavar="MODEL"
+        help="A directory, GGUF file, Hugging Face repository, or built-in; not packed.", metavar="MODEL"
     ),
 ]
 RecipeName = Annotated[

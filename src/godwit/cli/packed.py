@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from godwit.checkpoint import Checkpoint
 from godwit.checkpoint.packed import PackedFile
 from godwit.checkpoint.packed_layout import ExpertStack, Matrix, Plain, TensorBlob
 from godwit.config import ModelConfig
@@ -13,6 +16,7 @@ from godwit.errors import CheckpointError
 from godwit.measure import planner
 from godwit.measure.planner import Sizes
 from godwit.models.inventory import count_mtp, parameters
+from godwit.models.loader import plan
 from godwit.models.recipe import QuantRecipe, tensor_blobs
 
 
@@ -58,9 +62,31 @@ def bytes_of_parts(blobs: Mapping[str, TensorBlob], config: ModelConfig) -> dict
         part = found.setdefault(parts[name], {"weights": 0, "bytes": 0})
         part["weights"] += blob.num_weights
         part["bytes"] += blob.nbytes
-    for part in found.values():
+    return _largest_first(found)
+
+
+def stored_parts(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """Weights, bytes, bits a weight and stored types of each part of a checkpoint, the largest first.
+
+    Raises:
+        CheckpointError: its tensors do not fit its config.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    placements, actual, num_mtp = plan(checkpoint)
+    parts = {p.name: p.part for p in parameters(checkpoint.config, num_mtp)}
+    for source, part in {one.source: parts[one.target] for one in placements}.items():
+        info = checkpoint.info(actual[source])
+        own = found.setdefault(part, {"weights": 0, "bytes": 0, "types": Counter[str]()})
+        own["weights"] += math.prod(info.shape)
+        own["bytes"] += info.nbytes
+        own["types"][info.stored] += info.nbytes
+    return _largest_first(found)
+
+
+def _largest_first(parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    for part in parts.values():
         part["bits"] = 8 * part["bytes"] / part["weights"]
-    return dict(sorted(found.items(), key=lambda item: -int(item[1]["bytes"])))
+    return dict(sorted(parts.items(), key=lambda item: -int(item[1]["bytes"])))
 
 
 def weights_of(blobs: Mapping[str, TensorBlob]) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from godwit.checkpoint import Checkpoint, open_checkpoint, read_raw_config
+from godwit.checkpoint.formats import is_gguf
+from godwit.checkpoint.gguf import GgufCheckpoint
 from godwit.checkpoint.packed import PackedFile
 from godwit.checkpoint.protocol import num_parameters
 from godwit.cli import common
@@ -25,6 +27,7 @@ from godwit.config import ModelConfig
 from godwit.errors import MemoryBudgetError, UsageError
 from godwit.measure.machine import memory
 from godwit.models.inventory import PARTS
+from godwit.models.packing import stored_recipe
 from godwit.models.recipe import QuantRecipe
 from godwit.shrink.importance import read_importance
 from godwit.shrink.quantize import PackingReport, quantize_checkpoint
@@ -33,6 +36,7 @@ from godwit.shrink.synth import synthesize
 if TYPE_CHECKING:
     from godwit.measure.quality import Quality
 
+DEFAULT = "q4"
 MAX_TEXT_BYTES = 64 << 20
 _STOPPED = "{out} is not finished; run the same command again to continue from {out}.partial"
 
@@ -41,7 +45,7 @@ def run_quantize(
     model: str,
     out: Path,
     *,
-    recipe: str,
+    recipe: str | None,
     importance: Path | None,
     evaluate: Path | None,
     threads: int | None,
@@ -53,8 +57,10 @@ def run_quantize(
     Raises: the errors of loading and packing; MemoryBudgetError if the original does not fit for comparison.
     """
     common.use_threads(threads)
-    rules = QuantRecipe.find(recipe)
+    asked = None if recipe is None else QuantRecipe.find(recipe)
     checkpoint = open_checkpoint(common.source_of(model))
+    as_stored = asked is None and isinstance(checkpoint, GgufCheckpoint)
+    rules = asked or (stored_recipe(checkpoint) if as_stored else QuantRecipe.find(DEFAULT))
     _check_tokenizer(checkpoint)
     ids = None if evaluate is None else read_text(evaluate, checkpoint, "--evaluate")
     values = None if importance is None else read_importance(importance)
@@ -62,6 +68,8 @@ def run_quantize(
         report = quantize_checkpoint(
             checkpoint, out, rules, importance=values, progress=progress, restart=restart
         )
+    for line in report.notices if as_stored else ():
+        print(line, file=sys.stderr)
     quality = None if ids is None else _compare(checkpoint, out, ids)
     _print(report, checkpoint.config, quality, as_json=as_json)
 
@@ -98,7 +106,13 @@ def run_verify(file: Path, *, as_json: bool = False) -> None:
 
     Raises:
         CheckpointError: the file is damaged.
+        UsageError: it is a GGUF file, which has no checksums.
     """
+    if is_gguf(file):
+        raise UsageError(
+            f"{file}: a GGUF file holds no checksums to verify; compare its SHA-256 with the one given where "
+            "it came from"
+        )
     packed = PackedFile.open(file)
     with working("reading") as progress:
         packed.verify(progress)
@@ -125,12 +139,10 @@ def working(what: str) -> Iterator[Callable[[int, int], None]]:
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:
     """Check the tokenizer before the slow part; warn if there is none."""
-    from godwit.text.tokenizer import Tokenizer
-
-    if (checkpoint.path / "tokenizer.json").is_file():
-        Tokenizer.from_dir(checkpoint.path)
+    if "tokenizer.json" in checkpoint.files():
+        common.tokenizer_of(checkpoint)
     else:
-        without = "has no tokenizer.json, so the packed model can only be used with godwit bench and inspect"
+        without = "has no tokenizer, so the packed model can be measured but not used for chat"
         print(f"warning: {checkpoint.path} {without}", file=sys.stderr)
 
 
@@ -141,8 +153,6 @@ def read_text(path: Path, checkpoint: Checkpoint, what: str) -> list[int]:
         UsageError: the text cannot be read, or is too short or too long.
         MemoryBudgetError: the original, which `what` needs, does not fit in memory.
     """
-    from godwit.text.tokenizer import Tokenizer
-
     try:
         if path.stat().st_size > MAX_TEXT_BYTES:
             raise UsageError(
@@ -153,7 +163,7 @@ def read_text(path: Path, checkpoint: Checkpoint, what: str) -> list[int]:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error}); give another file") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 text ({error.reason}); give another file") from None
-    ids = Tokenizer.from_dir(checkpoint.path).encode(text)
+    ids = common.tokenizer_of(checkpoint).encode(text)
     if len(ids) < 2:
         raise UsageError(f"{path}: has {len(ids)} tokens; at least two are needed")
     needed = 2 * num_parameters(checkpoint)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +10,6 @@ import torch
 
 from godwit import _native
 from godwit.checkpoint import Checkpoint, open_checkpoint
-from godwit.checkpoint.formats import is_gguf
 from godwit.checkpoint.packed import PackedFile, is_packed
 from godwit.checkpoint.protocol import main_dtype, num_parameters
 from godwit.errors import UsageError
@@ -21,7 +20,7 @@ from godwit.models.packing import Packer, Progress, pack_checkpoint, stored_reci
 from godwit.models.recipe import QuantRecipe
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-QuantizeName = Literal["q8", "q4"]
+QuantizeName = Literal["q8", "q4", "bf16"]
 
 
 def open_source(source: str | Path, *, revision: str | None = None) -> Checkpoint:
@@ -38,10 +37,6 @@ def open_source(source: str | Path, *, revision: str | None = None) -> Checkpoin
     """
     if is_packed(source):
         return PackedFile.open(source)
-    if is_gguf(source):
-        from godwit.checkpoint.gguf import GgufCheckpoint
-
-        return GgufCheckpoint(Path(source))
     return open_checkpoint(source, revision=revision)
 
 
@@ -61,7 +56,7 @@ def load_weights(
         dtype: anything but "auto" selects PyTorch and this dtype.
         quantize: the recipe to pack with; None: as stored, see :func:`stored_recipe`.
         progress: called with (done, total), in weights or tensors.
-        notice: called with a line about the loss from packing as bf16, if any.
+        notice: called with a line for each kind of stored weights that packing may have changed.
         available: free memory in bytes, which decides the dtype on PyTorch; None: unknown.
 
     Raises:
@@ -111,14 +106,19 @@ def resolve_dtype(name: DtypeName, checkpoint: Checkpoint, available: int | None
 def changes(packer: Packer) -> list[str]:
     """The loss from packing a checkpoint as stored, one line for each kind of change."""
     lines = [rounding_line(packer.rounding)] if packer.rounding.matrices else []
+    if packer.exact:
+        lines.append(f"{_amount(packer.exact)} are packed as q8, which holds every one of them exactly")
     if packer.decoded:
-        kinds = ", ".join(sorted(packer.decoded))
-        weights = sum(packer.decoded.values())
+        size = sum(packer.decoded.values()) * 8.5 / 8e9
         lines.append(
-            f"{kinds} weights ({weights / 1e6:,.0f}M) are packed as q8, {weights * 8.5 / 8e9:,.2f} GB: close "
-            "to the file's values but not bit for bit; --dtype float32 keeps every bit, far slower"
+            f"{_amount(packer.decoded)} are packed as q8, {size:,.2f} GB: close to the file's values but not "
+            "bit for bit; --quantize bf16 is closer in twice the memory, --dtype float32 keeps every bit"
         )
     return lines
+
+
+def _amount(weights: Mapping[str, int]) -> str:
+    return f"{', '.join(sorted(weights))} weights ({sum(weights.values()) / 1e6:,.1f}M)"
 
 
 def rounding_line(rounding: Rounding) -> str:

@@ -5,6 +5,7 @@ In addition to the result, this needs memory for one stored matrix or a few expe
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -80,7 +81,8 @@ class Packer:
         blobs: the packed tensors by name.
         num_mtp: MTP layers found in the checkpoint.
         rounding: the loss from storing matrices as bf16 so far.
-        decoded: weights in blocks that no packed format represents exactly, by their stored type.
+        exact: weights in blocks that were packed without rounding, by their stored type.
+        decoded: those of which the chosen format does not hold every value.
 
     Raises:
         CheckpointError: the checkpoint does not match its config.
@@ -98,6 +100,7 @@ class Packer:
         placements, self._actual, self.num_mtp = plan(checkpoint)
         self.blobs = tensor_blobs(checkpoint.config, self.num_mtp, recipe)
         self.rounding = Rounding()
+        self.exact: Counter[str] = Counter()
         self.decoded: Counter[str] = Counter()
         self._checkpoint, self._importance = checkpoint, importance
         self._placements = defaultdict[str, list[Placement]](list)
@@ -227,9 +230,10 @@ class Packer:
         for one, groups in zip(placements, found, strict=True):
             if groups is None:
                 return None
-            if len(found) == 1 and not one.index:
-                return groups
             codes[one.index], scales[one.index] = groups
+        with self._lock:
+            for one in placements:
+                self.exact[self._checkpoint.info(self._actual[one.source]).stored] += math.prod(one.shape)
         return codes, scales
 
     def _assembled(self, placements: list[Placement], shape: tuple[int, ...]) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from godwit.checkpoint import Checkpoint, open_checkpoint
 from godwit.checkpoint.packed_layout import ExpertStack, Matrix, TensorBlob
 from godwit.checkpoint.packed_writer import PackedWriter
 from godwit.errors import UsageError
+from godwit.models.open import changes
 from godwit.models.packing import Packer, Progress
 from godwit.models.recipe import QuantRecipe
 
@@ -34,6 +36,7 @@ class PackingReport:
         blobs: its tensors by name.
         seconds: duration of this run.
         resumed: number of tensors written by an earlier run.
+        notices: what packing changed in this run, a line for each kind of change.
     """
 
     path: Path
@@ -41,6 +44,7 @@ class PackingReport:
     blobs: Mapping[str, TensorBlob]
     seconds: float
     resumed: int
+    notices: Sequence[str] = ()
 
 
 def quantize_checkpoint(
@@ -96,6 +100,7 @@ def quantize_checkpoint(
             packer.blobs,
             time.monotonic() - started,
             len(packer.blobs) - len(missing),
+            changes(packer),
         )
 
 
@@ -134,7 +139,9 @@ def _identity(checkpoint: Checkpoint, importance: Mapping[str, Tensor]) -> str:
         info = checkpoint.info(name)
         digest.update(f"{name} {info.shape} {info.stored}\n".encode())
     for name in names[:: -(-len(names) // _SAMPLES) or 1]:
-        values = checkpoint.tensor(name).reshape(-1)
+        shape, dtype = checkpoint.info(name).shape, checkpoint.info(name).dtype
+        rows = -(-_SAMPLE_BYTES // max(1, math.prod(shape[1:]) * dtype.itemsize))
+        values = checkpoint.tensor(name, slice(0, rows) if shape else None).reshape(-1)
         digest.update(bytes(values[: _SAMPLE_BYTES // values.itemsize].view(torch.uint8).numpy()))
         checkpoint.release(name)
     for name, values in sorted(importance.items()):

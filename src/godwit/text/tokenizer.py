@@ -74,7 +74,11 @@ class Tokenizer:
             self._by_text = {token.content: token for token in self._added if token.content}
             self._forbidden = self._find_forbidden(raw["model"])
             self._first_only = '"prepend_scheme": "first"' in json.dumps(raw.get("pre_tokenizer"))
-            self._bare = load(without_prefix(raw)) if self._first_only or self._forbidden else self._base
+            bare = without_prefix(raw)
+            needed = self._first_only or self._forbidden
+            # Not loaded a second time where nothing differs: large vocabularies take seconds.
+            same = all(bare[key] == raw.get(key) for key in ("normalizer", "pre_tokenizer"))
+            self._bare = load(bare) if needed and not same else self._base
             self._raw = raw
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"it is not a valid tokenizer ({error!r})") from None

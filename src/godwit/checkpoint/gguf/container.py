@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from godwit.checkpoint.choice import SPLIT
 from godwit.checkpoint.gguf.types import REPACKED, TYPES, BlockType
 from godwit.checkpoint.safetensors import map_file, shown
 from godwit.errors import CheckpointError, UnsupportedModelError
@@ -36,7 +36,6 @@ _SCALARS: dict[int, tuple[str, int]] = {
     0: ("<u1", 1), 1: ("<i1", 1), 2: ("<u2", 2), 3: ("<i2", 2), 4: ("<u4", 4), 5: ("<i4", 4), 6: ("<f4", 4),
     _BOOL: ("<u1", 1), 10: ("<u8", 8), 11: ("<i8", 8), 12: ("<f8", 8),
 }  # fmt: skip
-_SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.ASCII | re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +107,7 @@ def open_parts(path: Path) -> list[GgufFile]:
     count = int(first.keys.get("split.count", 0) or 0)
     if count <= 1:
         return [first]
-    match = _SPLIT.fullmatch(path.name)
+    match = SPLIT.fullmatch(path.name)
     if match is None:
         raise CheckpointError(
             f"{path}: one of {count} parts, but its name does not end in -00001-of-{count:05d}.gguf; "

@@ -6,7 +6,7 @@ The architecture determines what the file does not state: output gates, norms, t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def read_config(found: Metadata, shapes: Mapping[str, tuple[int, ...]]) -> dict[
         "model_type": model_type,
         "vocab_size": shapes.get("token_embd.weight", (found.integer("vocab_size", 0),))[0],
         "hidden_size": found.integer("embedding_length"),
-        "num_hidden_layers": num_trunk_layers(found),
+        "num_hidden_layers": num_trunk_layers(found, shapes),
         "num_attention_heads": heads,
         "num_key_value_heads": found.integer("attention.head_count_kv", heads),
         "head_dim": _head_dim(found, heads),
@@ -105,7 +105,7 @@ def read_config(found: Metadata, shapes: Mapping[str, tuple[int, ...]]) -> dict[
         **_feed_forward(found, num_experts),
     }
     if arch in _HYBRID:
-        config.update(_delta(found))
+        config.update(_delta(found, config["num_hidden_layers"]))
         config["partial_rotary_factor"] = config["rope_parameters"]["partial_rotary_factor"]
     if num_mtp_layers(found):
         config["mtp_num_hidden_layers"] = num_mtp_layers(found)
@@ -117,10 +117,14 @@ def num_mtp_layers(found: Metadata) -> int:
     return found.integer("nextn_predict_layers", 0)
 
 
-def num_trunk_layers(found: Metadata) -> int:
-    """Decoder layers; ``block_count`` counts those of MTP too, but not in files of Ollama's own converter."""
-    mtp = 0 if is_from_ollama(found.keys, found.architecture) else num_mtp_layers(found)
-    return found.integer("block_count") - mtp
+def num_trunk_layers(found: Metadata, names: Iterable[str]) -> int:
+    """Decoder layers of a file with tensors of these names.
+
+    ``block_count`` counts the layers of MTP too, but not in files of Ollama's own converter.
+    """
+    beside = is_from_ollama(found.keys, found.architecture) or any(name.startswith("mtp.") for name in names)
+    inside = any(".nextn." in name for name in names)
+    return found.integer("block_count") - (num_mtp_layers(found) if inside or not beside else 0)
 
 
 def is_from_ollama(keys: Mapping[str, Any], arch: str) -> bool:
@@ -160,7 +164,7 @@ def _feed_forward(found: Metadata, num_experts: int) -> dict[str, Any]:
     }
 
 
-def _delta(found: Metadata) -> dict[str, Any]:
+def _delta(found: Metadata, count: int) -> dict[str, Any]:
     heads, inner = found.integer("ssm.time_step_rank"), found.integer("ssm.inner_size")
     if heads < 1 or inner % heads:
         raise CheckpointError(f"{found.path}: ssm.inner_size {inner} is not divided by {heads} heads")
@@ -170,12 +174,12 @@ def _delta(found: Metadata) -> dict[str, Any]:
         "linear_key_head_dim": found.integer("ssm.state_size"),
         "linear_value_head_dim": inner // heads,
         "linear_conv_kernel_dim": found.integer("ssm.conv_kernel"),
-        "layer_types": _layer_types(found),
+        "layer_types": _layer_types(found, count),
     }
 
 
-def _layer_types(found: Metadata) -> list[str]:
-    count, recurrent = num_trunk_layers(found), found.get("attention.recurrent_layers")
+def _layer_types(found: Metadata, count: int) -> list[str]:
+    recurrent = found.get("attention.recurrent_layers")
     if isinstance(recurrent, np.ndarray) and recurrent.size >= count:
         linear = [bool(value) for value in recurrent[:count]]
     else:

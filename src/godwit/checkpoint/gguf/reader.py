@@ -107,8 +107,10 @@ class GgufCheckpoint:
     def files(self) -> dict[str, bytes]:
         """The tokenizer, chat template and generation settings as files of a checkpoint directory.
 
+        None where the file holds no tokenizer.
+
         Raises:
-            CheckpointError: the file has no tokenizer, or a damaged one.
+            CheckpointError: a damaged tokenizer.
             UnsupportedModelError: its tokenizer is of a kind that is not read.
         """
         return tokenizer.as_files(self._keys)
@@ -149,15 +151,15 @@ class GgufCheckpoint:
 
     def _read_names(self) -> dict[str, Source]:
         arch, config = self._keys.architecture, self.raw_config
-        heads = Heads.of(config, pairs=arch == "llama", tiled=self._tiled(arch))
-        names = Names(
-            self._shapes(),
-            config["num_hidden_layers"],
-            heads,
-            zero_centered=arch in ("qwen3next", "qwen35", "qwen35moe"),
-            mixtral=config["model_type"] == "mixtral",
-        )
+        num_layers = len(self.config.layers)  # checked first: orders of rows are as long as heads are wide
         try:
+            names = Names(
+                self._shapes(),
+                num_layers,
+                Heads.of(config, pairs=arch == "llama", tiled=self._tiled(arch)),
+                zero_centered=arch in ("qwen3next", "qwen35", "qwen35moe"),
+                mixtral=config["model_type"] == "mixtral",
+            )
             return dict(names.sources())
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: {error}") from None

@@ -4,6 +4,7 @@ All rules are in this file:
 
 * rows and columns are permuted back: llama's rotary pairs, tiled value heads of Qwen3.5;
 * zero-centred norms lose the 1 that was added, ``ssm_a`` becomes ``A_log`` again;
+* in files of Ollama's own converter the MTP module has its published names, and norms without the 1;
 * stacks of experts become one tensor per expert, as in most checkpoints.
 """
 
@@ -55,9 +56,16 @@ class Heads:
 
     @staticmethod
     def of(config: Mapping[str, Any], *, pairs: bool, tiled: bool) -> Heads:
+        """Raises: CheckpointError: numbers of heads that do not fit each other."""
+
         def size(name: str) -> int:
             return int(config.get(name, 0))
 
+        keys, values = size("linear_num_key_heads"), size("linear_num_value_heads")
+        if values and (keys < 1 or values % keys):
+            raise CheckpointError(f"{values} value heads are not divided by {keys} key heads")
+        if pairs and (size("head_dim") < 2 or size("head_dim") % 2):
+            raise CheckpointError(f"heads of {size('head_dim')} have no rotary pairs")
         return Heads(
             size("num_attention_heads"),
             size("num_key_value_heads"),
@@ -137,6 +145,13 @@ _TOP = {
 _EXPERTS = {"gate": ("gate_proj", "w1"), "up": ("up_proj", "w3"), "down": ("down_proj", "w2")}
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)", re.ASCII)
 _ONE_EXPERT = re.compile(r"ffn_(gate|up|down)\.(\d+)\.weight", re.ASCII)
+#: MTP as Ollama's converter writes it; its layers have the usual names behind "mtp.layers.N.".
+_OLLAMA_MTP = {
+    **{name: name for name in _MTP.values()},
+    "mtp.shared_head.norm.weight": "mtp.norm.weight",
+}
+_OLLAMA_LAYER = re.compile(r"(mtp\.layers\.\d+\.)(.+)", re.ASCII)
+_OLLAMA_EXPERT = re.compile(r"mtp\.layers\.\d+\.mlp\.experts\.\d+\.(gate|up|down)_proj\.weight", re.ASCII)
 #: Tensors for other programs, or of parts other than the language model.
 _BESIDE = re.compile(r"rope_freqs\.weight|(v|mm|a)\..*|.*\.(input_scale|scale)", re.ASCII)
 
@@ -158,7 +173,15 @@ class Names:
             CheckpointError: a tensor that no rule knows.
         """
         for name, shape in self.shapes.items():
+            if name.endswith("_exps.weight") and len(shape) != 3:
+                raise CheckpointError(f"tensor {name!r:.80} of shape {list(shape)} is no stack of experts")
             if _BESIDE.fullmatch(name):
+                continue
+            if name in _OLLAMA_MTP or _OLLAMA_EXPERT.fullmatch(name):
+                yield _OLLAMA_MTP.get(name, name), Source(name, shape)
+                continue
+            if (mtp := _OLLAMA_LAYER.fullmatch(name)) is not None:
+                yield from self._block(name, mtp[1], mtp[2], shape)
                 continue
             block = _BLOCK.fullmatch(name)
             if block is None:
@@ -173,7 +196,7 @@ class Names:
 
     def _norm_undo(self, name: str) -> Undo | None:
         is_norm = name.endswith("norm.weight") and not name.endswith("ssm_norm.weight")
-        return minus_one if self.zero_centered and is_norm else None
+        return minus_one if self.zero_centered and is_norm and not name.startswith("mtp.") else None
 
     def _block(
         self, name: str, prefix: str, rest: str, shape: tuple[int, ...]
@@ -192,7 +215,7 @@ class Names:
     def _attention(
         self, name: str, prefix: str, rest: str, shape: tuple[int, ...]
     ) -> Iterator[tuple[str, Source]]:
-        kind, leaf = rest.split(".", 1)
+        kind, _, leaf = rest.partition(".")
         rows = {
             "attn_q": self.heads.rotary_rows(self.heads.num_heads),
             "attn_k": self.heads.rotary_rows(self.heads.num_kv_heads),

@@ -34,9 +34,13 @@ _WORDS: dict[str, str | None] = {
     "gpt-2": None,
     "default": None,
 }
+_NONE = (None, "none", "no_vocab")
 _NORMALIZED = ("qwen2", "qwen35")  # to NFC
 _MARKS = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token"}
 _ENDS = ("eos", "eot", "eom")
+#: Control tokens that end an answer, whatever the file names as its EOS.
+_END_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
+_LLAMA3 = ("llama-bpe", "llama3")
 _SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
              "penalty_repeat": "repetition_penalty"}  # fmt: skip
 
@@ -44,10 +48,14 @@ _SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p":
 def as_files(found: Metadata) -> dict[str, bytes]:
     """``tokenizer.json``, ``tokenizer_config.json``, ``generation_config.json`` and ``chat_template.jinja``.
 
+    None of them where the file holds no tokenizer.
+
     Raises:
-        CheckpointError: no tokenizer, or lists that do not match.
+        CheckpointError: lists that do not match.
         UnsupportedModelError: an unsupported kind of tokenizer.
     """
+    if found.keys.get("tokenizer.ggml.model") in _NONE:
+        return {}
     return _Tokenizer(found).files()
 
 
@@ -56,10 +64,8 @@ class _Tokenizer:
         self._found, self._where = found, found.path
         self._model = self._key("model")
         tokens = self._key("tokens")
-        if self._model in (None, "none", "no_vocab") or not isinstance(tokens, list) or not tokens:
-            raise CheckpointError(
-                f"{self._where}: holds no tokenizer; give a file that does, or the original checkpoint"
-            )
+        if not isinstance(tokens, list) or not tokens:
+            raise CheckpointError(f"{self._where}: its tokenizer has no tokens; fetch the file again")
         self._tokens: list[str] = tokens
         self._types = self._numbers("token_type", [1] * len(tokens))
         if self._model not in ("gpt2", "llama"):
@@ -70,8 +76,7 @@ class _Tokenizer:
     def files(self) -> dict[str, bytes]:
         named = {name: self._id(mark) for mark, name in _MARKS.items()}
         settings = {name: self._tokens[id] for name, id in named.items() if id is not None}
-        ends = sorted({id for mark in _ENDS if (id := self._id(mark)) is not None})
-        generation: dict[str, Any] = {"eos_token_id": ends}
+        generation: dict[str, Any] = {"eos_token_id": self._ends()}
         for theirs, ours in _SAMPLING.items():
             value = self._found.keys.get(f"general.sampling.{theirs}")
             if isinstance(value, (int, float)):
@@ -85,6 +90,11 @@ class _Tokenizer:
         if isinstance(template, str) and template:
             texts["chat_template.jinja"] = template
         return {name: text.encode() for name, text in texts.items()}
+
+    def _ends(self) -> list[int]:
+        named = {id for mark in _ENDS if (id := self._id(mark)) is not None}
+        known = (self._tokens.index(token) for token in _END_TOKENS if token in self._tokens)
+        return sorted(named | {id for id in known if self._types[id] == _CONTROL})
 
     def _own(self) -> str | None:
         """A whole tokenizer.json, which some files carry."""
@@ -121,7 +131,7 @@ class _Tokenizer:
             "decoder": {**byte_level, "use_regex": True},
             "model": {
                 "type": "BPE", "vocab": self._vocabulary(), "merges": merges,
-                "ignore_merges": rule in ("llama-bpe", "llama3"),
+                "ignore_merges": rule in _LLAMA3,
             },
         }  # fmt: skip
 
@@ -154,13 +164,15 @@ class _Tokenizer:
     def _merges(self, scores: list[float]) -> list[list[str]]:
         """The merges of a SentencePiece vocabulary: every way to split a token in two, best score first."""
         ids = {token: id for id, token in enumerate(self._tokens) if self._types[id] in (1, _USER)}
-        found: list[tuple[float, int, int, str, str]] = []
+        found: list[tuple[float, str, str]] = []
         for token, id in ids.items():
             for cut in range(1, len(token)):
                 left, right = token[:cut], token[cut:]
                 if left in ids and right in ids:
-                    found.append((-scores[id], ids[left], ids[right], left, right))
-        return [[left, right] for *_, left, right in sorted(found)]
+                    found.append((scores[id], left, right))
+        # Among pieces of the same score longer left parts go first, as transformers has them.
+        found.sort(key=lambda one: (-one[0], -len(one[1])))
+        return [[left, right] for _, left, right in found]
 
     def _vocabulary(self) -> dict[str, int]:
         vocabulary = {token: id for id, token in enumerate(self._tokens)}
@@ -178,7 +190,8 @@ class _Tokenizer:
 
     def _around(self) -> dict[str, Any] | None:
         """The post-processor of plain text: adds BOS and EOS if the file says so."""
-        default = self._model == "llama"  # llama.cpp adds a BOS token unless a SentencePiece file says no
+        # llama.cpp adds a BOS token to these unless the file says no.
+        default = self._model == "llama" or self._key("pre") in _LLAMA3
         begin = self._id("bos") if self._found.keys.get("tokenizer.ggml.add_bos_token", default) else None
         end = self._id("eos") if self._found.keys.get("tokenizer.ggml.add_eos_token", False) else None
         if begin is None and end is None:

@@ -15,7 +15,7 @@ def inspect(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A directory, packed file, config.json or Hugging Face repository; default: built-in model.",
+            help="A directory, GGUF or packed file, config.json or Hub repository; default: built-in.",
             metavar="MODEL",
         ),
     ] = None,

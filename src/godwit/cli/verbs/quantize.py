@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from godwit.cli.options import AsJson, Original, RecipeName, Restart, Threads, verb
+from godwit.cli.options import AsJson, Original, Restart, Threads, verb
 
 
 @verb("quantize", "run_quantize")
@@ -15,7 +15,15 @@ def quantize(
     *,
     model: Original,
     out: Annotated[Path, typer.Argument(help="The packed file to create.", metavar="OUT.godwit")],
-    recipe: RecipeName = "q4",
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            "--format",
+            help="q4, q8, bf16, or a TOML file with formats; without it, q4; of a GGUF file what it holds.",
+            metavar="NAME|FILE",
+        ),
+    ] = None,
     importance: Annotated[
         Path | None,
         typer.Option(help="The importance of each matrix column, from godwit calibrate.", metavar="FILE"),
