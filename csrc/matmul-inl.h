@@ -156,13 +156,10 @@ inline Rows slice(const Rows& x, int64_t first, int64_t m) {
 
 inline float half_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000U) << 16, body = h & 0x7fffU;
-  float value = 0;
-  if (body < 0x400U) {
-    value = static_cast<float>(body) * 5.9604644775390625e-8F;
-  } else {
-    const uint32_t bits = body >= 0x7c00U ? (body << 13) + 0x70000000U : (body << 13) + 0x38000000U;
-    std::memcpy(&value, &bits, sizeof(value));
-  }
+  const uint32_t bits = body >= 0x7c00U ? (body << 13) + 0x70000000U : (body << 13) + 0x38000000U;
+  float normal;
+  std::memcpy(&normal, &bits, sizeof(normal));
+  const float value = body < 0x400U ? static_cast<float>(body) * 5.9604644775390625e-8F : normal;
   return sign != 0 ? -value : value;
 }
 

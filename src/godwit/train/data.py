@@ -87,7 +87,7 @@ class PackedBatch:
     roles2: Tensor
 
 
-class Sampler:
+class RowSampler:
     """Draws documents by token share and packs them into rows; it can resume exactly from a small state."""
 
     def __init__(self, sources: Mapping[str, TokenSource], row_length: int, rows: int, seed: int) -> None:
