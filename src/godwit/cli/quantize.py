@@ -142,7 +142,7 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
     if "tokenizer.json" in checkpoint.files():
         common.tokenizer_of(checkpoint)
     else:
-        without = "has no tokenizer, so the packed model can be measured but not used for chat"
+        without = "has no tokenizer, so the packed model can only be used with godwit bench and inspect"
         print(f"warning: {checkpoint.path} {without}", file=sys.stderr)
 
 
