@@ -271,7 +271,7 @@ def test_the_context_is_a_limit(make: Make) -> None:
     finish = finish_of(answer(responder, PROMPT))
     assert (finish.reason, finish.completion_tokens) == ("length", 5)
     for length in (50, 51):
-        with pytest.raises(UsageError, match=f"{length} tokens and the context 50, so there is no room"):
+        with pytest.raises(UsageError, match=f"{length} tokens and the context 50, which leaves no room"):
             next(answer(responder, [1] * length))
     assert finish_of(answer(responder, [1] * 49)).completion_tokens == 1
 
