@@ -275,8 +275,8 @@ class Engine:
             raise UsageError("a model continues at least one token, and the prompt has none")
         if len(ids) >= self.max_context:
             raise UsageError(
-                f"the text has {len(ids)} tokens and the context {self.max_context}, which leaves no room for "
-                "an answer; shorten it"
+                f"the text has {len(ids)} tokens and the context {self.max_context}, which leaves no room "
+                "for an answer; shorten it"
             )
         if not 0 <= min(ids) <= max(ids) < self.model.config.vocab_size:
             raise UsageError(f"the prompt has token ids outside 0 to {self.model.config.vocab_size - 1}")
