@@ -152,7 +152,7 @@ def _without_weights(directory: Path, names: list[str]) -> str:
         return f"not a checkpoint, but {inside} is one; give that directory"
     if "config.json" in names:
         return "has a config.json but no weights (*.safetensors); fetch the weights too"
-    return "holds no checkpoint; give a directory with config.json and *.safetensors files, or a GGUF file"
+    return "not a checkpoint; give a directory with config.json and *.safetensors files, or a GGUF file"
 
 
 def _checkpoint_inside(directory: Path) -> Path | None:
