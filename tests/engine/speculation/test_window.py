@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from godwit.engine.cache import BlockPool
 from godwit.engine.scheduler import Sequence
 from godwit.engine.speculation.estimates import Acceptance
 from godwit.engine.speculation.mtp import MAX_PENDING, MTPDrafts, MTPWindow
-from tests.engine.speculation.test_speculator import eager
-from tests.engine.test_core import HYBRID
+from godwit.models.batch import BLOCK_SIZE
+from tests.engine.speculation.test_speculator import eager, repeating
+from tests.engine.test_core import HYBRID, asked
 
 
 def window() -> MTPWindow:
@@ -74,3 +78,47 @@ def test_only_drafts_that_were_judged_are_learned_from() -> None:
         for right in [True] * accepted + [False] * (accepted < number):
             wanted.learn(0, right)
         assert drafts.windows[seq].acceptance.rate(0) == wanted.rate(0)
+
+
+def test_each_sequence_gets_as_many_drafts_as_were_chosen() -> None:
+    core = eager(HYBRID)
+    runs = [core.submit(repeating(number), asked(number, 40)) for number in range(2)]
+    for _ in range(6):
+        core.turn()
+    drafts = MTPDrafts(core.runner, Acceptance())
+    depths = {run.sequence: depth for run, depth in zip(runs, (1, 3), strict=True)}
+    for seq in depths:  # the states are of no matter here
+        drafts.windows[seq] = window()
+        drafts.windows[seq].add(torch.randn(len(seq.ids) - 1, HYBRID.config.hidden_size), 0)
+        assert drafts.windows[seq].is_ready(core.runner.cache.blocks_of(seq.slot or 0))
+    assert [len(tokens) for tokens in drafts.draft(depths).values()] == [1, 3]
+
+
+class Full:
+    """A pool and a prefix index with a number of free blocks, and one that can be evicted."""
+
+    def __init__(self, num_free: int) -> None:
+        self.blocks = BlockPool(num_free + 1)
+        self.evictable = self.blocks.allocate(1)
+        self.cache = self.index = self
+
+    def evict(self, count: int) -> int:
+        self.blocks.free(self.evictable[:count])
+        return 1
+
+    def blocks_of(self, slot: int) -> list[int]:
+        return [7]
+
+
+def test_no_more_blocks_are_borrowed_than_drafts_need() -> None:
+    runner: Any = Full(2)
+    drafts, seq = MTPDrafts(runner, Acceptance()), Sequence(0, [1] * BLOCK_SIZE, 1, 99)
+    seq.slot = 0
+    assert [len(drafts._borrow(seq, depth)) for depth in (1, 2, 3)] == [0, 0, 1]
+
+
+def test_what_is_only_remembered_makes_room_for_drafts() -> None:
+    runner: Any = Full(0)
+    drafts, seq = MTPDrafts(runner, Acceptance()), Sequence(0, [1] * BLOCK_SIZE, 1, 99)
+    seq.slot = 0
+    assert drafts._borrow(seq, 3) == runner.evictable
