@@ -453,3 +453,10 @@ def test_no_step_ends_close_behind_where_a_prompt_goes_on(make: Make) -> None:
 
     assert steps(151) == steps(20, 151, 160) == 1
     assert steps(150, 220) == 2
+
+
+def test_the_state_is_kept_at_boundaries_that_lie_apart() -> None:
+    with Engine(HYBRID, tiny_tokenizer(), max_bytes=1 << 24) as engine:
+        near = (10, 30, 70, 90, 140, 150, 190)
+        request = GenerationRequest([1] * 200, SamplingParams(), near)
+        assert [cut for cut in engine._cuts(request) if cut in near] == [10, 70, 140, 150, 190]

@@ -121,3 +121,12 @@ def test_the_shortest_prompt_and_what_makes_no_sense() -> None:
         assert (text, finish.reason, finish.prefill_tokens) == ("", "length", 63)
         with pytest.raises(UsageError, match="logprobs"):
             engine.submit(GenerationRequest((5,), SamplingParams(), score_prompt=True))
+
+
+def test_what_was_scored_before_a_preemption_is_not_scored_again() -> None:
+    model = tiny_model("attention")
+    scores, hidden = module.PromptScores(IDS, VOCAB, 0), torch.randn(40, model.config.hidden_size)
+    scores.read(model, 0, hidden[:30])
+    once = list(scores.whole())
+    scores.read(model, 0, hidden)  # from the start, and further
+    assert list(scores.whole())[:31] == once and len(scores.whole()) == 41

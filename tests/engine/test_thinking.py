@@ -113,6 +113,8 @@ def test_thinking_that_begins_again_spends_the_same_budget_until_a_call() -> Non
     call = "<tool_call>{}</tool_call>"
     made, guide = think(f"one</think>{call}<think>two\nthree</think>", budget=4)
     assert made == f"one</think>{call}<think>two\nEnough.\n</think>\n\nthree</think>"
+    made, guide = think(f"one two three\n</think>{call}<think>four five\n", budget=4)
+    assert made.count("Enough.") == 2
 
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
