@@ -458,5 +458,5 @@ def test_no_step_ends_close_behind_where_a_prompt_goes_on(make: Make) -> None:
 def test_the_state_is_kept_at_boundaries_that_lie_apart() -> None:
     with Engine(HYBRID, tiny_tokenizer(), max_bytes=1 << 24) as engine:
         near = (10, 30, 70, 90, 140, 150, 190)
-        request = GenerationRequest([1] * 200, SamplingParams(), near)
+        request = GenerationRequest((1,) * 200, SamplingParams(), near)
         assert [cut for cut in engine._cuts(request) if cut in near] == [10, 70, 140, 150, 190]
