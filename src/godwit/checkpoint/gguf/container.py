@@ -20,7 +20,7 @@ import torch
 
 from godwit.checkpoint.choice import SPLIT
 from godwit.checkpoint.gguf.types import REPACKED, TYPES, BlockType
-from godwit.checkpoint.safetensors import map_file, shown
+from godwit.checkpoint.safetensors import map_file, release_pages, shown
 from godwit.errors import CheckpointError, UnsupportedModelError
 from godwit.safe_files import open_regular
 
@@ -91,10 +91,7 @@ class GgufFile:
     def release(self, name: str) -> None:
         """Drop the resident pages that only this tensor occupies; views of it read the file again."""
         entry = self.entries[name]
-        page = mmap.PAGESIZE
-        first, last = -(-entry.begin // page) * page, entry.end // page * page
-        if last > first and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+        release_pages(self._map, entry.begin, entry.end)
 
 
 def open_parts(path: Path) -> list[GgufFile]:
